@@ -1,0 +1,179 @@
+"""Data as users have them (arrays, lists, data frames, tensors) become named tensors, or an error that says what to do."""
+
+import inspect as signatures
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+#: Beyond this, squares overflow float32 and sums of squares lose every digit in float64.
+LARGEST = 1e15
+
+
+class DataNotice(UserWarning):
+    """The data were usable, but something about them was changed or should be known."""
+
+
+def bind(model: Callable, data: Any, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Tensors for the arguments of `model`.
+
+    Parameters
+    ----------
+    model
+        A Pyro program.
+    data
+        One array (the first argument), a tuple (the first arguments in order), a mapping or a data frame whose columns
+        are all arguments (by name). Arrays, lists, pandas and torch objects are taken; NaN stays NaN.
+    dtype, device
+        Of floating tensors; whole numbers stay whole (they may index), unless the story turns out to need floats.
+
+    Returns
+    -------
+    dict of the arguments given.
+
+    Raises
+    ------
+    TypeError
+        Unknown or missing arguments, or values that are not numbers.
+    ValueError
+        Empty data, infinities, columns without a single number.
+    """
+    names = [
+        name
+        for name, p in signatures.signature(model).parameters.items()
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+    given = _by_name(model, names, data)
+    unknown = [name for name in given if name not in names]
+    if unknown:
+        raise TypeError(
+            f"data has {unknown}, which the story does not take; its arguments are {names}. "
+            f"Rename the keys of data or add the argument to the story"
+        )
+    needed = [
+        name
+        for name, p in signatures.signature(model).parameters.items()
+        if name in names and p.default is p.empty and name not in given
+    ]
+    if needed:
+        raise TypeError(f"the story needs {needed} and data has {list(given)}; pass data as a mapping with these keys")
+    return {name: to_value(name, value, dtype, device) for name, value in given.items()}
+
+
+def _by_name(model: Callable, names: list[str], data: Any) -> dict[str, Any]:
+    if data is None:
+        return {}
+    if isinstance(data, Mapping):
+        return dict(data)
+    if hasattr(data, "columns") and hasattr(data, "to_numpy"):
+        columns = [str(c) for c in data.columns]
+        if len(names) > 1 and set(columns) <= set(names):
+            return {str(c): data[c] for c in data.columns}
+        _numeric_columns(data)
+    if not names:
+        raise TypeError("the story takes no arguments, so it cannot be shown data; give it one, such as `x=None`")
+    values = data if isinstance(data, tuple) and not hasattr(data, "_fields") else (data,)
+    if len(values) > len(names):
+        raise TypeError(f"data has {len(values)} parts and the story takes {len(names)} arguments: {names}")
+    return dict(zip(names, values))
+
+
+def _numeric_columns(frame: Any) -> None:
+    wrong = [str(c) for c in frame.columns if np.asarray(frame[c]).dtype.kind not in "fiu"]
+    if wrong:
+        raise TypeError(f"columns {wrong} do not hold numbers; select or encode them first, e.g. data.drop(columns={wrong})")
+
+
+def to_value(name: str, value: Any, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+    """One argument: numbers in arrays become a checked tensor; scalars (sizes, switches) pass as they are."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Tensor):
+        tensor = value.detach()
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name} is a sparse tensor ({tensor.layout}); pass {name}.to_dense()")
+    elif hasattr(value, "toarray") and hasattr(value, "nnz"):
+        raise TypeError(f"{name} is a sparse matrix ({type(value).__name__}); pass {name}.toarray()")
+    else:
+        tensor = _from_array(name, value)
+    if tensor.dtype == torch.bool:
+        raise TypeError(f"{name} has dtype bool; say what True counts as: pass {name}.float() or {name}.astype(float)")
+    if tensor.is_complex():
+        raise TypeError(f"{name} has dtype {tensor.dtype}; densities need real numbers")
+    tensor = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else torch.long)
+    check_values(name, tensor)
+    return tensor
+
+
+def _from_array(name: str, value: Any) -> Tensor:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", category=getattr(np, "VisibleDeprecationWarning", DeprecationWarning))
+            array = np.asarray(value)
+    except (ValueError, TypeError) as error:
+        raise TypeError(f"{name} is not a rectangular array of numbers: {error}") from None
+    if array.dtype.kind not in "fiub":
+        raise TypeError(
+            f"{name} has dtype {array.dtype} ({type(value).__name__}); densities need real numbers. "
+            f"Encode words or objects as numbers first"
+        )
+    if array.dtype.kind in "ui" and array.dtype.itemsize == 8 and array.size and array.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{name} holds {array.max()}, beyond 64-bit whole numbers")
+    if array.dtype.kind == "f" and array.dtype.itemsize > 8:
+        array = array.astype(np.float64)
+    if array.dtype.kind == "u":
+        array = array.astype(np.int64)
+    return torch.from_numpy(np.array(array, copy=True, order="C", subok=False))
+
+
+def first_index(mask: Tensor) -> tuple[int, ...]:
+    """Index of the first True of `mask`."""
+    return tuple(int(i) for i in np.unravel_index(int(mask.flatten().int().argmax()), tuple(mask.shape)))
+
+
+def check_values(name: str, tensor: Tensor) -> None:
+    """Refuse what no story can explain: no rows, infinities, columns of NaN, numbers that overflow.
+
+    Raises
+    ------
+    ValueError
+        Naming the argument, how many values are wrong, the first index and what to do.
+    """
+    if tensor.numel() == 0:
+        raise ValueError(f"{name} is empty: shape {tuple(tensor.shape)}")
+    if not tensor.is_floating_point():
+        return
+    infinite = tensor.isinf()
+    if infinite.any():
+        where = first_index(infinite)
+        raise ValueError(
+            f"{name} holds {int(infinite.sum())} infinite values, the first is {tensor[where].item()} at index "
+            f"{_short(where)}; remove them or mark them missing with NaN"
+        )
+    if tensor.ndim >= 1:
+        nan = tensor.isnan()
+        dead = nan.all(0) if tensor.ndim > 1 else nan.all().reshape(1)
+        if dead.any():
+            what = f"column {_short(first_index(dead))} of {name}" if tensor.ndim > 1 else name
+            raise ValueError(f"{what} is NaN in every row ({len(tensor)} of {len(tensor)}); drop it")
+    size = tensor.nan_to_num(0.0).abs().max().item()
+    if size > LARGEST:
+        raise ValueError(f"the scale of {name} is {size:.0e}; standardise it first: ({name} - mean) / sd")
+
+
+def _short(index: tuple[int, ...]) -> str:
+    return str(index[0]) if len(index) == 1 else str(index)
+
+
+def num_rows(kwargs: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
+    """Common length of the row arguments."""
+    sizes = {len(kwargs[name]) for name in names if isinstance(kwargs.get(name), Tensor)}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def take_rows(kwargs: Mapping[str, Any], names: tuple[str, ...], rows: Any) -> dict[str, Any]:
+    """The same arguments with `rows` (a slice or an index) of those in `names`."""
+    return {name: value[rows] if name in names else value for name, value in kwargs.items()}

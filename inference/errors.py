@@ -1,0 +1,26 @@
+"""Errors that carry what was known when things went wrong."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+class DivergenceError(RuntimeError):
+    """A run left the finite numbers.
+
+    Attributes
+    ----------
+    state
+        Site or parameter name -> last finite value.
+    step
+        Iteration at which it happened, or None.
+    site
+        Site or parameter where it was first seen, or None where that is unknown.
+    """
+
+    def __init__(
+        self, message: str, *, state: Mapping[str, Any] | None = None, step: int | None = None, site: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.state = dict(state or {})
+        self.step = step
+        self.site = site

@@ -1,0 +1,136 @@
+"""The front door: validate, inspect, choose, run, and hand back one kind of answer."""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .choose import WANTS, Choice, check_request, choose
+from .methods import resolve
+from .methods.base import Method, one_of, positive_float, positive_int
+from .posterior import Posterior
+from .problem import Problem, prepare
+from .session import isolated
+
+#: Seconds that NUTS may be expected to take before `auto` prefers SVI, where no budget is given.
+PATIENCE = 300.0
+
+
+def fit(
+    story: Any,
+    data: Any,
+    method: str | Method = "auto",
+    *,
+    guide: Callable | None = None,
+    want: str = "auto",
+    seed: int | None = None,
+    device: str | torch.device = "auto",
+    budget: float | None = None,
+    progress: bool | None = None,
+) -> Posterior:
+    """Infer what a generative story leaves unsaid, given what was seen.
+
+    Parameters
+    ----------
+    story
+        A Pyro program: any callable that samples, or an object with a `model` method and perhaps a `guide`.
+    data
+        One array for the story's first argument, a tuple, or a mapping (or data frame) of its arguments. NaN is
+        missing data where a site can integrate it out.
+    method
+        "auto", a name ("em", "nuts", "svi") or a configured method: `NUTS(chains=4)`, `EM(restarts=10)`. A method
+        that is not valid for the story is refused with the reason.
+    guide
+        Replaces the story's guide; without either, one is derived from the story.
+    want
+        "posterior" (distributions over the globals), "point", or "auto".
+    seed
+        Of every random choice: the same seed gives the same numbers, bit by bit. None draws one from the operating
+        system and records it as `posterior.seed`.
+    device
+        "auto", "cpu" or "cuda".
+    budget
+        Seconds that the run may take; the best answer so far is returned, marked as not converged.
+    progress
+        Progress bars; None shows them on a terminal.
+
+    Returns
+    -------
+    Posterior
+        The same questions have the same names whatever method answered.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Bad data or a story with a mistake, before any work; nothing global has changed.
+    DivergenceError
+        The run left the finite numbers; the last finite state is attached.
+
+    Examples
+    --------
+    >>> posterior = fit(GMM(num_components=3), load("iris").x, seed=0)   # doctest: +SKIP
+    >>> print(posterior.why())                                           # doctest: +SKIP
+    """
+    one_of("fit", "want", want, WANTS)
+    if method != "auto":
+        method = resolve(method)
+    if seed is not None:
+        positive_int("fit", "seed", seed, least=0)
+    if budget is not None:
+        positive_float("fit", "budget", budget)
+    if data is None:
+        raise ValueError("data is None: there is nothing to learn from. To draw from the story use simulate(story)")
+    start = time.perf_counter()
+    problem = prepare(
+        story, data, guide=guide, device=device, seed=seed, budget=budget, want=want,
+        progress=sys.stderr.isatty() if progress is None else progress,
+    )
+    choice = decide(problem, method)
+    setup = time.perf_counter() - start
+    return run(problem, choice, setup)
+
+
+def decide(problem: Problem, method: str | Method) -> Choice:
+    """The user's method, or the first rule that holds; NUTS is timed before `auto` takes it."""
+    if method != "auto":
+        return check_request(problem.structure, method)
+    choice = choose(problem.structure, problem.want)
+    if choice.method.name == "nuts" and choice.verdicts["svi"].applies:
+        seconds, text = pilot(problem)
+        if seconds > (problem.budget or PATIENCE):
+            choice = choose(problem.structure, problem.want, slow={"nuts": text})
+    return choice
+
+
+def pilot(problem: Problem) -> tuple[float, str]:
+    """Seconds that NUTS would need, from three gradients of the eager log joint."""
+    from .joint import LogJoint
+
+    with isolated(problem.seed, problem.dtype):
+        joint = LogJoint(problem)
+        times = []
+        for _ in range(3):
+            flat = joint.flatten(joint.prior_draw()).requires_grad_()
+            start = time.perf_counter()
+            torch.autograd.grad(joint.unconstrained(flat), flat)
+            times.append(time.perf_counter() - start)
+    gradients = 4 * 1000 * 16
+    seconds = gradients * min(times) / 4  # four chains share one vectorised gradient
+    limit = problem.budget or PATIENCE
+    return seconds, f"NUTS would take about {seconds:,.0f} s at {min(times) * 1e3:.1f} ms a gradient (limit {limit:g} s)"
+
+
+def run(problem: Problem, choice: Choice, setup: float = 0.0) -> Posterior:
+    """Run the chosen method in a scope of its own and complete the answer."""
+    start = time.perf_counter()
+    with isolated(problem.seed, problem.dtype):
+        posterior = choice.method.run(problem)
+        posterior = replace(posterior, choice=choice)
+        posterior = posterior.finished()
+    timings = dict(posterior.timings)
+    timings["setup"] = timings.get("setup", 0.0) + setup
+    timings["total"] = setup + time.perf_counter() - start
+    return replace(posterior, timings=timings)

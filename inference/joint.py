@@ -1,0 +1,314 @@
+"""The log joint density of a story as a function of its latents, finite ones summed out.
+
+`LogJoint` is the one place where a Pyro program is run for inference; every method asks it: EM for factors and
+weights, NUTS and SVI for a density over one flat unconstrained vector, `Posterior` for rows and local posteriors.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import config_enumerate
+from pyro.ops import packed
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import transform_to
+
+from .enumeration import LogFactor, align, sum_out
+from .handlers import FlatStart, MissingCells, ScaleRows, Substitute
+from .problem import Problem
+from .transforms import log_jacobian, unconstrain_to
+
+
+@dataclass(frozen=True)
+class Block:
+    """Where one site lives in the flat unconstrained vector.
+
+    `shape` is that of the value, `free_shape` that of its unconstrained form, `start:stop` its place; `param` marks
+    parameters (points without a density of their own), `local` sites inside the data plate.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    free_shape: tuple[int, ...]
+    start: int
+    stop: int
+    param: bool
+    local: bool
+
+
+class Unconstrained(Messenger):
+    """Feed sites from one flat vector through the bijection to the support they have in this very run."""
+
+    def __init__(self, blocks: tuple[Block, ...], flat: Tensor) -> None:
+        super().__init__()
+        self.blocks = {b.name: b for b in blocks}
+        self.flat = flat
+        self.values: dict[str, Tensor] = {}
+        self.log_det: Tensor = flat.new_zeros(())
+
+    def _take(self, name: str) -> Tensor:
+        block = self.blocks[name]
+        return self.flat[block.start : block.stop].reshape(block.free_shape)
+
+    def _pyro_sample(self, msg: dict) -> None:
+        if msg["name"] not in self.blocks or msg["is_observed"]:
+            return
+        free = self._take(msg["name"])
+        transform = unconstrain_to(msg["fn"].support)
+        value = transform(free)
+        self.log_det = self.log_det + log_jacobian(transform, free, value)
+        self.values[msg["name"]] = msg["value"] = value
+        msg["done"] = True
+        msg["infer"] = {**(msg["infer"] or {}), "enumerate": None}
+
+    def _pyro_param(self, msg: dict) -> None:
+        if msg["name"] in self.blocks:
+            constraint = msg["kwargs"].get("constraint", torch.distributions.constraints.real)
+            value = transform_to(constraint)(self._take(msg["name"]))
+            self.values[msg["name"]] = msg["value"] = value
+            msg["done"] = True
+
+
+class LogJoint:
+    """log p(data, latents) of one problem.
+
+    Parameters
+    ----------
+    problem
+        A prepared story with its data.
+
+    Attributes
+    ----------
+    blocks
+        Continuous latents and parameters in the order of the story.
+    dim
+        Length of the flat unconstrained vector.
+    finite
+        Names of the latents that are summed out.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.structure = problem.structure
+        self.model = config_enumerate(problem.model, "parallel")
+        self.finite = tuple(s.name for s in self.structure.finite)
+        self.blocks = self._layout()
+        self.dim = sum(b.stop - b.start for b in self.blocks)
+
+    def _layout(self) -> tuple[Block, ...]:
+        with isolated_run(self.problem, seed=0), torch.no_grad():
+            trace = poutine.trace(FlatStart()(self.problem.model)).get_trace(**self.problem.kwargs)
+        blocks, start = [], 0
+        for site in self.structure.sites:
+            if not (site.continuous or site.kind == "param"):
+                continue
+            node = trace.nodes[site.name]
+            value = node["value"]
+            if site.kind == "param":
+                constraint = node["kwargs"].get("constraint", torch.distributions.constraints.real)
+                free = transform_to(constraint).inv(value)
+            else:
+                free = unconstrain_to(node["fn"].support).inv(value)
+            stop = start + free.numel()
+            blocks.append(
+                Block(site.name, tuple(value.shape), tuple(free.shape), start, stop, site.kind == "param", site.local)
+            )
+            start = stop
+        return tuple(blocks)
+
+    # -- running the story -------------------------------------------------------------------------------------------
+
+    def factors(
+        self, values: Mapping[str, Tensor] | Unconstrained, kwargs: Mapping[str, Any] | None = None, scale: float = 1.0
+    ) -> list[LogFactor]:
+        """Log-factors of every site with the latents at `values`, finite ones enumerated in parallel.
+
+        `values` not given (finite or not) must be enumerable; `scale` weighs the data plate (N / B for a batch).
+        """
+        return self.factors_of(*self.trace(values, kwargs, scale))
+
+    def trace(
+        self, values: Mapping[str, Tensor] | Unconstrained, kwargs: Mapping[str, Any] | None = None, scale: float = 1.0
+    ) -> tuple[Any, dict[str, str]]:
+        """One enumerated run, and the names (latents, plates) of the symbols of its dimensions."""
+        kwargs = self.problem.kwargs if kwargs is None else kwargs
+        given = values if isinstance(values, Messenger) else Substitute(values)
+        model = MissingCells()(given(self.model))
+        if scale != 1.0:
+            model = ScaleRows(self.structure.data_plate, scale)(model)
+        model = poutine.enum(model, first_available_dim=-1 - self.structure.max_plate_nesting)
+        with poutine.block(), pyro.validation_enabled(False):
+            trace = poutine.trace(model).get_trace(**kwargs)
+        trace.symbolize_dims()
+        names = {symbol: plate for plate, symbol in trace.plate_to_symbol.items()}
+        for name, node in trace.nodes.items():
+            if node["type"] == "sample" and node["infer"].get("_enumerate_symbol"):
+                names[node["infer"]["_enumerate_symbol"]] = name
+        return trace, names
+
+    def factors_of(self, trace: Any, names: Mapping[str, str], only: set[str] | None = None) -> list[LogFactor]:
+        """Log-factors of a run, of all sites or `only` some."""
+        trace.compute_log_prob(lambda name, site: only is None or name in only)
+        result = []
+        for name, node in trace.nodes.items():
+            if only is not None and name not in only:
+                continue
+            if node["type"] != "sample" or site_is_subsample(node) or node["infer"].get("_deterministic"):
+                continue
+            value = packed.pack(node["log_prob"], node["infer"]["_dim_to_symbol"])
+            dims = tuple(names[symbol] for symbol in value._pyro_dims)
+            plates = frozenset(f.name for f in node["cond_indep_stack"] if f.vectorized)
+            result.append(LogFactor(name, value, dims, plates))
+        return result
+
+    def density(
+        self, values: Mapping[str, Tensor], kwargs: Mapping[str, Any] | None = None, scale: float = 1.0
+    ) -> Tensor:
+        """log p(data, values), finite latents summed out: ()."""
+        total, _ = sum_out(self.factors(values, kwargs, scale), set(self.finite))
+        return total
+
+    def unconstrained(self, flat: Tensor, kwargs: Mapping[str, Any] | None = None, scale: float = 1.0) -> Tensor:
+        """log density of the flat unconstrained vector, Jacobian included: ().
+
+        Local blocks count with the data plate: their Jacobian is weighed by `scale` as well.
+        """
+        handler = Unconstrained(self.blocks, flat)
+        total, _ = sum_out(self.factors(handler, kwargs, scale), set(self.finite))
+        return total + handler.log_det
+
+    def rows(self, values: Mapping[str, Tensor], kwargs: Mapping[str, Any] | None = None) -> Tensor:
+        """log p(x_n | values) for each row, finite locals summed out: (N,); (1,) where there is no data plate.
+
+        Continuous locals must be among `values`; their prior density is part of the row, so that a row is
+        log p(x_n, z_n | globals).
+        """
+        kwargs = self.problem.kwargs if kwargs is None else kwargs
+        total, dims = sum_out(self._row_factors(values, kwargs), set(self.finite), self._keep)
+        return self._as_rows(total, dims, kwargs)
+
+    @property
+    def _keep(self) -> frozenset[str]:
+        plate = self.structure.data_plate
+        return frozenset({plate}) if plate else frozenset()
+
+    def _row_factors(self, values: Mapping[str, Tensor], kwargs: Mapping[str, Any]) -> list[LogFactor]:
+        factors = self.factors(values, kwargs)
+        if self.structure.data_plate:
+            inside = [f for f in factors if self.structure.data_plate in f.plates]
+            return inside + self._shared_factors(values)
+        return [f for f in factors if self.structure[f.name].kind != "latent" or f.name in self.finite]
+
+    def _shared_factors(self, values: Mapping[str, Tensor]) -> list[LogFactor]:
+        """A finite latent shared by all rows enters a row with its posterior given the fitted data."""
+        shared = [n for n in self.finite if not self.structure[n].local and n not in values]
+        if not shared:
+            return []
+        if len(shared) > 1 or self.structure[shared[0]].plates:
+            raise ValueError(
+                f"rows are not independent given the continuous latents: {shared} are finite, shared by all rows and "
+                f"dependent on each other; hold them fixed to score single rows"
+            )
+        probabilities = self.local_probabilities(shared[0], values)
+        return [LogFactor(shared[0], probabilities.log(), (shared[0],), frozenset())]
+
+    def _as_rows(self, total: Tensor, dims: tuple[str, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        if dims:
+            return total
+        return total.reshape(1)
+
+    def weights(
+        self, values: Mapping[str, Tensor], kwargs: Mapping[str, Any] | None = None
+    ) -> tuple[Tensor, list[LogFactor], list[Tensor]]:
+        """E-step: log p(data, values), the log-factors, and the posterior weight of every entry of every factor.
+
+        The gradient of the log evidence with respect to a log-factor is the posterior probability of its
+        configuration (Darwiche, *A differential approach to inference in Bayesian networks*, JACM 2003, theorem 1).
+        """
+        with torch.no_grad():
+            factors = self.factors(values, kwargs)
+        return factor_weights(factors, set(self.finite))
+
+    def local_probabilities(
+        self, site: str, values: Mapping[str, Tensor], kwargs: Mapping[str, Any] | None = None
+    ) -> Tensor:
+        """Posterior probabilities of a finite latent: (plates..., states), the data plate first."""
+        kwargs = self.problem.kwargs if kwargs is None else kwargs
+        with torch.no_grad():
+            factors = self._row_factors(values, kwargs) if self.structure[site].local else self.factors(values, kwargs)
+        _, factors, weights = factor_weights(factors, set(self.finite))
+        factor, weight = next((f, w) for f, w in zip(factors, weights) if f.name == site)
+        plates = tuple(p for p in self.structure[site].plates if p in factor.dims)
+        extra = tuple(i for i, d in enumerate(factor.dims) if d != site and d not in plates)
+        weight = weight.sum(extra) if extra else weight
+        dims = tuple(d for i, d in enumerate(factor.dims) if i not in extra)
+        weight = align(weight, dims, (*plates, site))
+        if self.structure[site].local and self.structure.data_plate not in plates:
+            weight = weight.unsqueeze(0)
+        return weight
+
+    # -- flat vectors ------------------------------------------------------------------------------------------------
+
+    def constrain(self, flat: Tensor, kwargs: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+        """Values of every block at one flat vector (dim,), or at many (S, dim): then (S, ...) each."""
+        if flat.ndim == 2:
+            rows = [self.constrain(row, kwargs) for row in flat]
+            return {name: torch.stack([r[name] for r in rows]) for name in rows[0]} if rows else {}
+        handler = Unconstrained(self.blocks, flat)
+        with isolated_run(self.problem), pyro.validation_enabled(False), torch.no_grad():
+            handler(self.problem.model)(**(self.problem.kwargs if kwargs is None else kwargs))
+        return {b.name: handler.values[b.name] for b in self.blocks}
+
+    def flatten(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The flat unconstrained vector of `values`: inverse of `constrain`."""
+        with isolated_run(self.problem), pyro.validation_enabled(False), torch.no_grad():
+            trace = poutine.trace(Substitute(values)(FlatStart()(self.problem.model))).get_trace(**self.problem.kwargs)
+        parts = []
+        for block in self.blocks:
+            node = trace.nodes[block.name]
+            if block.param:
+                constraint = node["kwargs"].get("constraint", torch.distributions.constraints.real)
+                free = transform_to(constraint).inv(values[block.name])
+            else:
+                free = unconstrain_to(node["fn"].support).inv(values[block.name])
+            parts.append(free.reshape(-1))
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=self.problem.dtype)
+
+    def prior_draw(self) -> dict[str, Tensor]:
+        """One draw of every block from the prior (a standard normal in free space where it is improper)."""
+        with poutine.block(), torch.no_grad(), pyro.validation_enabled(False):
+            trace = poutine.trace(FlatStart()(self.problem.model)).get_trace(**self.problem.kwargs)
+        return {b.name: trace.nodes[b.name]["value"].detach().clone() for b in self.blocks}
+
+
+def factor_weights(
+    factors: list[LogFactor], finite: set[str]
+) -> tuple[Tensor, list[LogFactor], list[Tensor]]:
+    """Log evidence, the same factors as leaves, and the gradient of the evidence with respect to each."""
+    leaves = [LogFactor(f.name, f.value.detach().clone().requires_grad_(), f.dims, f.plates) for f in factors]
+    with torch.enable_grad():
+        total, _ = sum_out(leaves, finite)
+        grads = torch.autograd.grad(total, [f.value for f in leaves])
+    return total.detach(), leaves, list(grads)
+
+
+@contextmanager
+def isolated_run(problem: Problem, seed: int | None = None) -> Iterator[None]:
+    """A bookkeeping run of the story: draws nothing from the surrounding random stream."""
+    state = torch.get_rng_state()
+    with poutine.block(), pyro.get_param_store().scope():
+        old = torch.get_default_dtype()
+        torch.set_default_dtype(problem.dtype)
+        if seed is not None:
+            torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(old)
+            torch.set_rng_state(state)

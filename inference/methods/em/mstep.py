@@ -1,0 +1,264 @@
+"""M-step: closed forms on sufficient statistics first, then L-BFGS for what has none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...joint import Block, LogJoint, Unconstrained
+from ...handlers import Substitute
+from .estep import Expectation
+from .families import covariance, scatter, variance
+from .plan import Plan, Term, parameters, slots_of, spread_out
+from .priors import Conjugate
+from .recognise import Gather
+
+#: L-BFGS iterations in one M-step; generalised EM needs an ascent, not the maximum.
+CLIMB = 30
+
+
+@dataclass
+class MStep:
+    """Maximise the expected complete log joint.
+
+    Parameters
+    ----------
+    joint, plan
+        The story and how its unknowns are updated.
+    ridge
+        Added to variances whose prior is flat, in data units: the floor below which a component has collapsed.
+    """
+
+    joint: LogJoint
+    plan: Plan
+    ridge: float
+
+    def __call__(self, theta: dict[str, Tensor], e: Expectation) -> dict[str, Tensor]:
+        """theta that improves the expected complete log joint (ECM: locations, then spreads, then the rest)."""
+        new = dict(theta)
+        order = {"loc": 0, "spread": 2}
+        closed = sorted(self.plan.closed, key=lambda n: order.get(self.plan.users(n)[0][1], 1))
+        for name in closed:
+            value = self.closed_form(name, new, e)
+            if bool(value.isfinite().all()):
+                new[name] = value
+        if self.plan.climbed:
+            new = self.climb(new, e)
+        return new
+
+    # -- closed forms ------------------------------------------------------------------------------------------------
+
+    def closed_form(self, name: str, theta: dict[str, Tensor], e: Expectation) -> Tensor:
+        """The maximiser in one unknown, the others held where they are."""
+        users = self.plan.users(name)
+        slot, prior, old = users[0][1], self.plan.priors[name], theta[name]
+        role = users[0][0].roles[slot]
+        block = users[0][0].family.blocks.get(slot, 0) if users[0][0].family else 0
+        if slot == "loc":
+            return self.location(users, prior, theta, e, old, block)
+        if slot == "spread":
+            return self.spread(users, prior, theta, e, old, role, block)
+        if block == 1:
+            counts = sum(pull(t, slot, e.stats[t.name]["counts"]) for t, _ in users) + prior.total
+            counts = counts.clamp_min(0)
+            total = counts.sum(-1, keepdim=True)
+            return torch.where(total > 0, counts / total.clamp_min(1e-300), old)
+        n = sum(pull(t, slot, e.stats[t.name]["n"]) for t, _ in users)
+        x = sum(pull(t, slot, e.stats[t.name]["x"]) for t, _ in users)
+        if users[0][0].family is not None and users[0][0].family.name == "Exponential":
+            x, n = n + prior.total, x + prior.count
+        else:
+            x, n = x + prior.total, n + prior.count
+        value = torch.where(n > 0, x / n.clamp_min(1e-300), old)
+        tiny = torch.finfo(value.dtype).tiny
+        return value.clamp(1e-12, 1 - 1e-12) if slot == "probs" else value.clamp_min(tiny)
+
+    def location(
+        self, users: list[tuple[Term, str]], prior: Conjugate, theta: dict, e: Expectation, old: Tensor, block: int
+    ) -> Tensor:
+        """Means of normals: precision-weighted averages with the prior's pseudo-observations."""
+        weight: Any = 0.0
+        total: Any = 0.0
+        for term, slot in users:
+            s, p = e.stats[term.name], self.current(term, theta, e)
+            x = s["x"] if term.shift is None else s["x"] + s["n"].unsqueeze(-1) * term.shift if block else (
+                s["x"] + s["n"] * term.shift)
+            if block:
+                inverse = torch.linalg.inv(covariance(*p["spread"]))
+                weight = weight + pull(term, slot, s["n"][..., None, None] * inverse)
+                total = total + pull(term, slot, (inverse @ x.unsqueeze(-1)).squeeze(-1))
+            else:
+                precision = 1 / variance(*p["spread"])
+                weight = weight + pull(term, slot, s["n"] * precision)
+                total = total + pull(term, slot, x * precision)
+        if prior.precision is not None and prior.mean is not None:
+            matrix = prior.precision
+            if block and matrix.dim() == old.dim():
+                matrix = torch.diag_embed(matrix)
+            pseudo = (matrix @ prior.mean.unsqueeze(-1)).squeeze(-1) if block else matrix * prior.mean
+            weight, total = weight + matrix, total + pseudo
+        if not block:
+            return torch.where(weight > 0, total / weight.clamp_min(1e-300), old)
+        empty = weight.diagonal(dim1=-2, dim2=-1).amin(-1, keepdim=True) <= 1e-300
+        eye = torch.eye(weight.shape[-1], dtype=weight.dtype, device=weight.device)
+        solved = torch.linalg.solve(torch.where(empty.unsqueeze(-1), eye, weight), total.unsqueeze(-1)).squeeze(-1)
+        return torch.where(empty, old, solved)
+
+    def spread(
+        self, users: list[tuple[Term, str]], prior: Conjugate, theta: dict, e: Expectation, old: Tensor, role: str,
+        block: int,
+    ) -> Tensor:
+        """Variances, precisions and covariances from the scatter around the updated means."""
+        n: Any = 0.0
+        around: Any = 0.0
+        for term, slot in users:
+            s, p = e.stats[term.name], self.current(term, theta, e)
+            m = p["loc"][1]
+            if block:
+                gap = scatter(s, m)
+            else:
+                gap = s["xx"] - 2 * m * s["x"] + s["n"] * m * m
+            around = around + pull(term, slot, gap)
+            n = n + pull(term, slot, s["n"].expand(gap.shape[: gap.dim() - block]))
+        n, around = n + prior.count, around + prior.total
+        flat = prior.text in ("no prior", "flat prior")
+        if block:
+            return self.matrix_spread(n, around, old, role, flat)
+        value = (around.clamp_min(0) / n.clamp_min(1e-300)) + (self.ridge if flat else 0.0)
+        value = value.clamp_min(torch.finfo(value.dtype).tiny)
+        value = {"variance": value, "precision": 1 / value, "scale": value.sqrt()}[role]
+        return torch.where(n > 1e-12, value, old)
+
+    def matrix_spread(self, n: Tensor, around: Tensor, old: Tensor, role: str, flat: bool) -> Tensor:
+        """Covariance (or its inverse or factor); directions without spread are lifted to the floor, never raised."""
+        cov = around / n.clamp_min(1e-300)[..., None, None]
+        if flat:
+            cov = cov + self.ridge * torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
+        factor, bad = torch.linalg.cholesky_ex(cov)
+        if bool((bad > 0).any()):
+            values, vectors = torch.linalg.eigh(cov)
+            floor = torch.maximum(values.amax(-1, keepdim=True) * 1e-10, torch.full_like(values[..., :1], 1e-12))
+            lifted = (vectors * values.clamp_min(floor).unsqueeze(-2)) @ vectors.mT
+            cov = torch.where((bad > 0)[..., None, None], lifted, cov)
+            factor = torch.linalg.cholesky(cov)
+        value = {
+            "covariance_matrix": lambda: cov,
+            "precision_matrix": lambda: torch.cholesky_inverse(factor),
+            "scale_tril": lambda: factor,
+        }[role]()
+        return torch.where((n > 1e-12)[..., None, None], value, old)
+
+    def current(self, term: Term, theta: dict[str, Tensor], e: Expectation) -> dict[str, tuple[str, Tensor]]:
+        """Parameters of a term at `theta`: copies are read off directly, the others from the E-step's run."""
+        slots = dict(e.slots[term.name])
+        for slot, gather in term.gathers.items():
+            _, dims = slots[slot]
+            slots[slot] = (gather.push(theta[gather.theta]), dims)
+        return parameters(term, slots)
+
+    # -- gradient ----------------------------------------------------------------------------------------------------
+
+    def climb(self, theta: dict[str, Tensor], e: Expectation) -> dict[str, Tensor]:
+        """L-BFGS on the expected complete log joint in the unknowns that have no closed form."""
+        names = set(self.plan.climbed)
+        blocks, start = [], 0
+        full = self.joint.flatten(theta)
+        pieces = []
+        for b in self.joint.blocks:
+            if b.name in names:
+                size = b.stop - b.start
+                blocks.append(Block(b.name, b.shape, b.free_shape, start, start + size, b.param, b.local))
+                pieces.append(full[b.start : b.stop])
+                start += size
+        flat = torch.cat(pieces).clone().requires_grad_()
+        fixed = {n: v for n, v in theta.items() if n not in names}
+        scale = 1.0 / max(1, self.joint.structure.num_rows or 1)
+        many = CLIMB if self.joint.finite else 400
+        optimiser = torch.optim.LBFGS(
+            [flat], max_iter=many, history_size=20, line_search_fn="strong_wolfe", tolerance_grad=1e-10,
+            tolerance_change=1e-14,
+        )
+
+        def loss() -> Tensor:
+            optimiser.zero_grad()
+            value = -scale * self.expected(tuple(blocks), flat, fixed, e)
+            value.backward()
+            return value
+
+        def cost() -> float:
+            with torch.no_grad():
+                return float(-scale * self.expected(tuple(blocks), flat, fixed, e))
+
+        before = cost()
+        with torch.enable_grad():
+            optimiser.step(loss)
+        after = cost()
+        if not after <= before:  # also where after is NaN
+            return theta
+        with torch.no_grad():
+            handler = Unconstrained(tuple(blocks), flat.detach())
+            self.joint.trace(Both(handler, fixed))
+        return {n: handler.values[n].detach() if n in names else v for n, v in theta.items()}
+
+    def expected(
+        self, blocks: tuple[Block, ...], flat: Tensor, fixed: dict[str, Tensor], e: Expectation
+    ) -> Tensor:
+        """Expected complete log joint as far as it depends on the climbing unknowns."""
+        names = {b.name for b in blocks}
+        total: Any = 0.0
+        data_terms = [t for t in self.plan.terms.values() if t.family is None and t.depends & names]
+        for i, part in enumerate(e.parts if data_terms else e.parts[:1]):
+            trace, symbols = self.joint.trace(Both(Unconstrained(blocks, flat), fixed), part.kwargs)
+            if i == 0:
+                total = total + self.prior(trace)
+                for term in self.plan.terms.values():
+                    if term.family is not None and term.depends & names:
+                        p = parameters(term, slots_of(term, trace.nodes[term.name], symbols))
+                        total = total + term.family.expected(p, e.stats[term.name]).sum()
+            if data_terms:
+                keep = {t.name for t in data_terms}
+                for factor in self.joint.factors_of(trace, symbols, only=keep):
+                    weight, dims = part.weights[factor.name]
+                    total = total + (spread_out((weight, dims), factor.dims, 0) * finite(factor.value)).sum()
+        return total
+
+    def prior(self, trace: Any) -> Tensor | float:
+        """Log prior of the unknowns in a run (nothing for maximum likelihood)."""
+        if self.plan.estimate == "mle":
+            return 0.0
+        nodes = (trace.nodes[n] for n in self.plan.tiers if trace.nodes[n]["type"] == "sample")
+        return sum((n["fn"].log_prob(n["value"]).sum() for n in nodes), 0.0)
+
+
+class Both(Substitute):
+    """Some unknowns from a flat vector, the others held fixed."""
+
+    def __init__(self, handler: Unconstrained, fixed: dict[str, Tensor]) -> None:
+        super().__init__(fixed)
+        self.handler = handler
+
+    def _pyro_sample(self, msg: dict) -> None:
+        super()._pyro_sample(msg)
+        self.handler._pyro_sample(msg)
+
+    def _pyro_param(self, msg: dict) -> None:
+        super()._pyro_param(msg)
+        self.handler._pyro_param(msg)
+
+
+def finite(value: Tensor) -> Tensor:
+    """Impossible configurations have weight 0; their -inf must not make 0 * inf."""
+    return torch.where(value.isneginf(), torch.zeros_like(value), value)
+
+
+def pull(term: Term, slot: str, stats: Tensor) -> Tensor:
+    """Statistics of a term summed into the shape of the unknown that the slot copies."""
+    gather: Gather = term.gathers[slot]
+    assert term.family is not None
+    lead = len(term.dims) + term.extra
+    shape = stats.shape[:lead]
+    index = term.index(slot, gather, shape)
+    return gather.pull(stats, index)

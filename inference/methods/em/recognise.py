@@ -1,0 +1,94 @@
+"""Which entries of which unknown does a distribution's parameter copy?
+
+A parameter y(theta) is recognised when it is a gather of blocks of theta: y[b] = theta[index[b]].  Its Jacobian is then a
+selection matrix, which one Jacobian-vector product with numbered tangents reveals and a second with random tangents
+confirms.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Gather:
+    """y[b] = theta.reshape(blocks, event)[index[b]].
+
+    Attributes
+    ----------
+    theta
+        Name of the unknown.
+    index
+        Block of each batch entry of y, shape of y without its event.
+    batch, event
+        Shape of theta, split.
+    """
+
+    theta: str
+    index: Tensor
+    batch: tuple[int, ...]
+    event: tuple[int, ...]
+
+    def push(self, value: Tensor) -> Tensor:
+        """theta -> y."""
+        return value.reshape([-1, *self.event])[self.index]
+
+    def pull(self, stats: Tensor, index: Tensor) -> Tensor:
+        """Sum statistics of y's shape (index broadcast, then event) into theta's shape."""
+        trailing = stats.shape[index.ndim :]
+        total = stats.new_zeros(math.prod(self.batch), *trailing)
+        total.index_add_(0, index.reshape(-1), stats.reshape(-1, *trailing))
+        return total.reshape([*self.batch, *trailing])
+
+
+def jacobian_product(y: Tensor, theta: Tensor, tangent: Tensor) -> Tensor | None:
+    """d y / d theta times `tangent`, or None where y does not depend on theta."""
+    seed = torch.zeros_like(y, requires_grad=True)
+    (back,) = torch.autograd.grad(y, theta, seed, create_graph=True, retain_graph=True, allow_unused=True)
+    if back is None or not back.requires_grad:
+        return None
+    (forward,) = torch.autograd.grad(back, seed, tangent, retain_graph=True, allow_unused=True)
+    return forward
+
+
+def recognise(y: Tensor, name: str, theta: Tensor, event_dims: int, simplex: bool) -> Gather | None:
+    """The gather that makes y from theta, or None.
+
+    Parameters
+    ----------
+    y
+        Parameter of a distribution, differentiable in theta; the last `event_dims` dimensions are one block.
+    simplex
+        Blocks are probability vectors, which PyTorch renormalises: only tangents that sum to 0 pass unchanged.
+    """
+    if not y.requires_grad or theta.ndim < event_dims or y.ndim < event_dims:
+        return None
+    split = theta.ndim - event_dims
+    batch, event = tuple(theta.shape[:split]), tuple(theta.shape[split:])
+    if tuple(y.shape[y.ndim - event_dims :]) != event or (simplex and event[-1] < 2):
+        return None
+    count = math.prod(batch)
+    number = torch.arange(1, count + 1, dtype=theta.dtype, device=theta.device).reshape(batch)
+    tangent = torch.zeros_like(theta)
+    first = (0,) * event_dims
+    tangent[(..., *first)] = number
+    if simplex:
+        tangent[..., 1] = -number
+    moved = jacobian_product(y, theta, tangent)
+    if moved is None:
+        return None
+    found = moved[(..., *first)]
+    index = found.round().long() - 1
+    if bool((found - found.round()).abs().max() > 1e-6) or int(index.min()) < 0 or int(index.max()) >= count:
+        return None
+    gather = Gather(name, index, batch, event)
+    random = torch.rand_like(theta)
+    if simplex:
+        random = random - random.mean(-1, keepdim=True)
+    same_value = torch.allclose(gather.push(theta.detach()), y.detach(), rtol=1e-7, atol=1e-12)
+    confirmed = jacobian_product(y, theta, random)
+    if confirmed is None or not same_value or not torch.allclose(gather.push(random), confirmed, atol=1e-8):
+        return None
+    return gather

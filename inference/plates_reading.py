@@ -1,0 +1,356 @@
+"""One story with its arguments: the watched run, and the numerical checks that complete it."""
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from .plates_algebra import Apply, Expr, Index, Number, Opaque, Ref, Watch, references
+from .plates_record import Recorder, family_arguments
+from .plates_replay import (
+    another_param,
+    another_value,
+    changes,
+    first_entry_changed,
+    replay,
+    row_dimension,
+    rows_changed,
+)
+from .session import isolated
+
+_ARGUMENT = "@"  # marks names of the story's arguments, so that they cannot meet those of sites
+
+
+@dataclass(frozen=True)
+class Plate:
+    """A plate around a site; `dim` is None where the plate is a loop."""
+
+    name: str
+    size: int
+    dim: int | None
+
+
+@dataclass(frozen=True)
+class Site:
+    """One node of a story's graph.
+
+    Attributes
+    ----------
+    kind
+        "latent", "observed", "deterministic", "factor", "parameter" (`pyro.param`), "module" (all parameters of
+        one network) or "input" (an array given to the story that some distribution depends on).
+    parents
+        Names that its distribution (or value) depends on directly, in program order.
+    plates
+        From the outermost in.
+    family
+        Name of the distribution, None without one.
+    arguments
+        Formula of each argument of the distribution: (("loc", Ref("mu")), ("scale", Number(1.0))).
+    aligned
+        Plates along which row n depends on row n of its parents alone, as a numerical check has shown.
+    """
+
+    name: str
+    kind: str
+    parents: tuple[str, ...] = ()
+    plates: tuple[Plate, ...] = ()
+    family: str | None = None
+    arguments: tuple[tuple[str, Expr], ...] = ()
+    aligned: frozenset[str] = frozenset()
+
+    @property
+    def constants(self) -> dict[str, float]:
+        """Arguments that are plain numbers."""
+        return {name: expr.value for name, expr in self.arguments if isinstance(expr, Number)}
+
+
+def program(story: Any) -> Callable[..., Any]:
+    """The Pyro program of a story: its `model`, or itself."""
+    if inspect.isclass(story):
+        raise TypeError(
+            f"story is the class {story.__name__}, which tells no story before it is made: pass an instance, "
+            f"{story.__name__}(...)"
+        )
+    model = getattr(story, "model", None)
+    if callable(model):
+        return model
+    if callable(story):
+        return story
+    raise TypeError(
+        f"story is {type(story).__name__} and cannot be run: pass a Pyro program (a function that calls "
+        "pyro.sample) or an object with a `model` method"
+    )
+
+
+class Reading:
+    """A story ready to be run again and again, unchanged or with other values."""
+
+    def __init__(self, story: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.model = program(story)
+        self.networks = _networks(story)
+        self.store = pyro.get_param_store().get_state()
+        self.positional, self.keywords = _by_name(self.model, args, kwargs)
+
+    def run(
+        self, handler: Messenger, given: dict[str, Any] | None = None, watch: Watch | None = None
+    ) -> None:
+        """The story once, under `handler`, with fixed seeds and everything put back afterwards."""
+        given = given or {}
+        change = {k: given.get(k, v) for k, v in self.keywords.items()}
+        args = [given.get(k, v) for k, v in self.positional]
+        with isolated(seed=0), _buffers_kept(self.networks), ExitStack() as stack:
+            pyro.get_param_store().set_state(self.store)
+            stack.enter_context(poutine.block())
+            if watch is not None:
+                stack.enter_context(watch)
+                args = [_mark(watch, v, k) for (k, _), v in zip(self.positional, args, strict=True)]
+                change = {k: _mark(watch, v, k) for k, v in change.items()}
+            stack.enter_context(handler)
+            self.model(*args, **change)
+
+    def sites(self, align: bool) -> dict[str, Site]:
+        """The graph; `align` adds the check of row against row for each plate."""
+        with isolated(seed=0), warnings.catch_warnings(action="ignore"), pyro.validation_enabled(False):
+            return self._sites(align)
+
+    def _sites(self, align: bool) -> dict[str, Site]:
+        watch = Watch()
+        recorder = Recorder(watch)
+        try:
+            self.run(recorder, watch=watch)
+            doubtful = watch.escaped | _childless(recorder.found)
+        except Exception:
+            watch = Watch()
+            recorder = Recorder(watch)
+            self.run(recorder)  # an exception of the story's own comes again, and this time stays
+            doubtful = set(recorder.found)
+        found = recorder.found
+        tested = self._test(found, [n for n in found if n in doubtful][:60])
+        sites = _assemble(found, tested)
+        return self._align(found, sites) if align else sites
+
+    def _held(self, found: dict[str, dict]) -> dict[str, Any]:
+        return {n: s["value"] for n, s in found.items() if "value" in s and s["kind"] != "factor"}
+
+    def _test(self, found: dict[str, dict], names: list[str]) -> dict[str, dict[str, set[str]]]:
+        """By site and argument, those among `names` that it depends on when values are changed."""
+        result: dict[str, dict[str, set[str]]] = {}
+        values = self._held(found)
+        before = replay(self.run, values) if names else None
+        for name in names if before else ():
+            site = found[name]
+            if "held" in site:
+                after = self._with_params(values, site)
+            else:
+                other = (
+                    another_value(site["fn"], values[name]) if isinstance(values.get(name), Tensor) else None
+                )
+                after = None if other is None else replay(self.run, {**values, name: other})
+            for child, arguments in changes(before, after, family_arguments).items():
+                if child != name:
+                    for argument in arguments or {""}:
+                        result.setdefault(child, {}).setdefault(argument, set()).add(name)
+        return result
+
+    def _with_params(self, values: dict[str, Any], site: dict) -> dict[str, dict] | None:
+        others = {k: another_param(v, c) for k, (v, c) in site["held"].items()}
+        changed = {k: v for k, v in others.items() if v is not None}
+        if site["kind"] != "module":
+            return replay(self.run, values, changed)
+        kept = {k: v.detach().clone() for k, (v, _) in site["held"].items() if k in changed}
+        try:
+            for k, other in changed.items():
+                site["held"][k][0].data.copy_(other)
+            return replay(self.run, values)
+        finally:
+            for k, old in kept.items():
+                site["held"][k][0].data.copy_(old)
+
+    def _align(self, found: dict[str, dict], sites: dict[str, Site]) -> dict[str, Site]:
+        values = self._held(found)
+        plates = {f.name: f for s in found.values() for f in s["frames"] if f.dim is not None and f.size > 1}
+        before = replay(self.run, values) if plates else None
+        for frame in plates.values() if before else ():
+            inside = [n for n, s in found.items() if frame.name in (f.name for f in s["frames"])]
+            others = {
+                n: v for n in inside if (v := _first_row_changed(found[n], values.get(n), frame)) is not None
+            }
+            after = replay(self.run, {**values, **others})
+            aligned = _aligned(before, after, inside, values, frame)
+            for name in inside:
+                if name in aligned:
+                    sites[name] = replace(sites[name], aligned=sites[name].aligned | {frame.name})
+            self._align_inputs(before, sites, inside, values, frame)
+        return sites
+
+    def _align_inputs(
+        self, before: dict, sites: dict[str, Site], inside: list[str], values: dict, frame: Any
+    ) -> None:
+        """Arguments whose row n is used for row n alone belong inside the plate."""
+        plate = Plate(frame.name, frame.full_size or frame.size, frame.dim)
+        for key, value in (*self.positional, *self.keywords.items()):
+            name = next((n for n in (key, f"{key} (given)") if n in sites and sites[n].kind == "input"), None)
+            users = [n for n, s in sites.items() if name in s.parents]
+            if name is None or not isinstance(value, Tensor) or not users or not set(users) <= set(inside):
+                continue
+            dim = next((d for d, size in enumerate(value.shape) if size == frame.size), None)
+            if dim is None:
+                continue
+            changed = first_entry_changed(value, dim)
+            after = replay(lambda h, c=changed, k=key: self.run(h, {k: c}), values)  # type: ignore[misc]
+            if set(users) <= _aligned(before, after, users, values, frame):
+                sites[name] = replace(sites[name], plates=(*sites[name].plates, plate))
+
+
+def _aligned(before: dict, after: dict | None, names: list[str], values: dict, frame: Any) -> set[str]:
+    good = set()
+    for name in names if after is not None else ():
+        if name in before and name in after:
+            rows = rows_changed(before[name], after[name], values.get(name), frame.dim, frame.size)
+            if rows is not None and len(rows) == frame.size and bool(rows[0]) and not bool(rows[1:].any()):
+                good.add(name)
+    return good
+
+
+def _first_row_changed(site: dict, value: Any, frame: Any) -> Tensor | None:
+    if not isinstance(value, Tensor) or site["kind"] == "factor":
+        return None
+    dim = row_dimension(value, site["fn"], frame.dim, frame.size, site["kind"] == "deterministic")
+    return None if dim is None else another_value(site["fn"], value, (dim, 0))
+
+
+def _childless(found: dict[str, dict]) -> set[str]:
+    """Sites that nothing after them seems to use: the watch may have lost them."""
+    used = set().union(*(s["names"] for s in found.values())) if found else set()
+    names = list(found)
+    return {n for n in names[:-1] if n not in used and found[n]["kind"] in ("latent", "parameter", "module")}
+
+
+def _assemble(found: dict[str, dict], tested: dict[str, dict[str, set[str]]]) -> dict[str, Site]:
+    order = {n: i for i, n in enumerate(found)}
+    observed_as = {s["source"].expr: n for n, s in found.items() if s["kind"] == "observed" and s["source"]}
+    whole = {e.name for e in observed_as if isinstance(e, Ref)}
+    sites: dict[str, Site] = {}
+    inputs: dict[str, None] = {}
+    for name, site in found.items():
+        seen, arguments = set(), []
+        for key, (expr, plain) in site["arguments"].items():
+            expr = _as_sites(expr, {e: n for e, n in observed_as.items() if order[n] < order[name]}, whole)
+            more = tested.get(name, {}).get(key, set()) | tested.get(name, {}).get("", set())
+            if more - references(expr):
+                expr = Opaque(references(expr) | more)
+            seen |= references(expr)
+            if expr is None or not (references(expr) or isinstance(expr, Number)):
+                expr = plain if plain is not None else Opaque(frozenset())
+            arguments.append((key, plain if isinstance(expr, Number) and plain is not None else expr))
+        in_arguments = frozenset().union(*(references(e) for e, _ in site["arguments"].values()))
+        seen |= {
+            n
+            for n in site["names"] - in_arguments
+            if n[1:] not in {w[1:] for w in whole} or n[0] != _ARGUMENT
+        }
+        seen |= set().union(*tested.get(name, {}).values())
+        inputs.update(dict.fromkeys(sorted(n for n in seen if n.startswith(_ARGUMENT))))
+        plates = tuple(Plate(f.name, f.full_size or f.size, f.dim) for f in site["frames"])
+        parents = tuple(sorted(seen - {name}, key=lambda n: order.get(n, -1)))
+        sites[name] = Site(name, site["kind"], parents, plates, site.get("family"), tuple(arguments))
+    shown = {k: f"{k[1:]} (given)" if k[1:] in sites else k[1:] for k in inputs}
+    given = {label: Site(label, "input") for label in shown.values()}
+    return given | {n: _rename(s, shown) for n, s in sites.items()}
+
+
+def _as_sites(expr: Expr | None, observed_as: dict[Expr, str], whole: set[str]) -> Expr | None:
+    """Data that earlier sites observe, read again from an argument, are the values of those sites."""
+    if expr is None:
+        return None
+    if expr in observed_as:
+        return Ref(observed_as[expr])
+    if isinstance(expr, Index):
+        items = tuple(_as_sites(i, observed_as, whole) for i in expr.items)
+        base = _as_sites(expr.base, observed_as, whole)
+        return (
+            Index(base, items)
+            if base is not None and references(base)
+            else Opaque(references(Apply("", items)))
+        )
+    if isinstance(expr, Apply):
+        return Apply(expr.op, tuple(_as_sites(a, observed_as, whole) for a in expr.args))
+    if isinstance(expr, Ref | Opaque) and references(expr) & whole:
+        return Opaque(references(expr) - whole)
+    return expr
+
+
+def _rename(site: Site, names: dict[str, str]) -> Site:
+    def inside(expr: Expr | None) -> Expr | None:
+        if isinstance(expr, Ref):
+            return Ref(names.get(expr.name, expr.name))
+        if isinstance(expr, Opaque):
+            return Opaque(frozenset(names.get(n, n) for n in expr.names))
+        if isinstance(expr, Index):
+            return Index(inside(expr.base), tuple(inside(i) for i in expr.items))
+        return Apply(expr.op, tuple(inside(a) for a in expr.args)) if isinstance(expr, Apply) else expr
+
+    parents = tuple(names.get(n, n) for n in site.parents)
+    return replace(site, parents=parents, arguments=tuple((k, inside(e)) for k, e in site.arguments))
+
+
+def _by_name(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[list[tuple[str, Any]], dict[str, Any]]:
+    """Arguments as the story names them; arrays and data frames become tensors."""
+    names: list[str] = []
+    try:
+        for name, p in inspect.signature(model).parameters.items():
+            names += [name] if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) else []
+    except (TypeError, ValueError):
+        pass
+    names += [f"argument_{i}" for i in range(len(names), len(args))]
+    return (
+        [(n, _tensor(a)) for n, a in zip(names, args, strict=False)],
+        {k: _tensor(v) for k, v in kwargs.items()},
+    )
+
+
+def _tensor(value: Any) -> Any:
+    if hasattr(value, "to_numpy") and not isinstance(value, Tensor):
+        value = value.to_numpy()
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+        tensor = torch.as_tensor(np.ascontiguousarray(value))
+        return tensor.to(torch.get_default_dtype()) if value.dtype.kind == "f" else tensor
+    return value
+
+
+def _mark(watch: Watch, value: Any, name: str) -> Any:
+    if isinstance(value, Tensor) and value.layout == torch.strided:
+        return watch.mark(value, _ARGUMENT + name)
+    if type(value) in (list, tuple):
+        return type(value)(_mark(watch, v, name) for v in value)
+    return {k: _mark(watch, v, name) for k, v in value.items()} if type(value) is dict else value
+
+
+def _networks(story: Any) -> list[torch.nn.Module]:
+    """Networks that a story holds or closes over."""
+    owner = getattr(story, "__self__", story)
+    around = [owner, *(vars(owner).values() if hasattr(owner, "__dict__") else ())]
+    code = inspect.getclosurevars(story) if inspect.isfunction(story) else None
+    around += [*code.nonlocals.values(), *code.globals.values()] if code else []
+    return [m for m in around if isinstance(m, torch.nn.Module)]
+
+
+@contextmanager
+def _buffers_kept(networks: list[torch.nn.Module]) -> Iterator[None]:
+    """Running averages of batch normalisation and the like stay as they were."""
+    kept = [(b, b.detach().clone()) for m in networks for b in m.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, old in kept:
+            buffer.data.copy_(old)

@@ -1,0 +1,244 @@
+"""The one answer type: what is known about the latents, however it was found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .joint import LogJoint
+from .methods.base import positive_int
+from .problem import Problem
+from .session import isolated
+
+if TYPE_CHECKING:
+    from .choose import Choice
+    from .methods.base import Method
+    from .predict import Imputation
+    from .score import Score
+    from .summary import Summary
+
+#: Draws that a question about rows is averaged over, evenly spaced among all.
+ROW_DRAWS = 200
+
+
+@dataclass(frozen=True, repr=False)
+class Posterior:
+    """Posterior of one story given one data set.
+
+    Attributes
+    ----------
+    kind
+        "exact", "samples", "variational" or "point": what the numbers are.
+    method
+        The configured method that answered.
+    draws
+        Name -> (draws, ...shape): continuous latents (and learned parameters), chain after chain; a point is one draw.
+        Components of mixtures are matched across draws, so that `mu[:, k]` is one component throughout.
+    chains
+        Number of chains among the draws.
+    history
+        Objective by iteration: log joint (EM), ELBO (SVI); empty for NUTS.
+    diagnostics, warnings
+        What the method can say about its own answer, and what to distrust.
+    timings
+        Seconds of "setup", "warmup", "run", "total" and "peak_memory" in MB.
+    sample_stats
+        Per-draw statistics of a sampler, (chains, draws).
+    converged
+        False where a budget, Ctrl-C or the iteration limit ended the run.
+    """
+
+    kind: str
+    method: Method
+    problem: Problem
+    draws: dict[str, Tensor]
+    chains: int = 1
+    history: list[float] = field(default_factory=list)
+    diagnostics: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    timings: dict[str, float] = field(default_factory=dict)
+    sample_stats: dict[str, np.ndarray] = field(default_factory=dict)
+    converged: bool = True
+    choice: Choice | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    # -- what ran and why --------------------------------------------------------------------------------------------
+
+    @property
+    def seed(self) -> int:
+        """Seed that repeats this answer."""
+        return self.problem.seed
+
+    @property
+    def structure(self) -> Any:
+        """What `inspect` read of the story."""
+        return self.problem.structure
+
+    @property
+    def num_draws(self) -> int:
+        """Draws over all chains."""
+        return len(next(iter(self.draws.values()))) if self.draws else 1
+
+    @cached_property
+    def joint(self) -> LogJoint:
+        """Log joint density of the story and the fitted data."""
+        with isolated(self.seed, self.problem.dtype):
+            return LogJoint(self.problem)
+
+    def why(self) -> str:
+        """The method that ran, the rule that chose it, and every other method's verdict with its premise."""
+        return str(self.choice) if self.choice else f"{self.method.name}: called directly"
+
+    def finished(self) -> Posterior:
+        """Match exchangeable components across draws, then judge convergence on the matched draws."""
+        from .labels import match_labels
+
+        draws, axes = match_labels(self)
+        diagnostics, warnings = dict(self.diagnostics), list(self.warnings)
+        if axes:
+            diagnostics["exchangeable"] = {name: list(a) for name, a in axes.items()}
+        if self.kind == "samples":
+            from .diagnostics import rhat_ess, rhat_warnings
+
+            by_chain = {n: d.reshape(self.chains, -1, *d.shape[1:]).cpu().numpy() for n, d in draws.items()}
+            convergence = rhat_ess(by_chain)
+            diagnostics.update(convergence)
+            warnings = rhat_warnings(by_chain, convergence) + warnings
+        notes = [n for n in self.problem.structure.notes if n not in warnings]
+        return replace(self, draws=draws, diagnostics=diagnostics, warnings=warnings + notes)
+
+    # -- questions ---------------------------------------------------------------------------------------------------
+
+    def draw(self, index: int) -> dict[str, Tensor]:
+        """One draw of every continuous latent and parameter."""
+        return {name: value[index] for name, value in self.draws.items()}
+
+    def some_draws(self, most: int = ROW_DRAWS) -> list[int]:
+        """Indices of at most `most` draws, evenly spaced."""
+        return torch.linspace(0, self.num_draws - 1, min(most, self.num_draws)).round().long().tolist()
+
+    def local(self, site: str, data: Any = None, *, draws: int = ROW_DRAWS) -> Tensor:
+        """Posterior of a local latent.
+
+        Parameters
+        ----------
+        site
+            Name of a latent inside the data plate.
+        data
+            New rows, as for `fit`; None for the fitted ones.
+        draws
+            Draws of the globals to average over.
+
+        Returns
+        -------
+        Probabilities (rows, ..., states) for a finite latent, always the posterior's; draws (draws, rows, ...event)
+        for a continuous one.
+
+        Raises
+        ------
+        ValueError
+            The site is unknown, observed or global.
+        """
+        from .local import local_posterior
+
+        return local_posterior(self, site, data, draws)
+
+    def log_prob(self, data: Any = None, *, draws: int = ROW_DRAWS) -> Tensor:
+        """log p(x_n | fitted data) of every row, local latents summed or integrated out: (rows,).
+
+        Points: the plug-in density at the point. Draws: log of the mean density over at most `draws` of them.
+        `score` gives the same with its estimator, standard error and bound side.
+        """
+        return self.score(data, draws=draws).rows
+
+    def score(self, data: Any = None, *, draws: int = ROW_DRAWS) -> Score:
+        """Log density of rows, with the estimator's name, its Monte Carlo error and which side it errs to."""
+        from .score import score
+
+        return score(self, data, draws)
+
+    def sample(self, num: int = 100, *, seed: int | None = None) -> dict[str, Tensor]:
+        """New rows from the posterior predictive distribution: every local site, (num, ...event) each."""
+        from .predict import sample_rows
+
+        positive_int("sample", "num", num)
+        return sample_rows(self, num, seed)
+
+    def predict(self, data: Any = None, *, draws: int = ROW_DRAWS, seed: int | None = None) -> dict[str, Tensor]:
+        """Draws of every observed site for rows with the given covariates: (draws, rows, ...event) each."""
+        from .predict import predict
+
+        return predict(self, data, draws, seed)
+
+    def impute(self, data: Any = None, *, draws: int = ROW_DRAWS, seed: int | None = None) -> Imputation:
+        """Missing cells (NaN) of the fitted or of new rows: posterior means, intervals and draws."""
+        from .predict import impute
+
+        return impute(self, data, draws, seed)
+
+    # -- tables, figures, files --------------------------------------------------------------------------------------
+
+    def summary(self) -> Summary:
+        """Table of the globals (mean, sd, 5 %, 95 %, R-hat, ESS), warnings first."""
+        from .summary import summarise
+
+        return summarise(self)
+
+    def to_arviz(self) -> Any:
+        """`xarray.DataTree` with posterior, pointwise log-likelihood, observed data and sample statistics."""
+        from .arviz_io import to_datatree
+
+        return to_datatree(self)
+
+    def plot_history(self, ax: Any = None) -> Any:
+        """Objective by iteration (EM, SVI) or log density by draw (NUTS)."""
+        from .plots import plot_history
+
+        return plot_history(self, ax)
+
+    def plot_density(self, names: list[str] | None = None) -> Any:
+        """Marginal posterior of every global entry."""
+        from .plots import plot_density
+
+        return plot_density(self, names)
+
+    def plot_data(self, columns: tuple[int, int] = (0, 1), ax: Any = None) -> Any:
+        """Rows in two columns, coloured by the posterior of the finite local latent."""
+        from .plots import plot_data
+
+        return plot_data(self, columns, ax)
+
+    def save(self, path: str | Path) -> Path:
+        """Write draws and a card (safetensors with JSON, checksummed) to one file, atomically."""
+        from .checkpoint import save
+
+        return save(self, path)
+
+    def __repr__(self) -> str:
+        lines = []
+        if self.warnings:
+            lines += [f"warning: {w}" for w in self.warnings]
+        rows = self.structure.num_rows
+        where = f" given {rows} rows" if rows else ""
+        size = f"{self.num_draws} draws" + (f" in {self.chains} chains" if self.chains > 1 else "")
+        what = {"point": "point estimate", "exact": "exact posterior"}.get(self.kind, f"{self.kind}, {size}")
+        state = "" if self.converged else ", not converged"
+        lines.append(f"Posterior by {self.method.name.upper()}: {what}{where}{state} (seed {self.seed})")
+        for name, value in self.draws.items():
+            lines.append(f"  {name:<12} {tuple(value.shape[1:])!s:<12} mean {_preview(value.double().mean(0))}")
+        finite = [s.name for s in self.structure.finite]
+        if finite:
+            lines.append(f"  summed out   {', '.join(finite[:6])}{', ...' if len(finite) > 6 else ''}: posterior.local({finite[0]!r})")
+        return "\n".join(lines)
+
+
+def _preview(mean: Tensor) -> str:
+    flat = mean.flatten()
+    shown = ", ".join(f"{v:.3g}" for v in flat[:6].tolist())
+    return f"[{shown}{', ...' if len(flat) > 6 else ''}]" if flat.numel() > 1 else shown

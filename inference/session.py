@@ -1,0 +1,65 @@
+"""Run other people's programs without leaving a trace: parameter store, random state, default dtype and handlers."""
+
+import random
+import secrets
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pyro
+import torch
+from pyro.poutine.runtime import _PYRO_STACK
+
+# Pyro's handler stack and torch's default dtype belong to the process, not to a thread.
+_LOCK = threading.RLock()
+
+
+def fresh_seed() -> int:
+    """A seed from the operating system: recorded with the answer, and the user's generators stay untouched."""
+    return secrets.randbelow(2**31)
+
+
+@contextmanager
+def isolated(seed: int | None = None, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Everything a story may change is put back afterwards, also after an exception.
+
+    Parameters
+    ----------
+    seed
+        Seed of torch, NumPy and `random` inside; None keeps the current streams (still restored afterwards).
+    dtype
+        Default floating dtype inside.
+
+    Raises
+    ------
+    RuntimeError
+        Another thread is inside: Pyro keeps one handler stack for the whole process.
+    """
+    if not _LOCK.acquire(blocking=False):
+        raise RuntimeError(
+            "another thread is running a story: Pyro keeps one handler stack and one parameter store per process. "
+            "Run fits one after another, or in processes of their own (concurrent.futures.ProcessPoolExecutor)"
+        )
+    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    old_dtype, depth = torch.get_default_dtype(), len(_PYRO_STACK)
+    try:
+        with pyro.get_param_store().scope(), warnings.catch_warnings():
+            # torch's Wishart takes rounding in large draws for singularity and resamples: nothing to act on.
+            warnings.filterwarnings("ignore", message="Singular sample detected")
+            if dtype is not None:
+                torch.set_default_dtype(dtype)
+            if seed is not None:
+                pyro.set_rng_seed(seed)
+            yield
+    finally:
+        del _PYRO_STACK[depth:]
+        torch.set_default_dtype(old_dtype)
+        torch.set_rng_state(torch_state)
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+        if cuda_states is not None:
+            torch.cuda.set_rng_state_all(cuda_states)
+        _LOCK.release()

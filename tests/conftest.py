@@ -1,0 +1,41 @@
+"""Shared fixtures: quiet plots, and proof that a test leaves nothing behind."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pyro
+import pytest
+import torch
+
+#: Corpora, tables and reference posteriors that are not part of the project.
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    """Every test draws the same data, and finds the parameter store empty."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+    pyro.clear_param_store()
+    yield
+
+
+@pytest.fixture
+def untouched():
+    """After the test, the process-wide state is what it was."""
+    import warnings
+
+    before = (torch.get_default_dtype(), torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate())
+    filters = list(warnings.filters)
+    yield
+    from pyro.poutine.runtime import _PYRO_STACK
+
+    assert torch.get_default_dtype() == before[0]
+    assert torch.equal(torch.get_rng_state(), before[1])
+    assert np.random.get_state()[1].tolist() == before[2]
+    assert random.getstate() == before[3]
+    assert not pyro.get_param_store().keys()
+    assert not _PYRO_STACK
+    assert list(warnings.filters) == filters

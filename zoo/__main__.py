@@ -1,0 +1,339 @@
+"""The `zoo` command: the one place where stories and inference meet.
+
+Commands import what they need when they run, so that `zoo --help` answers at once.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import App, CycloptsError, Parameter
+from cyclopts.validators import Number
+
+from . import __version__
+from .cli.faults import FAULT, INTERRUPTED, USAGE, CommandError, UsageError, describe
+from .cli.stories import FoundStory, file_of, find_story, parse_settings
+from .cli.terminal import check_writable, note, terse_warnings
+
+app = App(
+    name="zoo",
+    help="Generative stories as Pyro programs, and every inference that answers them.",
+    help_epilogue="STORY is a name from `zoo list`, or file.py:name for your own function, class or object.",
+    version=__version__,
+    default_parameter=Parameter(negative=""),
+    error_formatter=lambda error: f"zoo: {error}",
+    suppress_keyboard_interrupt=False,
+)
+
+Columns = Annotated[str | None, Parameter(help="Columns to use, separated by commas.")]
+Data = Annotated[str | None, Parameter(help="CSV, TSV, Parquet, NPY or NPZ file, or a name from `zoo list`.")]
+Quiet = Annotated[bool, Parameter(help="No progress bars and no notes.")]
+Seed = Annotated[int | None, Parameter(validator=Number(gte=0), help="The same seed gives the same numbers.")]
+Settings = Annotated[
+    list[str] | None,
+    Parameter(name="--set", consume_multiple=True, help="Hyperparameters: --set num_components=3 scale=2"),
+]
+Want = Literal["auto", "posterior", "point"]
+
+
+@app.command(name="list")
+def list_() -> None:
+    """What there is: stories by chapter, data sets."""
+    from .cli.terminal import print_catalog
+
+    print_catalog()
+
+
+@app.command
+def show(story: str, /, *, data: Data = None, columns: Columns = None, set_: Settings = None,
+         plate: Path | None = None) -> None:  # fmt: skip
+    """A story: what it says, how it runs, its sizes, its plate diagram.
+
+    Parameters
+    ----------
+    story
+        Name, or file.py:name.
+    plate
+        Draw the plate diagram into this file (.png, .svg, .pdf).
+    """
+    from inference import draw_plates, inspect, story_text
+
+    if plate:
+        check_writable(plate, (".png", ".svg", ".pdf"))
+    found = find_story(story, parse_settings(set_ or ()), example_settings=True)
+    seen = data is not None or found.example is not None
+    arguments = _arguments(found, data, columns) if seen else dict(found.settings)
+    lacking = [name for name, needed in found.arguments.items() if needed and name not in arguments]
+    if lacking:
+        raise UsageError(f"{found.label} cannot run without {' and '.join(lacking)}: add --data FILE")
+    print(found.label, "\n" + found.text if found.text else "", sep="\n")
+    print("\nAs it runs\n")
+    print(story_text(found.story, **arguments))
+    if seen:
+        print()
+        print(inspect(found.story, arguments))
+    if plate:
+        draw_plates(found.story, title=found.label, **arguments).savefig(plate)
+        print(f"\nplate diagram: {plate}")
+
+
+@app.command
+def check(story: str, /, *, data: Data = None, columns: Columns = None, set_: Settings = None) -> None:
+    """Whether a story and data can be fitted: structure, cost, every method with its reason.
+
+    Parameters
+    ----------
+    story
+        Name, or file.py:name.
+    """
+    from inference import choose, inspect
+
+    found = find_story(story, parse_settings(set_ or ()), example_settings=data is None)
+    structure = inspect(found.story, _arguments(found, data, columns))
+    print(structure)
+    print(f"data: {structure.data_bytes:,} bytes in memory\n")
+    print(choose(structure))
+
+
+@app.command
+def fit(
+    story: str,
+    /,
+    *,
+    data: Data = None,
+    columns: Columns = None,
+    method: str = "auto",
+    want: Want = "auto",
+    set_: Settings = None,
+    seed: Seed = None,
+    save: Path | None = None,
+    quiet: Quiet = False,
+) -> None:
+    """Infer what a story leaves unsaid, given what was seen.
+
+    Parameters
+    ----------
+    story
+        Name, or file.py:name.
+    method
+        auto, em, svi or nuts.
+    want
+        Points for the globals, or distributions over them too.
+    save
+        Keep the posterior in this file, for `zoo sample --given`.
+    """
+    _known_methods([] if method == "auto" else [method])
+    if save:
+        check_writable(save)
+    from inference import fit
+
+    found = find_story(story, parse_settings(set_ or ()), example_settings=data is None)
+    arguments = _arguments(found, data, columns, quiet)
+    posterior = fit(found.story, arguments, method, want=want, seed=seed, progress=False if quiet else None)
+    print(posterior.why(), posterior.summary(), sep="\n\n")
+    if save:
+        posterior.save(save)
+        print(f"\nposterior: {save}")
+
+
+@app.command
+def compare(
+    story: str,
+    /,
+    *,
+    data: Data = None,
+    columns: Columns = None,
+    methods: str = "em,svi,nuts",
+    test: Annotated[float, Parameter(validator=Number(gt=0, lt=1))] = 0.2,
+    set_: Settings = None,
+    seed: Seed = 0,
+    report: Path | None = None,
+    quiet: Quiet = False,
+) -> None:
+    """Fit with several methods and hold them side by side on rows held out.
+
+    Parameters
+    ----------
+    story
+        Name, or file.py:name.
+    methods
+        Names separated by commas.
+    test
+        Share of the rows to hold out.
+    report
+        Write a report with figures into this HTML file.
+    """
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    _known_methods(names)
+    if report:
+        check_writable(report, (".html",))
+    from inference import compare
+
+    found = find_story(story, parse_settings(set_ or ()), example_settings=data is None)
+    arguments = _arguments(found, data, columns, quiet)
+    comparison = compare(
+        found.story, arguments, methods=names, test=test, seed=seed, progress=False if quiet else None
+    )
+    print(comparison)
+    if report:
+        print(f"\nreport: {comparison.report(report)}")
+
+
+@app.command
+def sample(
+    story: str,
+    /,
+    *,
+    num_data: Annotated[int | None, Parameter(validator=Number(gte=1))] = None,
+    given: Path | None = None,
+    set_: Settings = None,
+    seed: Seed = None,
+    output: Annotated[Path | None, Parameter(alias="-o")] = None,
+) -> None:
+    """Dream up rows: from the story alone, or from a posterior that `zoo fit --save` kept.
+
+    Parameters
+    ----------
+    story
+        Name, or file.py:name.
+    num_data
+        Number of rows.
+    given
+        File of a posterior of this story.
+    output
+        CSV file; without it, rows go to standard output.
+    """
+    from .cli.tables import write_rows
+
+    if output:
+        check_writable(output, (".csv",))
+    found = find_story(story, parse_settings(set_ or ()), example_settings=True)
+    if given:
+        from inference import load
+
+        rows = load(given, found.story).sample(num_data or 100, seed=seed)
+    else:
+        rows = _dream(found, num_data, seed)
+    columns = write_rows(rows, output)
+    if output:
+        print(f"{len(next(iter(rows.values())))} rows of {', '.join(columns)}: {output}")
+
+
+@app.command
+def demo(*, out: Path = Path("demo-output"), seed: Seed = 0, quiet: Quiet = False) -> None:
+    """The whole way on real data: three mixtures of Gaussians for the irises, by EM, SVI and NUTS.
+
+    Parameters
+    ----------
+    out
+        Folder for the plate diagram, the figure and the report.
+    """
+    import inference
+
+    from .cli.demo import run
+
+    run(inference, out, seed=seed, progress=False if quiet else None)
+
+
+def _arguments(
+    found: FoundStory, data: str | None, columns: str | None, quiet: bool = True
+) -> dict[str, Any]:
+    """The story's arguments, with data and settings; of two ways to give one column, the one that runs."""
+    from .cli.tables import arguments_from, read_data
+
+    if data is None:
+        if found.example is None:
+            raise UsageError(f"{found.label} needs data: add --data FILE")
+        return {**found.settings, **found.example}
+    dataset = read_data(data, columns.split(",") if columns else None)
+    ways = [{**found.settings, **way} for way in arguments_from(dataset, found.arguments, found.label)]
+    chosen = ways[0] if len(ways) == 1 else _first_that_runs(found, ways)
+    if not quiet:
+        shapes = [f"{name} {tuple(v.shape)}" for name, v in chosen.items() if hasattr(v, "shape")]
+        note(f"{data}: {', '.join(shapes)}")
+    return chosen
+
+
+def _first_that_runs(found: FoundStory, ways: list[dict[str, Any]]) -> dict[str, Any]:
+    from inference import inspect
+
+    errors = []
+    for way in ways:
+        try:
+            inspect(found.story, way)
+        except Exception as error:
+            errors.append(error)
+        else:
+            return way
+    raise errors[0]
+
+
+def _dream(found: FoundStory, num_data: int | None, seed: int | None) -> dict[str, Any]:
+    """One draw of every site that has a value a row."""
+    from inference import inspect, simulate
+
+    sizes = dict(found.settings)
+    if num_data is not None:
+        sizes["num_data"] = num_data
+    draw = simulate(found.story, seed=seed, **sizes)
+    seen = {name: draw[name] for name in found.arguments if name in draw}
+    if not seen:
+        raise CommandError(f"{found.label} samples none of its arguments {list(found.arguments)}: no rows")
+    structure = inspect(found.story, {**found.settings, **seen})
+    return {site.name: draw[site.name] for site in structure.sites if site.local and site.name in draw}
+
+
+def _known_methods(names: Sequence[str]) -> None:
+    from inference.methods import resolve
+
+    for name in names:
+        try:
+            resolve(name)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+
+
+@app.meta.default
+def _launch(
+    *words: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    debug: Annotated[bool, Parameter(help="Show where an error came from.")] = False,
+) -> int:
+    try:
+        with terse_warnings():
+            app(words, exit_on_error=False, result_action="return_value")
+    except CycloptsError:
+        return USAGE  # cyclopts has said what is wrong
+    except KeyboardInterrupt:
+        print("\nzoo: stopped", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader went away, as in `zoo list | head`: nothing left to say
+        return 0
+    except Exception as error:
+        if debug:
+            import traceback
+
+            traceback.print_exc()
+        file = next(filter(None, map(file_of, words)), None)
+        print(f"zoo: {describe(error, file)}", file=sys.stderr)
+        return getattr(error, "exit_code", FAULT)
+    return 0
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command line `words` (default: the process's own).
+
+    Returns
+    -------
+    The exit code: 0, 1 for an error in data or story, 2 for a wrong command, 130 for Ctrl-C.
+    """
+    try:
+        words = sys.argv[1:] if words is None else words
+        return app.meta(words, exit_on_error=False, result_action="return_value") or 0
+    except CycloptsError:
+        return USAGE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""What the zoo holds: one entry a story, listed without importing any of them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One story of the zoo.
+
+    Attributes
+    ----------
+    name
+        What the story is called, in code and on the command line.
+    chapter
+        Its folder in the package.
+    description
+        One line.
+    path
+        "module:class".
+    symbols
+        Latent sites with their shapes.
+    methods
+        What fits it, and what each gives.
+    """
+
+    name: str
+    chapter: str
+    description: str
+    path: str
+    symbols: str
+    methods: str
+
+    @property
+    def story(self) -> type:
+        """The story's class; imports it."""
+        module, _, name = self.path.partition(":")
+        return getattr(import_module(module), name)
+
+    def example(self) -> tuple[Any, Mapping[str, Any]]:
+        """A story with settings that suit it, and data by argument that it can explain."""
+        return self.story.example()  # type: ignore[attr-defined]
+
+
+_ENTRIES = (
+    Entry(
+        name="GMM",
+        chapter="mixtures",
+        description="Gaussian mixture: every row picks a component, then a place around its centre",
+        path="zoo.mixtures.gmm:GMM",
+        symbols="pi (K,); mu (K, D); Lambda (K, D, D) or tau (K, D); z (N,)",
+        methods="EM (point), NUTS (samples), SVI (approximation); z is summed out exactly",
+    ),
+    Entry(
+        name="PoissonMixture",
+        chapter="mixtures",
+        description="Poisson mixture: every row picks a component, then a count around its rate",
+        path="zoo.mixtures.poisson:PoissonMixture",
+        symbols="pi (K,); lam (K,) or (K, D); z (N,)",
+        methods="EM (point), NUTS (samples), SVI (approximation); z is summed out exactly",
+    ),
+)
+
+
+def catalog() -> tuple[Entry, ...]:
+    """Every story, chapter by chapter."""
+    return _ENTRIES
+
+
+def get(name: str) -> Entry:
+    """The entry called `name`, in any mixture of upper and lower case.
+
+    Raises
+    ------
+    ValueError
+        No story is called so; names the closest ones and all there are.
+    """
+    entries = {entry.name.lower(): entry for entry in _ENTRIES}
+    if isinstance(name, str) and name.lower() in entries:
+        return entries[name.lower()]
+    close = get_close_matches(str(name).lower(), entries, n=1)
+    guess = f" Did you mean {entries[close[0]].name!r}?" if close else ""
+    raise ValueError(f"no story is called {name!r}; the zoo has {[e.name for e in _ENTRIES]}.{guess}")
+
+
+def examples() -> dict[str, tuple[Any, Mapping[str, Any]]]:
+    """Every story's own example, by name: the story and data by argument."""
+    return {entry.name: entry.example() for entry in _ENTRIES}

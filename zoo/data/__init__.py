@@ -1,0 +1,24 @@
+"""Data: sets that need no download, simulators that know the truth, readers for tables.
+
+`datasets()` lists names, `load(name)` gives one of them and `read(source)` a file or a data frame; the answer is always
+a `Dataset`.  Nothing here touches a global random state.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_LAZY = {"Dataset": ".dataset", "datasets": ".library", "load": ".library", "read": ".readers"}
+
+__all__ = ["Dataset", "datasets", "load", "read"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {__all__}")
+    value = getattr(import_module(_LAZY[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,134 @@
+"""Mixtures: every row picks one of K components, then is drawn from it.  Here lies what these stories share."""
+
+import math
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Size, Tensor
+
+Setting = float | Sequence[float] | Tensor
+
+_STORIES = {"GMM": ".gmm", "PoissonMixture": ".poisson"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _STORIES:
+        return getattr(import_module(_STORIES[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class Wishart(dist.Wishart):
+    """Wishart distribution over (D, D) precisions with the draws of Bartlett's decomposition.
+
+    The same density as `torch.distributions.Wishart`, whose own draws take every sound matrix for a singular one: it
+    warns and draws again.  Here the draw is :math:`(LA)(LA)^\\top` with :math:`LL^\\top` the scale matrix, A lower
+    triangular, :math:`A_{ii}^2 \\sim \\chi^2_{df - i + 1}` and normals below (Anderson, *An Introduction to Multivariate
+    Statistical Analysis*, 2003, section 7.2); gradients reach `df` and the scale.
+    """
+
+    def rsample(self, sample_shape: Size | Sequence[int] = ()) -> Tensor:
+        """Draws of shape (*sample_shape, *batch_shape, D, D)."""
+        L = self.scale_tril
+        shape = (*sample_shape, *L.shape)
+        df = self.df.unsqueeze(-1) - torch.arange(L.shape[-1], dtype=L.dtype, device=L.device)
+        diagonal = dist.Chi2(df).rsample(tuple(sample_shape)).sqrt()
+        A = torch.randn(shape, dtype=L.dtype, device=L.device).tril(-1) + diagonal.diag_embed()
+        matrix = (L @ A) @ (L @ A).mT
+        return (matrix + matrix.mT) / 2  # exactly symmetric in float32 too
+
+
+def count_setting(name: str, value: int) -> int:
+    """`value` as a whole number from 1.
+
+    Raises
+    ------
+    ValueError
+        Anything else.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < 1:
+        raise ValueError(f"{name} must be a whole number from 1, got {value!r}")
+    return int(value)
+
+
+def setting(name: str, value: Setting, *, positive: bool = False) -> float | tuple[float, ...]:
+    """A hyperparameter, one number or one a column, as plain floats.
+
+    Plain floats can be compared, hashed and printed, and take the data's dtype when the story is told.
+
+    Raises
+    ------
+    ValueError
+        `value` is not finite, not positive where it must be, or more than a vector.
+    TypeError
+        `value` is not made of numbers.
+    """
+    try:
+        tensor = torch.as_tensor(value).detach().to(torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        found = f"{value!r} ({type(value).__name__})"
+        raise TypeError(f"{name} must be a number or one number a column, got {found}") from None
+    if tensor.ndim > 1 or tensor.numel() == 0:
+        shape = tuple(tensor.shape)
+        raise ValueError(f"{name} must be a number or one number a column (D,), got shape {shape}")
+    wrong = ~tensor.isfinite() | (tensor <= 0) if positive else ~tensor.isfinite()
+    if wrong.any():
+        first = tensor[wrong].flatten()[0].item()
+        what = "positive and finite" if positive else "finite"
+        where = f" in column {int(wrong.int().argmax())}" if tensor.ndim else ""
+        raise ValueError(f"{name} must be {what}, got {first:g}{where}")
+    return tensor.item() if tensor.ndim == 0 else tuple(tensor.tolist())
+
+
+def num_columns(x: Tensor | None, num_features: int, **settings: float | tuple[float, ...]) -> int:
+    """D: the columns of `x`, else the length of the settings that are vectors, else `num_features`.
+
+    Raises
+    ------
+    ValueError
+        `x` is not (N, D), or a vector of settings has another length than D.
+    """
+    if x is not None and x.ndim != 2:
+        hint = "; one column is x[:, None]" if x.ndim == 1 else ""
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected rows and columns (N, D){hint}")
+    lengths = {name: len(value) for name, value in settings.items() if isinstance(value, tuple)}
+    told = next(iter(lengths.values()), None)
+    if x is not None:
+        D = x.shape[1]
+    else:
+        D = count_setting("num_features", num_features) if told is None else told
+    for name, length in lengths.items():
+        if length != D:
+            whose = f"x has {D} columns" if x is not None else f"{next(iter(lengths))} has {D}"
+            raise ValueError(f"{name} has {length} numbers and {whose}; give one number or {D}")
+    return D
+
+
+def filled(value: float | tuple[float, ...], size: int, x: Tensor | None) -> Tensor:
+    """A setting as a tensor (size,), in the dtype and on the device of `x`."""
+    floating = x is not None and x.is_floating_point()
+    dtype = x.dtype if x is not None and floating else torch.get_default_dtype()
+    return torch.tensor(value, dtype=dtype, device=None if x is None else x.device).expand(size)
+
+
+def spread_rows(x: Tensor, num_rows: int) -> Tensor:
+    """`num_rows` rows of `x` (N, D) that lie apart, by k-means++ on standardised columns: (num_rows, D).
+
+    A missing cell counts as its column's mean.  Where `x` has too few rows, they repeat.
+    Arthur & Vassilvitskii, *k-means++: The Advantages of Careful Seeding* (SODA 2007).
+    """
+    from sklearn.cluster import kmeans_plusplus
+
+    x = x.detach().to("cpu", torch.get_default_dtype() if not x.is_floating_point() else x.dtype)
+    mean = x.nanmean(0).nan_to_num(0.0)
+    x = torch.where(x.isnan(), mean, x)
+    if len(x) < num_rows:
+        x = x.repeat(math.ceil(num_rows / len(x)), 1)
+    info = torch.finfo(x.dtype)
+    floor = (info.eps * mean.abs()).clamp_min(info.tiny)  # below it a column's spread is rounding error
+    unit = (x - mean) / torch.maximum(x.std(0, correction=0), floor)
+    seed = int(torch.randint(2**31 - 1, ()))
+    _, rows = kmeans_plusplus(unit.double().numpy(), num_rows, random_state=seed)
+    return x[torch.from_numpy(rows)]
