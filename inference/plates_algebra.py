@@ -5,7 +5,7 @@ writing in place. Where a value leaves torch (`.item()`, `.numpy()`, `if z > 0`)
 `Watch.escaped`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -75,7 +75,7 @@ class Trail:
     expr
         The formula, `Opaque` where it is too long or not known.
     moved
-        Whether dimensions were added or rearranged on the way: equal formulas need not mean equal entries then.
+        Whether dimensions were added or rearranged on the way: equal formulas need not be equal entries then.
     """
 
     names: frozenset[str]
@@ -147,6 +147,26 @@ def references(expr: Expr | None) -> frozenset[str]:
     elif isinstance(expr, Apply):
         parts = expr.args
     return frozenset().union(*(references(p) for p in parts))
+
+
+def rebuilt(expr: Index | Apply, parts: Sequence[Expr | None]) -> Expr:
+    """The same operation on other operands; of an index the base comes first."""
+    if isinstance(expr, Index):
+        assert parts[0] is not None
+        return Index(parts[0], tuple(parts[1:]))
+    return Apply(expr.op, tuple(p for p in parts if p is not None))
+
+
+def renamed(expr: Expr, rename: Callable[[str], str]) -> Expr:
+    """A formula with other names."""
+    if isinstance(expr, Ref):
+        return Ref(rename(expr.name))
+    if isinstance(expr, Opaque):
+        return Opaque(frozenset(rename(n) for n in expr.names))
+    if isinstance(expr, Index | Apply):
+        parts = (expr.base, *expr.items) if isinstance(expr, Index) else expr.args
+        return rebuilt(expr, [None if p is None else renamed(p, rename) for p in parts])
+    return expr
 
 
 def constant(value: Any, largest: int = 100_000) -> Number | None:
@@ -287,14 +307,10 @@ class Watch(TorchFunctionMode):
         if op == "__getitem__":
             return self._index(first, args, names)
         if op == "sum" and first.expr is not None and (args[1:], kwargs) in _LAST_SUMS:
-            product = first.expr.op == "mul" if isinstance(first.expr, Apply) else False
-            return Trail(names, Apply("dot", first.expr.args)) if product and args[0].shape[-1] > 1 else None
-        if op in _REDUCE:
-            return (
-                Trail(names, Apply(op, (first.expr,)), True)
-                if kwargs.get("keepdim") or True in args[1:]
-                else None
-            )
+            product = isinstance(first.expr, Apply) and first.expr.op == "mul" and args[0].shape[-1] > 1
+            return Trail(names, Apply("dot", first.expr.args)) if product else None  # type: ignore[union-attr]
+        if op in _REDUCE and (kwargs.get("keepdim") or True in args[1:]):
+            return Trail(names, Apply(op, (first.expr,)), True)
         return Trail(names, Apply(op, (first.expr,)), first.moved) if op in _UNARY else None
 
     def _binary(self, op: str, out: Tensor, args: tuple, names: frozenset[str]) -> Trail | None:

@@ -1,10 +1,10 @@
-"""Loops that were unrolled into numbered sites, folded again: rounds into a plate, chains into a few steps."""
+"""Loops unrolled into numbered sites, folded again: equal rounds into a plate, chains into a few steps."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from .plates_algebra import Apply, Expr, Index, Opaque, Ref
+from .plates_algebra import renamed
 from .plates_reading import Plate, Site
 
 _NUMBER = re.compile(r"_?(\d+)")
@@ -33,18 +33,6 @@ class Chain:
     def place(self) -> dict[str, tuple[str, int]]:
         """Family and number by name of the site."""
         return {name: (base, i) for base, members in self.families.items() for i, name in members.items()}
-
-
-def renamed(expr: Expr, rename: Callable[[str], str]) -> Expr:
-    """A formula with other names."""
-    if isinstance(expr, Ref):
-        return Ref(rename(expr.name))
-    if isinstance(expr, Opaque):
-        return Opaque(frozenset(rename(n) for n in expr.names))
-    if isinstance(expr, Index):
-        items = tuple(None if i is None else renamed(i, rename) for i in expr.items)
-        return Index(renamed(expr.base, rename), items)
-    return Apply(expr.op, tuple(renamed(a, rename) for a in expr.args)) if isinstance(expr, Apply) else expr
 
 
 def _without_number(name: str, which: int) -> tuple[str, int] | None:
@@ -180,8 +168,8 @@ def graph(sites: dict[str, Site]) -> Graph:
         hidden |= {n for n, (_, i) in chain.place.items() if i not in shown}
         linked = dict.fromkeys(b for pair in chain.lagged for b in pair) or dict.fromkeys(chain.families)
         for base in linked:
-            plates = tuple(p.name for p in sites[next(iter(chain.families[base].values()))].plates)
-            extra.append(Node(f"{base} ...", "dots", plates, 2, base))
+            member = sites[next(iter(chain.families[base].values()))]
+            extra.append(Node(f"{base} ...", "dots", tuple(p.name for p in member.plates), 2, base))
         for parent, child in chain.lagged:
             before = chain.families[parent].get(chain.first + 1)
             dots += [(before, f"{child} ...")] if before else []

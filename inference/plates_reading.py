@@ -14,7 +14,7 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from .plates_algebra import Apply, Expr, Index, Number, Opaque, Ref, Watch, references
+from .plates_algebra import Apply, Expr, Index, Number, Opaque, Ref, Watch, rebuilt, references, renamed
 from .plates_record import Recorder, family_arguments
 from .plates_replay import (
     another_param,
@@ -46,8 +46,8 @@ class Site:
     Attributes
     ----------
     kind
-        "latent", "observed", "deterministic", "factor", "parameter" (`pyro.param`), "module" (all parameters of
-        one network) or "input" (an array given to the story that some distribution depends on).
+        "latent", "observed", "deterministic", "factor", "parameter" (`pyro.param`), "module" (all those
+        of one network) or "input" (an array given to the story that some distribution depends on).
     parents
         Names that its distribution (or value) depends on directly, in program order.
     plates
@@ -130,9 +130,10 @@ class Reading:
             self.run(recorder, watch=watch)
             doubtful = watch.escaped | _childless(recorder.found)
         except Exception:
-            watch = Watch()
-            recorder = Recorder(watch)
-            self.run(recorder)  # an exception of the story's own comes again, and this time stays
+            doubtful = None
+        if doubtful is None:  # without the watch; an exception of the story's own comes again, and passes
+            recorder = Recorder(Watch())
+            self.run(recorder)
             doubtful = set(recorder.found)
         found = recorder.found
         tested = self._test(found, [n for n in found if n in doubtful][:60])
@@ -147,18 +148,19 @@ class Reading:
         result: dict[str, dict[str, set[str]]] = {}
         values = self._held(found)
         before = replay(self.run, values) if names else None
-        for name in names if before else ():
+        if before is None:
+            return result
+        for name in names:
             site = found[name]
             if "held" in site:
                 after = self._with_params(values, site)
             else:
-                other = (
-                    another_value(site["fn"], values[name]) if isinstance(values.get(name), Tensor) else None
-                )
+                value = values.get(name)
+                other = another_value(site["fn"], value) if isinstance(value, Tensor) else None
                 after = None if other is None else replay(self.run, {**values, name: other})
             for child, arguments in changes(before, after, family_arguments).items():
                 if child != name:
-                    for argument in arguments or {""}:
+                    for argument in arguments:
                         result.setdefault(child, {}).setdefault(argument, set()).add(name)
         return result
 
@@ -180,7 +182,9 @@ class Reading:
         values = self._held(found)
         plates = {f.name: f for s in found.values() for f in s["frames"] if f.dim is not None and f.size > 1}
         before = replay(self.run, values) if plates else None
-        for frame in plates.values() if before else ():
+        if before is None:
+            return sites
+        for frame in plates.values():
             inside = [n for n, s in found.items() if frame.name in (f.name for f in s["frames"])]
             others = {
                 n: v for n in inside if (v := _first_row_changed(found[n], values.get(n), frame)) is not None
@@ -199,7 +203,9 @@ class Reading:
         """Arguments whose row n is used for row n alone belong inside the plate."""
         plate = Plate(frame.name, frame.full_size or frame.size, frame.dim)
         for key, value in (*self.positional, *self.keywords.items()):
-            name = next((n for n in (key, f"{key} (given)") if n in sites and sites[n].kind == "input"), None)
+            name = next(
+                (n for n in (key, f"{key} (argument)") if n in sites and sites[n].kind == "input"), None
+            )
             users = [n for n, s in sites.items() if name in s.parents]
             if name is None or not isinstance(value, Tensor) or not users or not set(users) <= set(inside):
                 continue
@@ -213,10 +219,10 @@ class Reading:
 
 
 def _aligned(before: dict, after: dict | None, names: list[str], values: dict, frame: Any) -> set[str]:
-    good = set()
-    for name in names if after is not None else ():
-        if name in before and name in after:
-            rows = rows_changed(before[name], after[name], values.get(name), frame.dim, frame.size)
+    good: set[str] = set()
+    for name in names:
+        if after is not None and name in before and name in after and name in values:
+            rows = rows_changed(before[name], after[name], values[name], frame.dim, frame.size)
             if rows is not None and len(rows) == frame.size and bool(rows[0]) and not bool(rows[1:].any()):
                 good.add(name)
     return good
@@ -238,15 +244,17 @@ def _childless(found: dict[str, dict]) -> set[str]:
 
 def _assemble(found: dict[str, dict], tested: dict[str, dict[str, set[str]]]) -> dict[str, Site]:
     order = {n: i for i, n in enumerate(found)}
-    observed_as = {s["source"].expr: n for n, s in found.items() if s["kind"] == "observed" and s["source"]}
+    sources = {n: s["source"].expr for n, s in found.items() if s["kind"] == "observed" and s["source"]}
+    observed_as = {e: n for n, e in sources.items() if isinstance(e, Ref | Index)}
     whole = {e.name for e in observed_as if isinstance(e, Ref)}
     sites: dict[str, Site] = {}
     inputs: dict[str, None] = {}
     for name, site in found.items():
-        seen, arguments = set(), []
+        seen: set[str] = set()
+        arguments: list[tuple[str, Expr]] = []
         for key, (expr, plain) in site["arguments"].items():
             expr = _as_sites(expr, {e: n for e, n in observed_as.items() if order[n] < order[name]}, whole)
-            more = tested.get(name, {}).get(key, set()) | tested.get(name, {}).get("", set())
+            more = tested.get(name, {}).get(key, set())
             if more - references(expr):
                 expr = Opaque(references(expr) | more)
             seen |= references(expr)
@@ -254,17 +262,13 @@ def _assemble(found: dict[str, dict], tested: dict[str, dict[str, set[str]]]) ->
                 expr = plain if plain is not None else Opaque(frozenset())
             arguments.append((key, plain if isinstance(expr, Number) and plain is not None else expr))
         in_arguments = frozenset().union(*(references(e) for e, _ in site["arguments"].values()))
-        seen |= {
-            n
-            for n in site["names"] - in_arguments
-            if n[1:] not in {w[1:] for w in whole} or n[0] != _ARGUMENT
-        }
+        seen |= site["names"] - in_arguments - whole
         seen |= set().union(*tested.get(name, {}).values())
         inputs.update(dict.fromkeys(sorted(n for n in seen if n.startswith(_ARGUMENT))))
         plates = tuple(Plate(f.name, f.full_size or f.size, f.dim) for f in site["frames"])
         parents = tuple(sorted(seen - {name}, key=lambda n: order.get(n, -1)))
         sites[name] = Site(name, site["kind"], parents, plates, site.get("family"), tuple(arguments))
-    shown = {k: f"{k[1:]} (given)" if k[1:] in sites else k[1:] for k in inputs}
+    shown = {k: f"{k[1:]} (argument)" if k[1:] in sites else k[1:] for k in inputs}
     given = {label: Site(label, "input") for label in shown.values()}
     return given | {n: _rename(s, shown) for n, s in sites.items()}
 
@@ -275,40 +279,29 @@ def _as_sites(expr: Expr | None, observed_as: dict[Expr, str], whole: set[str]) 
         return None
     if expr in observed_as:
         return Ref(observed_as[expr])
-    if isinstance(expr, Index):
-        items = tuple(_as_sites(i, observed_as, whole) for i in expr.items)
-        base = _as_sites(expr.base, observed_as, whole)
-        return (
-            Index(base, items)
-            if base is not None and references(base)
-            else Opaque(references(Apply("", items)))
-        )
-    if isinstance(expr, Apply):
-        return Apply(expr.op, tuple(_as_sites(a, observed_as, whole) for a in expr.args))
+    if isinstance(expr, Index | Apply):
+        given = (expr.base, *expr.items) if isinstance(expr, Index) else expr.args
+        parts = tuple(_as_sites(a, observed_as, whole) for a in given)
+        if any(isinstance(p, Opaque) and not p.names for p in parts):  # a constant that has no name
+            return Opaque(frozenset().union(*(references(p) for p in parts)))
+        return rebuilt(expr, parts)
     if isinstance(expr, Ref | Opaque) and references(expr) & whole:
         return Opaque(references(expr) - whole)
     return expr
 
 
 def _rename(site: Site, names: dict[str, str]) -> Site:
-    def inside(expr: Expr | None) -> Expr | None:
-        if isinstance(expr, Ref):
-            return Ref(names.get(expr.name, expr.name))
-        if isinstance(expr, Opaque):
-            return Opaque(frozenset(names.get(n, n) for n in expr.names))
-        if isinstance(expr, Index):
-            return Index(inside(expr.base), tuple(inside(i) for i in expr.items))
-        return Apply(expr.op, tuple(inside(a) for a in expr.args)) if isinstance(expr, Apply) else expr
-
     parents = tuple(names.get(n, n) for n in site.parents)
-    return replace(site, parents=parents, arguments=tuple((k, inside(e)) for k, e in site.arguments))
+    arguments = tuple((k, renamed(e, lambda n: names.get(n, n))) for k, e in site.arguments)
+    return replace(site, parents=parents, arguments=arguments)
 
 
 def _by_name(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[list[tuple[str, Any]], dict[str, Any]]:
     """Arguments as the story names them; arrays and data frames become tensors."""
     names: list[str] = []
     try:
-        for name, p in inspect.signature(model).parameters.items():
+        called = model.forward if isinstance(model, torch.nn.Module) else model
+        for name, p in inspect.signature(called).parameters.items():
             names += [name] if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) else []
     except (TypeError, ValueError):
         pass

@@ -96,7 +96,7 @@ class Recorder(Messenger):
         if not divider and given is not None and "." in name:
             module, divider = name.split(".")[0], "."  # an attribute of a PyroModule
         shown = module if divider else name
-        entry = {
+        entry: dict[str, Any] = {
             "kind": "module" if divider else "parameter",
             "frames": (),
             "names": frozenset(),
@@ -112,7 +112,10 @@ class Recorder(Messenger):
 def plain_constant(fn: Any, name: str, value: Any) -> Expr | None:
     """A constant argument as a number, a scaled identity matrix or a short listing."""
     constraint = _argument_constraints(unwrap(fn)).get(name)
-    event_dim = getattr(constraint, "event_dim", 0) if constraint is not None else 0
+    try:
+        event_dim = constraint.event_dim if constraint is not None else 0
+    except NotImplementedError:  # depends on the value
+        event_dim = 0
     number = constant(value)
     if number is not None:
         width = value.shape[-1] if isinstance(value, Tensor) and value.dim() else 1

@@ -16,6 +16,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
+from .plates_algebra import constant
+
 Run = Callable[[Messenger], None]
 
 
@@ -114,8 +116,13 @@ def _changed(a: Any, b: Any) -> bool:
     return any(s.shape != t.shape or bool(_differ(s, t).any()) for s, t in zip(first, second, strict=True))
 
 
+def _resized(a: Any, b: Any) -> bool:
+    both = isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape != b.shape
+    return both and constant(a) is not None and constant(a) == constant(b)
+
+
 def another_value(fn: Any, value: Tensor, row: tuple[int, int] | None = None) -> Tensor | None:
-    """A value of the same support that differs; within entry `row[1]` of dimension `row[0]` if that is given."""
+    """Another value of the same support; different in entry `row[1]` of dimension `row[0]` if given."""
 
     def restricted(other: Tensor) -> Tensor | None:
         other = other.to(value.dtype) if other.dtype != value.dtype else other
@@ -140,7 +147,7 @@ def another_value(fn: Any, value: Tensor, row: tuple[int, int] | None = None) ->
 
 
 def first_entry_changed(value: Tensor, dim: int) -> Tensor:
-    """An argument with other numbers in entry 0 of a dimension; whole numbers are taken from its other rows."""
+    """An argument with other numbers in entry 0 of a dimension; whole numbers come from its other rows."""
     changed = value.detach().clone()
     first = value.select(dim, 0)
     if value.is_floating_point():
@@ -191,19 +198,22 @@ def another_param(value: Tensor, constraint: Any) -> Tensor | None:
 def changes(
     before: dict[str, dict], after: dict[str, dict] | None, arguments: Callable[[Any], dict[str, Any]]
 ) -> dict[str, set[str]]:
-    """Sites whose distribution (or computed value) changed, each with the arguments that did."""
+    """Sites whose distribution (or computed value) changed, with the arguments that did ("" for none)."""
     found: dict[str, set[str]] = {}
     for name, old in before.items() if after is not None else ():
         new = after.get(name) if after is not None else None
         if new is None:
-            found[name] = set()
+            found[name] = {""}
             continue
         if old["computed"] is not None:
             if _changed(old["computed"], new["computed"]):
                 found[name] = {"value"}
         elif _changed(old["fn"], new["fn"]):
             a, b = arguments(old["fn"]), arguments(new["fn"])
-            found[name] = {k for k in a if k not in b or _changed(a[k], b[k])}
+            # Where nothing but the number of rows changed, no argument did.
+            found[name] = {
+                k for k in a if k not in b or (_changed(a[k], b[k]) and not _resized(a[k], b[k]))
+            } or {""}
     return found
 
 

@@ -66,7 +66,7 @@ def symbol(name: str, indices: Sequence[str] = (), math_text: bool = True) -> st
     if base == "log" and tail and is_symbol(tail[0]):
         inner = symbol("_".join(tail), indices, math_text)
         return rf"\log\,{inner}" if math_text else f"log {inner}"
-    digits = re.fullmatch(r"(\D+?)(\d+)", base)
+    digits = re.fullmatch(r"([^\W\d_]+)(\d+)", base)
     if digits:
         base, tail = digits[1], [digits[2], *tail]
     if not is_symbol(base):

@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .data import bind, first_index
+from .data import bind, first_index, take_rows
 from .handlers import supports_missing
 from .session import fresh_seed, isolated
 from .shapes import Record, check_supports, record, same_sites, without_values
-from .structure import Structure, build, pair
+from .structure import Structure, build, find_data_plate, pair, row_arguments
 
 #: Runs of a quick story that are compared with the first: each could take another branch.
 MORE_RUNS = 5
+#: Rows that are enough to see which site depends on which.
+FEW_ROWS = 40
 
 
 @dataclass(frozen=True)
@@ -140,17 +142,17 @@ def prepare(
     dtype = story_dtype(story)
     kwargs = bind(model, data, dtype, where)
     check_covariates(model, kwargs, dtype)
-    first, second, kwargs, dtype, more = run_twice(model, kwargs, dtype, where)
+    runs, kwargs, dtype, more = run_checked(model, kwargs, dtype, where)
     notes += more
-    check_supports(first, second)
-    check_missing(first, kwargs)
-    notes += value_notes(first)
+    check_supports(runs.full, runs.moving)
+    check_missing(runs.full, kwargs)
+    notes += value_notes(runs.full)
     with isolated(0, dtype), torch.no_grad():
         from .provenance import dependencies
 
-        parents = see_through(dependencies(model, **kwargs), first)
+        parents = see_through(dependencies(model, **runs.few), runs.full)
     structure = build(
-        without_values(first), without_values(second), kwargs, parents, has_guide=guide is not None, notes=tuple(notes)
+        without_values(runs.full), runs.moving, kwargs, parents, has_guide=guide is not None, notes=tuple(notes)
     )
     structure = replace(structure, itemsize=torch.finfo(dtype).bits // 8)
     return Problem(
@@ -180,25 +182,49 @@ def _private_copy(story: Any) -> Any:
         raise TypeError(f"the story cannot be copied ({error}); keep open files, locks and generators out of it") from error
 
 
-def run_twice(
+@dataclass(frozen=True)
+class Runs:
+    """What the story showed: all rows once, and sites whose support moves between draws on `few` rows."""
+
+    full: dict[str, Record]
+    few: dict[str, Any]
+    moving: frozenset[str]
+
+
+def run_and_compare(model: Callable, kwargs: dict[str, Any], dtype: torch.dtype) -> Runs:
+    """One run on all rows, more with other draws on a few of them; all must tell the same sites."""
+    start = time.perf_counter()
+    with isolated(0, dtype):
+        full = record(model, kwargs)
+    first, few = full, kwargs
+    plate = find_data_plate(full, kwargs)
+    rows = row_arguments(full, kwargs, plate)
+    if rows and len(kwargs[rows[0]]) > 2 * FEW_ROWS:
+        shorter = take_rows(kwargs, rows, slice(0, FEW_ROWS))
+        try:
+            with isolated(0, dtype):
+                first, few = record(model, shorter), shorter
+            if first.keys() != full.keys():
+                first, few = full, kwargs
+        except (ValueError, RuntimeError, IndexError):
+            pass  # something of full length lies outside the arguments: keep to all rows
+    quick = few is not kwargs or time.perf_counter() - start < 0.05
+    moving: set[str] = set()
+    for seed in range(1, (MORE_RUNS if quick else 1) + 1):  # a rare branch shows itself in more runs
+        with isolated(seed, dtype):
+            other = record(model, few)
+        same_sites(first, other)
+        moving |= {name for name, r in first.items() if r.bounds != other[name].bounds}
+    return Runs(full, few, frozenset(moving))
+
+
+def run_checked(
     model: Callable, kwargs: dict[str, Any], dtype: torch.dtype, device: torch.device
-) -> tuple[dict[str, Record], dict[str, Record], dict[str, Any], torch.dtype, list[str]]:
-    """Two runs with different draws; whole numbers become floats, or float64 becomes float32, if the story needs it."""
-
-    def run(values: dict[str, Any], kind: torch.dtype) -> tuple[dict[str, Record], dict[str, Record]]:
-        start = time.perf_counter()
-        with isolated(0, kind):
-            first = record(model, values)
-        quick = time.perf_counter() - start < 0.05
-        for seed in range(MORE_RUNS if quick else 1, 0, -1):  # a rare branch shows itself in more runs
-            with isolated(seed, kind):
-                second = record(model, values)
-            same_sites(first, second)
-        return first, second
-
+) -> tuple[Runs, dict[str, Any], torch.dtype, list[str]]:
+    """Run the story; whole numbers become floats, or float64 becomes float32, if the story needs it."""
     notes: list[str] = []
     try:
-        first, second = run(kwargs, dtype)
+        runs = run_and_compare(model, kwargs, dtype)
     except RuntimeError as error:
         if not is_dtype_error(error):
             raise
@@ -208,7 +234,7 @@ def run_twice(
         attempts.append((single, torch.float32, "the story holds float32 tensors: everything runs in float32"))
         for values, kind, text in attempts:
             try:
-                first, second = run(values, kind)
+                runs = run_and_compare(model, values, kind)
             except RuntimeError as again:
                 if not is_dtype_error(again):
                     raise
@@ -218,13 +244,13 @@ def run_twice(
             break
         else:
             raise
-    for r in first.values():
+    for r in list(runs.full.values()):
         value = kwargs.get(r.argument) if r.argument else None
         if r.kind == "observed" and not r.discrete and isinstance(value, Tensor) and not value.is_floating_point():
-            kwargs = {**kwargs, r.argument: value.to(dtype)}
+            kwargs = {**kwargs, str(r.argument): value.to(dtype)}
             notes.append(f"{r.argument} holds whole numbers and {r.family} wants real ones: converted to {dtype}")
-            first, second = run(kwargs, dtype)
-    return first, second, kwargs, dtype, notes
+            runs = run_and_compare(model, kwargs, dtype)
+    return runs, kwargs, dtype, notes
 
 
 def is_dtype_error(error: RuntimeError) -> bool:

@@ -49,7 +49,7 @@ def dependencies(
     Returns
     -------
     dict
-        Names of the parents by site, in program order; parameters and the story's arguments are not among them.
+        Names of the parents by site, in program order, without parameters and the story's arguments.
     """
     sites = Reading(story, args, kwargs).sites(align=False)
     kept = {n: s for n, s in sites.items() if s.kind in ("latent", "observed", "deterministic", "factor")}

@@ -181,7 +181,7 @@ def check_observed(name: str, fn: Any, value: Any, frames: Mapping[int, Any]) ->
     raise ValueError(f"{where}.\n  {mend}")
 
 
-def check_supports(first: Mapping[str, Record], second: Mapping[str, Record]) -> None:
+def check_supports(records: Mapping[str, Record], moving: frozenset[str]) -> None:
     """Observed values lie in their support, wherever the support does not depend on a latent.
 
     Raises
@@ -189,8 +189,8 @@ def check_supports(first: Mapping[str, Record], second: Mapping[str, Record]) ->
     ValueError
         Naming site, number of wrong values, the first and its index.
     """
-    for name, r in first.items():
-        if r.kind != "observed" or r.bounds != second[name].bounds or r.constraint is None:
+    for name, r in records.items():
+        if r.kind != "observed" or name in moving or r.constraint is None:
             continue
         if r.fn.__dict__.get("_validate_args") is False or not r.has_density:
             continue

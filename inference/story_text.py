@@ -6,7 +6,7 @@ from typing import Any
 
 from .plates_algebra import Apply, Expr, Index, Listing, Number, Opaque, Ref
 from .plates_fold import Chain, find_chains, fold_loops, used_words
-from .plates_symbols import Letters, index_letters, letter, number, spare_letter, subscripted, symbol, upright
+from .plates_symbols import Letters, index_letters, number, spare_letter, subscripted, symbol, upright
 from .provenance import Plate, Site, relations
 
 _FUNCTION = "\0"  # stands for f, g, h until the lines are in order
@@ -27,9 +27,9 @@ def story_lines(story: Any, *args: Any, **kwargs: Any) -> list[str]:
     Returns
     -------
     list of str
-        ``"    $z_{n} \\sim \\mathrm{Categorical}(\\pi)$"`` for a site, ``"for $n$ in 1..$N$  data:"`` for a plate;
-        four spaces a plate. An index on a parent says that row n depends on that parent's row n alone; f(...)
-        stands for some function of its arguments.
+        ``"    $z_{n} \\sim \\mathrm{Categorical}(\\pi)$"`` for a site, ``"for $n$ in 1..$N$  data:"`` for a
+        plate; four spaces a plate. An index on a parent says that row n depends on that parent's row n alone;
+        f(...) stands for some function of its arguments.
     """
     return write(fold_loops(relations(story, *args, **kwargs)), math_text=True)
 
@@ -87,7 +87,11 @@ class _Writer:
         """What is given and what is learned as a point."""
         lines = []
         for verb, kinds in (("given", ("input",)), ("learned", ("parameter", "module"))):
-            names = [self.dollars(self.own(s)) for s in self.sites.values() if s.kind in kinds]
+            names = [
+                self.dollars(self.word(s.name) if s.kind == "module" else self.own(s))
+                for s in self.sites.values()
+                if s.kind in kinds
+            ]
             lines += [f"{verb} {', '.join(names)}"] if names else []
         return lines
 
@@ -143,6 +147,8 @@ class _Writer:
                 text = f"{self.word('logits')} = {text}"
             elif inverse:
                 text = self.power(text, strength, "-1")
+            elif name == "scale_tril" and not isinstance(expr, Ref | Index):
+                text = f"{self.word('scale_tril')} = {text}"
             elif name == "scale_tril":
                 factor = self.wrap(text, strength, _PRODUCT)
                 text = f"{factor} {self.power(text, strength, self.transposed)}"
@@ -205,7 +211,7 @@ class _Writer:
     def function(self, expr: Opaque, user: Site) -> str:
         order = [n for n in self.sites if n in expr.names]
         networks = [n for n in order if self.sites[n].kind == "module"]
-        name = subscripted(_FUNCTION, [letter(n, self.math_text) for n in networks], self.math_text)
+        name = subscripted(_FUNCTION, [self.word(n) for n in networks], self.math_text)
         values = [self.reference(n, user) for n in order if n not in networks]
         if not order:
             return r"\cdot" if self.math_text else "·"

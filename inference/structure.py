@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .enumeration import elimination_size
-from .shapes import Record, record
+from .shapes import Record
 from .transforms import unconstrain_to
 
 #: Bytes that summing out finite latents may take before it is refused.
@@ -236,6 +236,12 @@ def find_data_plate(records: dict[str, Record], kwargs: dict[str, Any]) -> str |
     return next(iter(by_length + common), None)
 
 
+def row_arguments(records: dict[str, Record], kwargs: dict[str, Any], data_plate: str | None) -> tuple[str, ...]:
+    """Arguments with one entry a row on their first axis."""
+    sizes = {n for r in records.values() for p, n in zip(r.plates, r.plate_sizes) if p == data_plate}
+    return tuple(n for n, v in kwargs.items() if isinstance(v, Tensor) and v.ndim and len(v) in sizes)
+
+
 def inspect(story: Any, data: Any = None) -> Structure:
     """Read a story's structure off its own runs, with every shape checked for every method.
 
@@ -263,25 +269,21 @@ def inspect(story: Any, data: Any = None) -> Structure:
 
 def build(
     records: dict[str, Record],
-    second: dict[str, Record],
+    moving: frozenset[str],
     kwargs: dict[str, Any],
     parents: dict[str, tuple[str, ...]],
     *,
     has_guide: bool = False,
     notes: tuple[str, ...] = (),
 ) -> Structure:
-    """Assemble the `Structure` from two runs of the story with different draws."""
+    """Assemble the `Structure` from the runs of the story."""
     data_plate = find_data_plate(records, kwargs)
     plates: dict[str, int] = {}
     for r in records.values():
         plates.update(zip(r.plates, r.plate_sizes))
-    num_rows = plates.get(data_plate) if data_plate else None
-    rows = tuple(
-        name for name, v in kwargs.items() if isinstance(v, Tensor) and v.ndim and num_rows and len(v) == num_rows
-    )
+    rows = row_arguments(records, kwargs, data_plate)
     sites = []
     for name, r in records.items():
-        moving = r.bounds != second[name].bounds
         sites.append(
             Site(
                 name, r.kind, r.family, r.shape, r.event_shape, r.plates,
@@ -289,7 +291,7 @@ def build(
                 enumerable=r.discrete and r.listable and r.states is not None and r.states <= 10**7,
                 local=data_plate is not None and data_plate in r.plates,
                 argument=r.argument, missing=r.missing, parents=parents.get(name, ()), support=r.support,
-                moving_support=moving, improper=r.improper, has_density=r.has_density,
+                moving_support=name in moving, improper=r.improper, has_density=r.has_density,
                 reparameterised=r.reparameterised, reachable=r.kind != "latent" or r.discrete or _reachable(r),
             )
         )
@@ -327,6 +329,3 @@ def states_of(fn: torch.distributions.Distribution) -> tuple[int | None, bool]:
     except NotImplementedError:
         return None, False
     return count**repeats, repeats == 1
-
-
-__all__ = ["ENUMERATION_LIMIT", "Site", "Structure", "build", "find_data_plate", "inspect", "pair", "record"]

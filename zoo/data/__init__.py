@@ -1,7 +1,7 @@
 """Data: sets that need no download, simulators that know the truth, readers for tables.
 
-`datasets()` lists names, `load(name)` gives one of them and `read(source)` a file or a data frame; the answer is always
-a `Dataset`.  Nothing here touches a global random state.
+`datasets()` lists names, `load(name)` gives one of them and `read(source)` a file or a data frame; the answer
+is always a `Dataset`.  Nothing here touches a global random state.
 """
 
 from importlib import import_module

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
@@ -64,9 +65,7 @@ def check_table(table: Table) -> None:
         )
 
 
-def choose_columns(
-    table: Table, columns: Sequence[str | int] | str | None, labels: str | None
-) -> list[str]:
+def choose_columns(table: Table, columns: Sequence[str | int] | str | None, labels: str | None) -> list[str]:
     """Names of the columns that make x, in order.
 
     Raises
@@ -80,7 +79,7 @@ def choose_columns(
     if columns is None:
         chosen = [name for name in names if name != labels]
     else:
-        wanted = [columns] if isinstance(columns, str | int) else list(columns)
+        wanted = [columns] if isinstance(columns, str) else list(columns)
         chosen = [_name(table, column) for column in wanted]
     if not chosen:
         raise ValueError(f"no columns of {table.where} are left for x; choose some of {names}")
@@ -94,7 +93,7 @@ def _name(table: Table, column: str | int) -> str:
     names = table.names
     if isinstance(column, str) and column in names:
         return column
-    if isinstance(column, int | np.integer) and not isinstance(column, bool) and -len(names) <= column < len(names):
+    if not isinstance(column, str | bool) and -len(names) <= column < len(names):
         return names[column]
     close = get_close_matches(str(column), names, n=1)
     guess = f" Did you mean {close[0]!r}?" if close else ""
@@ -130,21 +129,18 @@ def _convert(column: "pd.Series") -> tuple[np.ndarray, int | None]:
     from pandas.api import types
 
     kind = column.dtype
-    words = types.is_object_dtype(kind) or types.is_string_dtype(kind) or isinstance(kind, pd.CategoricalDtype)
-    if types.is_numeric_dtype(kind) and not types.is_bool_dtype(kind) and not types.is_complex_dtype(kind):
-        return column.to_numpy(dtype=np.float64, na_value=np.nan), None
     present = column.notna().to_numpy()
-    if words:
-        cells = column.astype(object)
-        converted = pd.to_numeric(cells, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
-        truths = np.fromiter((isinstance(v, bool | np.bool_ | complex) for v in cells), dtype=bool, count=len(cells))
-        bad = present & (np.isnan(converted) | truths)
-        # Text such as "nan" reads as a missing cell, not as a bad one.
-        if bad.any():
-            spelled = np.fromiter((str(v).strip().lower() in ("", "nan") for v in cells), dtype=bool, count=len(cells))
-            bad &= ~spelled
-        return converted, int(bad.argmax()) if bad.any() else None
-    return np.empty(0), int(present.argmax()) if present.any() else 0
+    if types.is_bool_dtype(kind) or types.is_complex_dtype(kind) or types.is_datetime64_any_dtype(kind):
+        return np.empty(0), int(present.argmax())
+    if types.is_numeric_dtype(kind):
+        return column.to_numpy(dtype=np.float64, na_value=np.nan), None
+    cells = column.astype(object)
+    values = pd.to_numeric(cells, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    # pandas would take True for 1 and a date for its nanoseconds.
+    odd = cells.map(lambda cell: not isinstance(cell, int | float | str | Decimal) or isinstance(cell, bool))
+    words = cells.map(lambda cell: isinstance(cell, str) and cell.strip().lower() not in ("", "nan"))
+    bad = present & (odd | (words & np.isnan(values))).to_numpy(dtype=bool)
+    return values, int(bad.argmax()) if bad.any() else None
 
 
 def label_codes(table: Table, name: str) -> tuple[np.ndarray, tuple[str, ...]]:

@@ -1,7 +1,7 @@
 """A table of numbers with the names and the origin that belong to it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ class Dataset:
     label_names: tuple[str, ...] = ()
     description: str = ""
     source: str = ""
-    truth: Mapping[str, Tensor] | None = field(default=None)
+    truth: Mapping[str, Tensor] | None = None
     loc: Tensor | None = None
     scale: Tensor | None = None
 
@@ -53,13 +53,12 @@ class Dataset:
         object.__setattr__(self, "label_names", tuple(self.label_names))
         columns = self.x.shape[1] if self.x.ndim > 1 else 1
         if self.feature_names and len(self.feature_names) != columns:
-            raise ValueError(
-                f"feature_names of {self.name!r} has {len(self.feature_names)} names and x has {columns} columns"
-            )
+            names = len(self.feature_names)
+            raise ValueError(f"feature_names of {self.name!r} has {names} names and x has {columns} columns")
         if self.labels is not None and self.labels.shape != self.x.shape[:1]:
+            found, expected = tuple(self.labels.shape), tuple(self.x.shape[:1])
             raise ValueError(
-                f"labels of {self.name!r} has shape {tuple(self.labels.shape)}, expected {tuple(self.x.shape[:1])}: "
-                "one a row of x"
+                f"labels of {self.name!r} has shape {found}, expected {expected}: one a row of x"
             )
 
     def __len__(self) -> int:
@@ -71,8 +70,9 @@ class Dataset:
             rows.append(("columns", _some(self.feature_names)))
         if self.labels is not None:
             kinds, counts = self.labels.unique(return_counts=True)
-            named = [self.label_names[k] if self.label_names else str(k) for k in kinds.tolist()]
-            rows.append(("labels", _some([f"{name} ({n})" for name, n in zip(named, counts.tolist(), strict=True)])))
+            names = {k: self.label_names[k] if self.label_names else str(k) for k in kinds.tolist()}
+            pairs = zip(names.values(), counts.tolist(), strict=True)
+            rows.append(("labels", _some([f"{name} ({n})" for name, n in pairs])))
         missing = int(self.x.isnan().sum())
         if missing:
             rows.append(("missing", f"{missing} cells"))
@@ -82,8 +82,9 @@ class Dataset:
             rows.append(("units", "standardised; original(x) gives the original ones"))
         if self.source:
             rows.append(("source", self.source))
-        size = " x ".join(str(n) for n in self.x.shape)
-        return "\n".join([f"{self.name}: {size}", *(f"  {key:<8} {text}".rstrip() if key else f"  {text}" for key, text in rows)])
+        size = f"{len(self)} rows" + (f", {self.x.shape[1]} columns" if self.x.ndim > 1 else "")
+        lines = [f"  {key:<8} {text}" if key else f"  {text}" for key, text in rows]
+        return "\n".join([f"{self.name}: {size}", *lines])
 
     def standardized(self) -> "Dataset":
         """The same rows with mean 0 and standard deviation 1 in each column, missing cells left out.
@@ -134,7 +135,7 @@ class Dataset:
         return replace(self, x=self.x[index], labels=labels, truth=truth)
 
 
-def _some(names: "tuple[str, ...] | list[str]", most: int = 8) -> str:
+def _some(names: tuple[str, ...] | list[str], most: int = 8) -> str:
     """The names, or the first few of many."""
     rest = len(names) - most
     return ", ".join(names[:most]) + (f", and {rest} more" if rest > 0 else "")

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ _BUNDLED = {
     "iris": (
         "load_iris",
         "Sepals and petals of three species of iris.",
-        "Fisher, The use of multiple measurements in taxonomic problems (1936); the copy that scikit-learn brings",
+        "Fisher, Annals of Eugenics 7 (1936); the copy that scikit-learn brings",
     ),
     "wine": (
         "load_wine",
@@ -61,18 +62,18 @@ def load(name: str, **settings: Any) -> "Dataset":
         close = get_close_matches(str(name).lower(), datasets(), n=1)
         guess = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"no data set is called {name!r}; there are {datasets()}.{guess} A file of yours is read with read(path)"
+            f"no data set is called {name!r}; there are {datasets()}.{guess} "
+            "A file of yours is read with read(path)"
         )
-    make: Callable[..., Dataset] = _bundled
-    allowed: list[str] = []
+    make: Callable[..., Dataset] = partial(_bundled, name)
     if name in _SIMULATED:
         make = getattr(import_module(".simulators", __package__), name)
-        allowed = list(inspect.signature(make).parameters)
+    allowed = list(inspect.signature(make).parameters)
     unknown = [key for key in settings if key not in allowed]
     if unknown:
         have = f"it has {allowed}" if allowed else "it takes none"
         raise TypeError(f"data set {name!r} has no setting {unknown[0]!r}; {have}")
-    return make(**settings) if name in _SIMULATED else make(name)
+    return make(**settings)
 
 
 def _bundled(name: str) -> "Dataset":

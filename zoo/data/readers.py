@@ -1,7 +1,7 @@
 """Tables from files and data frames.
 
-Everything becomes float64; an empty cell becomes NaN, which stands for "not seen".  What cannot be a number is an error
-that names column, row and value.  Pickled content is never loaded.
+Everything becomes float64; an empty cell becomes NaN, which stands for "not seen".  What cannot be a number
+is an error that names column, row and value.  Pickled content is never loaded.
 """
 
 import os
@@ -33,8 +33,8 @@ def read(
     Parameters
     ----------
     source
-        Path of a CSV, TSV, Parquet, NPY or NPZ file; or a data frame: of pandas, or anything with `to_pandas`,
-        `__dataframe__` or `__arrow_c_stream__`.
+        Path of a CSV, TSV, Parquet, NPY or NPZ file; or a data frame: of pandas, or anything with
+        `to_pandas`, `__dataframe__` or `__arrow_c_stream__`.
     columns
         Which columns to take, by name or position, in this order; all by default.
     labels
@@ -142,7 +142,8 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
     except damage as error:
         pickled = "pickle" in str(error)
         why = "it is damaged, or holds Python objects, which are never loaded" if pickled else str(error)
-        raise ValueError(f"{path.name} is no {path.suffix[1:].upper()} file of plain numbers: {why}") from None
+        kind = path.suffix[1:].upper()
+        raise ValueError(f"{path.name} is no {kind} file of plain numbers: {why}") from None
     for key, array in arrays.items():
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
             kind = getattr(array, "dtype", type(array).__name__)
@@ -169,7 +170,8 @@ def _from_memory(source: Any) -> Table:
         if hasattr(source, attribute):
             try:
                 found = way()
-            except (ImportError, AttributeError, NotImplementedError) as error:  # what that way needs is missing
+            # What that way needs is not there; another may do.
+            except (ImportError, AttributeError, NotImplementedError) as error:
                 failures.append(f"{attribute}: {error}")
             else:
                 return _from_memory(found) if isinstance(found, pd.Series) else Table(found, "the table")
@@ -177,7 +179,8 @@ def _from_memory(source: Any) -> Table:
     if failures:
         raise ImportError(f"this {kind} cannot be turned into a pandas data frame ({'; '.join(failures)})")
     raise TypeError(
-        f"read takes a path or a data frame, got {kind}; arrays and tensors need no reading: hand them over as they are"
+        f"read takes a path or a data frame, got {kind}; arrays and tensors need no reading: "
+        "hand them over as they are"
     )
 
 

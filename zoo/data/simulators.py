@@ -30,9 +30,10 @@ def three_clusters(num_data: int = 300, seed: int = 0) -> Dataset:
 def old_faithful(num_data: int = 272, seed: int = 0) -> Dataset:
     """Eruptions like those of the Old Faithful geyser: simulated, not the measurements themselves.
 
-    Rows are drawn from the two-component Gaussian mixture that maximum likelihood fits to the well-known 272 eruptions,
-    rounded: after a short eruption the next comes soon.  A few draws may be outside what a geyser does; the true rows
-    are whole minutes, these are not.  `truth` has the sites of `zoo.GMM`: pi (2,), mu (2, 2), Lambda (2, 2, 2), z (N,).
+    Rows are drawn from the two-component Gaussian mixture that maximum likelihood fits to the well-known 272
+    eruptions, with its parameters rounded: after a short eruption the next one comes soon.  (The measured
+    waiting times are whole minutes; these are not.)  `truth` has the sites of `zoo.GMM`: pi (2,), mu (2, 2),
+    Lambda (2, 2, 2) and z (N,).
 
     Azzalini & Bowman, *A look at some data on the Old Faithful geyser* (Applied Statistics 39, 1990).
     """
@@ -44,8 +45,8 @@ def old_faithful(num_data: int = 272, seed: int = 0) -> Dataset:
         num_data=num_data,
         seed=seed,
         feature_names=("eruption (min)", "waiting (min)"),
-        description="Simulated eruptions like those of the Old Faithful geyser: length, and time to the next.",
-        source="simulated from a mixture with the maximum-likelihood parameters of the data in Azzalini & Bowman (1990)",
+        description="Simulated eruptions like those of the Old Faithful geyser, and the waiting times.",
+        source="simulated from the mixture that fits the data of Azzalini & Bowman (1990)",
         label_names=("short", "long"),
     )
 

@@ -1,6 +1,7 @@
 """CSV and TSV files, every row counted before pandas parses them.
 
-pandas fills short rows with missing values in silence and loses the place of a decoding error; here both are told.
+pandas fills short rows with missing values in silence and loses the place of a decoding error; here both are
+told.
 """
 
 import codecs
@@ -28,8 +29,8 @@ class _Survey:
 def read_text(path: Path, encoding: str) -> Table:
     """The table in a file of separated values.
 
-    The separator of a CSV file is whichever of comma, semicolon and tab its first line has most of.  A first line of
-    numbers alone is a row, and columns are then called x1, x2, ...
+    The separator of a CSV file is whichever of comma, semicolon and tab its first line has most of.  A first
+    line of numbers alone is a row, and columns are then called x1, x2, ...
 
     Raises
     ------
@@ -76,8 +77,8 @@ def _decode(path: Path, encoding: str) -> str:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path.name} is not {encoding}: byte {data[error.start]:#04x} at offset {error.start} ({error.reason}); "
-            f"say which encoding it has, perhaps encoding={hint!r}"
+            f"{path.name} is not {encoding}: byte {data[error.start]:#04x} at offset {error.start} "
+            f"({error.reason}); say which encoding it has, perhaps encoding={hint!r}"
         ) from None
     if "\0" in text:
         raise ValueError(
@@ -113,8 +114,8 @@ def _survey(text: str, separator: str, where: str) -> _Survey:
                     survey.blank.append(len(survey.lines))
             elif len(row) != width:
                 raise ValueError(
-                    f"{where}, line {reader.line_num}, has {len(row)} cells and the first line {width}; give every "
-                    f"row {width} cells (separated by {separator!r}), and leave missing ones empty"
+                    f"{where}, line {reader.line_num}, has {len(row)} cells and the first line {width}; give "
+                    f"every row {width} cells (separated by {separator!r}), and leave missing ones empty"
                 )
             survey.lines.append(reader.line_num)
             last = last if _is_blank(row) else len(survey.lines)

@@ -1,4 +1,4 @@
-"""Mixtures: every row picks one of K components, then is drawn from it.  Here lies what these stories share."""
+"""Mixtures: every row picks one of K components, then is drawn from it.  Below is what the stories share."""
 
 import math
 from collections.abc import Sequence
@@ -21,22 +21,26 @@ def __getattr__(name: str) -> Any:
 
 
 class Wishart(dist.Wishart):
-    """Wishart distribution over (D, D) precisions with the draws of Bartlett's decomposition.
+    r"""Wishart distribution over (D, D) precisions, drawn by Bartlett's decomposition.
 
-    The same density as `torch.distributions.Wishart`, whose own draws take every sound matrix for a singular one: it
-    warns and draws again.  Here the draw is :math:`(LA)(LA)^\\top` with :math:`LL^\\top` the scale matrix, A lower
-    triangular, :math:`A_{ii}^2 \\sim \\chi^2_{df - i + 1}` and normals below (Anderson, *An Introduction to Multivariate
-    Statistical Analysis*, 2003, section 7.2); gradients reach `df` and the scale.
+    The density is that of `torch.distributions.Wishart`, whose own draws take every sound matrix for a
+    singular one: it warns and draws again.  Here a draw is :math:`(LA)(LA)^\top`, where :math:`LL^\top` is
+    the scale matrix and A is lower triangular, :math:`A_{ii}^2 \sim \chi^2_{df - i + 1}`, with standard
+    normals below the diagonal; gradients reach `df` and the scale.
+
+    Anderson, *An Introduction to Multivariate Statistical Analysis* (2003), section 7.2.
     """
 
     def rsample(self, sample_shape: Size | Sequence[int] = ()) -> Tensor:
         """Draws of shape (*sample_shape, *batch_shape, D, D)."""
-        L = self.scale_tril
-        shape = (*sample_shape, *L.shape)
+        L = (
+            self._unbroadcasted_scale_tril
+        )  # `scale_tril` would be remembered as though the story had given it
         df = self.df.unsqueeze(-1) - torch.arange(L.shape[-1], dtype=L.dtype, device=L.device)
-        diagonal = dist.Chi2(df).rsample(tuple(sample_shape)).sqrt()
-        A = torch.randn(shape, dtype=L.dtype, device=L.device).tril(-1) + diagonal.diag_embed()
-        matrix = (L @ A) @ (L @ A).mT
+        diagonal = dist.Chi2(df).rsample(Size(sample_shape)).sqrt()
+        below = torch.randn((*diagonal.shape, L.shape[-1]), dtype=L.dtype, device=L.device).tril(-1)
+        root = L @ (below + diagonal.diag_embed())
+        matrix = root @ root.mT
         return (matrix + matrix.mT) / 2  # exactly symmetric in float32 too
 
 
@@ -82,7 +86,7 @@ def setting(name: str, value: Setting, *, positive: bool = False) -> float | tup
     return tensor.item() if tensor.ndim == 0 else tuple(tensor.tolist())
 
 
-def num_columns(x: Tensor | None, num_features: int, **settings: float | tuple[float, ...]) -> int:
+def num_columns(x: Tensor | None, num_features: int, **settings: Setting) -> int:
     """D: the columns of `x`, else the length of the settings that are vectors, else `num_features`.
 
     Raises
@@ -106,11 +110,11 @@ def num_columns(x: Tensor | None, num_features: int, **settings: float | tuple[f
     return D
 
 
-def filled(value: float | tuple[float, ...], size: int, x: Tensor | None) -> Tensor:
-    """A setting as a tensor (size,), in the dtype and on the device of `x`."""
+def filled(value: Setting, shape: tuple[int, ...], x: Tensor | None) -> Tensor:
+    """A setting as a tensor of that shape, in the dtype and on the device of `x`."""
     floating = x is not None and x.is_floating_point()
     dtype = x.dtype if x is not None and floating else torch.get_default_dtype()
-    return torch.tensor(value, dtype=dtype, device=None if x is None else x.device).expand(size)
+    return torch.tensor(value, dtype=dtype, device=None if x is None else x.device).expand(shape)
 
 
 def spread_rows(x: Tensor, num_rows: int) -> Tensor:

@@ -19,12 +19,12 @@ with other precisions where `covariance` says so::
     "diag"        tau_k ~ Gamma(2, 2 (s/3)^2)                 (D,)    ellipsoids along the axes
     "spherical"   tau_k ~ Gamma(2, 2 (s/3)^2)                 ()      balls
 
-a is `concentration`, m and s are `loc` and `scale`: clusters are expected within a few s of m and about a third of s
-wide.
+a is `concentration`, m and s are `loc` and `scale`: clusters are expected within a few s of m and about a
+third of s wide.
 
 Summing z out, :math:`p(x_n) = \sum_k \pi_k\, \mathcal N(x_n \mid \mu_k, \Lambda_k^{-1})`, and
-:math:`p(z_n = k \mid x_n) \propto \pi_k\, \mathcal N(x_n \mid \mu_k, \Lambda_k^{-1})` is the soft clustering.  With one
-shared :math:`\tau \to \infty` it hardens, and EM becomes k-means.
+:math:`p(z_n = k \mid x_n) \propto \pi_k\, \mathcal N(x_n \mid \mu_k, \Lambda_k^{-1})` is the soft clustering.
+With one shared :math:`\tau \to \infty` it hardens, and EM becomes k-means.
 
 Bishop, *Pattern Recognition and Machine Learning* (2006), sections 9.2 and 10.2.
 """
@@ -77,7 +77,8 @@ class GMM:
 
     def __post_init__(self) -> None:
         if self.covariance not in get_args(Covariance):
-            raise ValueError(f"covariance must be one of {list(get_args(Covariance))}, got {self.covariance!r}")
+            names = list(get_args(Covariance))
+            raise ValueError(f"covariance must be one of {names}, got {self.covariance!r}")
         plain = {
             "num_components": count_setting("num_components", self.num_components),
             "concentration": setting("concentration", self.concentration, positive=True),
@@ -119,8 +120,8 @@ class GMM:
     def guide(self, x: Tensor | None = None, num_data: int = 300, num_features: int = 2) -> None:
         """q(pi) q(mu) q(Lambda) or q(tau), each in its prior's family; z is summed out, not guessed.
 
-        Centres start at rows of `x` that lie apart (k-means++), everything else as though each component had been seen
-        N/K times, s/3 wide.
+        Centres start at rows of `x` that lie apart (k-means++), everything else as though each component had
+        been seen N/K times, s/3 wide.
         """
         a, m, s = self._prior(x, num_features)
         K, N, tied = len(a), num_data if x is None else len(x), self.covariance == "tied"
@@ -151,11 +152,8 @@ class GMM:
     def _prior(self, x: Tensor | None, num_features: int) -> tuple[Tensor, Tensor, Tensor]:
         """a (K,), m (D,) and s (D,)."""
         D = num_columns(x, num_features, loc=self.loc, scale=self.scale)
-        return (
-            filled(self.concentration, self.num_components, x),
-            filled(self.loc, D, x),
-            filled(self.scale, D, x),
-        )
+        K = self.num_components
+        return filled(self.concentration, (K,), x), filled(self.loc, (D,), x), filled(self.scale, (D,), x)
 
     def _precision(self, s: Tensor) -> Tensor:
         """Lambda or tau from its prior."""
@@ -178,24 +176,20 @@ class GMM:
         """The precision's name and its q: the prior's after `rows` rows with standard deviation s/3."""
         D, variance = len(s), (s / 3) ** 2
         if self.covariance in ("full", "tied"):
-            scatter = (2 + rows) * variance
             df = pyro.param(
                 "Lambda.df",
-                lambda: torch.full_like(s[0], D + 2 + rows).repeat(shape),
+                lambda: s.new_full(shape, D + 2 + rows),
                 constraint=constraints.greater_than(D - 1.0),
             )
             scale_tril = pyro.param(
                 "Lambda.scale_tril",
-                lambda: scatter.rsqrt().diag().repeat(*shape, 1, 1),
+                lambda: ((2 + rows) * variance).rsqrt().diag().repeat(*shape, 1, 1),
                 constraint=constraints.lower_cholesky,
             )
             return "Lambda", Wishart(df, scale_tril=scale_tril)
         if self.covariance == "spherical":
             variance, rows = variance.mean(), rows * D
-        value = (2 + rows / 2) * torch.ones_like(variance)
-        start = {"tau.concentration": value, "tau.rate": value * variance}
-        concentration, rate = (
-            pyro.param(name, value.repeat(*shape, *(1 for _ in variance.shape)), constraint=constraints.positive)
-            for name, value in start.items()
-        )
+        start = s.new_full((*shape, *variance.shape), 2 + rows / 2)
+        concentration = pyro.param("tau.concentration", start, constraint=constraints.positive)
+        rate = pyro.param("tau.rate", start * variance, constraint=constraints.positive)
         return "tau", dist.Gamma(concentration, rate).to_event(variance.ndim)

@@ -13,11 +13,10 @@ Story
 
 Rows of D counts, x (N, D), have D rates a component, lam (K, D), and are independent given z.
 
-Summing z out, :math:`p(x_n) = \sum_k \pi_k\, \lambda_k^{x_n} e^{-\lambda_k} / x_n!`, whose variance exceeds its mean by
-the variance of :math:`\lambda_z`: overdispersed counts ask for a mixture.
+Summing z out, :math:`p(x_n) = \sum_k \pi_k\, \lambda_k^{x_n} e^{-\lambda_k} / x_n!`, whose variance exceeds
+its mean by the variance of :math:`\lambda_z`: overdispersed counts ask for a mixture.
 
-McLachlan & Peel, *Finite Mixture Models* (2000), section 1.8; Karlis & Xekalaki, *Mixed Poisson Distributions*
-(International Statistical Review 73, 2005).
+Karlis & Xekalaki, *Mixed Poisson Distributions* (International Statistical Review 73, 2005).
 """
 
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ from typing import Self
 
 import pyro
 import pyro.distributions as dist
-import torch
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -43,8 +41,8 @@ class PoissonMixture:
     concentration
         a, the pseudo-count of each mixing weight; below 1 components may stay empty.
     shape, rate
-        Of the rates' gamma prior: counts near shape / rate are expected, as surely as if `shape` events had been
-        counted in `rate` rows.  One number, or one a column (D,).
+        Of the rates' gamma prior: counts near shape / rate are expected, as surely as if `shape` events had
+        been counted in `rate` rows.  One number, or one a column (D,).
 
     Raises
     ------
@@ -77,8 +75,8 @@ class PoissonMixture:
         x
             Counts that were seen, (N,) or (N, D); None dreams up `num_data` of them.
         num_data, num_features
-            N and D where there is no `x`; without D there is one count a row, (N,), unless `shape` or `rate` has
-            columns.
+            N and D where there is no `x`; without D there is one count a row, (N,), unless `shape` or `rate`
+            has columns.
 
         Returns
         -------
@@ -96,8 +94,8 @@ class PoissonMixture:
     def guide(self, x: Tensor | None = None, num_data: int = 300, num_features: int | None = None) -> None:
         """q(pi) q(lam), each in its prior's family; z is summed out, not guessed.
 
-        Rates start at rows of `x` that lie apart (k-means++ on square roots, which have equal variances), as though
-        each had been seen N/K times.
+        Rates start at rows of `x` that lie apart (k-means++ on square roots, which have equal variances), as
+        though each had been seen N/K times.
         """
         a, shape, rate = self._prior(x, num_features)
         K, N = len(a), num_data if x is None else len(x)
@@ -106,7 +104,8 @@ class PoissonMixture:
         def expected() -> Tensor:
             if x is None:
                 return dist.Gamma(shape, rate).sample((K,))
-            return spread_rows(x.reshape(N, -1).to(a).clamp_min(0).sqrt(), K).to(a).square().reshape(K, *shape.shape)
+            roots = spread_rows(x.reshape(N, -1).to(a).clamp_min(0).sqrt(), K)
+            return roots.to(a).square().reshape(K, *shape.shape)
 
         pi = pyro.param("pi.concentration", lambda: a + rows, constraint=constraints.positive)
         concentration = pyro.param(
@@ -129,9 +128,10 @@ class PoissonMixture:
     def _prior(self, x: Tensor | None, num_features: int | None) -> tuple[Tensor, Tensor, Tensor]:
         """a (K,), and shape and rate of the gamma prior: () for single counts, (D,) for rows of counts."""
         vectors = isinstance(self.shape, tuple) or isinstance(self.rate, tuple)
-        single = x.ndim == 1 if x is not None else num_features is None and not vectors
-        a = filled(self.concentration, self.num_components, x)
-        if single and not vectors:
-            return a, torch.full_like(a[0], self.shape), torch.full_like(a[0], self.rate)
-        D = num_columns(x, num_features or 1, shape=self.shape, rate=self.rate)
-        return a, filled(self.shape, D, x), filled(self.rate, D, x)
+        single = x.ndim == 1 if x is not None else num_features is None
+        columns: tuple[int, ...] = ()
+        if vectors or not single:
+            wanted = 1 if num_features is None else num_features
+            columns = (num_columns(x, wanted, shape=self.shape, rate=self.rate),)
+        a = filled(self.concentration, (self.num_components,), x)
+        return a, filled(self.shape, columns, x), filled(self.rate, columns, x)

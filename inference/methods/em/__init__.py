@@ -43,6 +43,8 @@ class EM:
         is the same in data units). Not used where the prior is proper.
     start
         Values of the unknowns (site name -> array) to start from instead; then there are no restarts.
+    kernels
+        Use matrix-product kernels where the story's structure is recognised; False forces the contraction.
     callback
         Called as callback(iteration, objective, values) after every iteration of every restart.
     """
@@ -53,6 +55,7 @@ class EM:
     max_iter: int = 500
     tol: float = 1e-6
     ridge: float = 1e-6
+    kernels: bool = True
     start: Mapping[str, Any] | None = field(default=None, compare=False)
     callback: Callable[[int, float, dict[str, Tensor]], None] | None = field(default=None, compare=False)
 
@@ -133,6 +136,7 @@ class EM:
     ) -> tuple[Run, Plan]:
         """One run from one start."""
         from .estep import expectation, make_parts
+        from .mixture import MixtureKernel
         from .mstep import MStep
         from .plan import compile_plan
         from .start import clusters, expectation_at, guide_draw
@@ -142,6 +146,7 @@ class EM:
         theta = fixed or guess or joint.prior_draw()
         plan = compile_plan(joint, theta, self.estimate)
         parts = make_parts(joint)
+        kernel = MixtureKernel.recognise(joint, plan, theta, parts) if self.kernels else None
         step = MStep(joint, plan, self.ridge * data_variance(joint))
         if fixed is None:
             labels = clusters(joint, seed) if joint.finite else None
@@ -154,7 +159,7 @@ class EM:
         run = Run(theta, -math.inf, -math.inf, [], [], False)
         n = max(1, joint.structure.num_rows or 1)
         for iteration in range(self.max_iter):
-            e = expectation(joint, plan, theta, parts)
+            e = kernel(theta, parts) if kernel else expectation(joint, plan, theta, parts)
             if not math.isfinite(e.objective):
                 self.refuse(joint, theta, run, e)
                 break

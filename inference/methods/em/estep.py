@@ -89,6 +89,24 @@ def expectation(joint: LogJoint, plan: Plan, theta: dict[str, Tensor], parts: li
     return Expectation(objective, likelihood, stats, slots, parts)
 
 
+def slots_now(
+    joint: LogJoint, plan: Plan, theta: dict[str, Tensor], parts: list[Part]
+) -> tuple[dict[str, dict[str, Named]], float]:
+    """Parameters of every term at theta and the log prior, from one run of the story on a handful of rows."""
+    few = parts[0].kwargs
+    rows = joint.structure.row_arguments
+    if rows:
+        few = take_rows(few, rows, slice(0, 2))
+    with torch.no_grad():
+        trace, names = joint.trace(theta, few)
+        slots = {
+            t.name: slots_of(t, trace.nodes[t.name], names) for t in plan.terms.values() if t.family is not None
+        }
+        priors = (trace.nodes[n] for n in theta if trace.nodes[n]["type"] == "sample")
+        prior = sum((float(n["fn"].log_prob(n["value"]).sum()) for n in priors), 0.0)
+    return slots, prior
+
+
 def accumulate(
     plan: Plan, part: Part, trace: Any, names: dict[str, str], factors: list[LogFactor], weights: list[Tensor],
     stats: dict[str, Statistics],

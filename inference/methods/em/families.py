@@ -34,6 +34,11 @@ class Family:
         Dimensions of one event.
     blocks
         Slot -> dimensions of one parameter block (1 for a mean vector or a probability vector, 2 for a matrix).
+    natural
+        Parameters -> coefficient of each statistic ("n" of the count), so that the log density is their inner product;
+        None where the count differs from row to row.
+    base
+        log h(x) of each value, None where it is 0.
     """
 
     name: str
@@ -43,6 +48,8 @@ class Family:
     expected: Callable[[dict[str, tuple[str, Tensor]], Statistics], Tensor]
     event_dims: int = 0
     blocks: dict[str, int] = field(default_factory=dict)
+    natural: Callable[[dict[str, tuple[str, Tensor]]], Statistics] | None = None
+    base: Callable[[Tensor], Tensor] | None = None
 
 
 def collapse(tensor: Tensor) -> Tensor:
@@ -128,6 +135,39 @@ def _count_like(value: Tensor, fn: td.Distribution) -> Statistics:
     return {"n": torch.ones_like(x), "x": x}
 
 
+def _normal_natural(p: dict[str, tuple[str, Tensor]]) -> Statistics:
+    m, v = torch.broadcast_tensors(p["loc"][1], variance(*p["spread"]))
+    return {"n": -0.5 * (m * m / v + v.log() + math.log(2 * math.pi)), "x": m / v, "xx": -0.5 / v}
+
+
+def _mvn_natural(p: dict[str, tuple[str, Tensor]]) -> Statistics:
+    role, spread = p["spread"]
+    m = p["loc"][1]
+    precision = spread if role == "precision_matrix" else torch.linalg.inv(covariance(role, spread))
+    log_det = torch.linalg.slogdet(precision)[1]
+    x = (precision @ m.unsqueeze(-1)).squeeze(-1)
+    n = 0.5 * (log_det - (x * m).sum(-1) - m.shape[-1] * math.log(2 * math.pi))
+    return {"n": n, "x": x, "xx": -0.5 * precision.expand(*x.shape, x.shape[-1])}
+
+
+def _binary_natural(p: dict[str, tuple[str, Tensor]]) -> Statistics:
+    role, value = p["probs"]
+    if role == "logits":
+        return {"n": -torch.nn.functional.softplus(value), "x": value}
+    tiny = torch.finfo(value.dtype).eps
+    value = value.clamp(tiny, 1 - tiny)
+    return {"n": (1 - value).log(), "x": value.log() - (1 - value).log()}
+
+
+def _poisson_natural(p: dict[str, tuple[str, Tensor]]) -> Statistics:
+    rate = p["rate"][1].clamp_min(1e-300)
+    return {"n": -rate, "x": rate.log()}
+
+
+def _multinomial_base(x: Tensor) -> Tensor:
+    return torch.lgamma(x.sum(-1) + 1) - torch.lgamma(x + 1).sum(-1)
+
+
 _POINT = {"n": 0, "x": 0}
 
 FAMILIES: dict[type, Family] = {
@@ -137,6 +177,7 @@ FAMILIES: dict[type, Family] = {
         lambda x, f: {"n": torch.ones_like(x), "x": x, "xx": x * x},
         {"n": 0, "x": 0, "xx": 0},
         _normal_expected,
+        natural=_normal_natural,
     ),
     td.MultivariateNormal: Family(
         "MultivariateNormal",
@@ -146,8 +187,11 @@ FAMILIES: dict[type, Family] = {
         _mvn_expected,
         event_dims=1,
         blocks={"loc": 1, "spread": 2},
+        natural=_mvn_natural,
     ),
-    td.Bernoulli: Family("Bernoulli", _probabilities, _count_like, _POINT, _binary_expected),
+    td.Bernoulli: Family(
+        "Bernoulli", _probabilities, _count_like, _POINT, _binary_expected, natural=_binary_natural
+    ),
     td.Binomial: Family(
         "Binomial",
         _probabilities,
@@ -161,6 +205,8 @@ FAMILIES: dict[type, Family] = {
         _count_like,
         _POINT,
         lambda p, s: s["x"] * p["rate"][1].clamp_min(1e-300).log() - s["n"] * p["rate"][1],
+        natural=_poisson_natural,
+        base=lambda x: -torch.lgamma(x + 1),
     ),
     td.Exponential: Family(
         "Exponential",
@@ -168,6 +214,7 @@ FAMILIES: dict[type, Family] = {
         _count_like,
         _POINT,
         lambda p, s: s["n"] * p["rate"][1].log() - s["x"] * p["rate"][1],
+        natural=lambda p: {"n": p["rate"][1].log(), "x": -p["rate"][1]},
     ),
     td.Categorical: Family(
         "Categorical",
@@ -176,6 +223,7 @@ FAMILIES: dict[type, Family] = {
         {"counts": 1},
         lambda p, s: (s["counts"] * _log_probabilities(p)).sum(-1),
         blocks={"probs": 1},
+        natural=lambda p: {"counts": _log_probabilities(p)},
     ),
     td.Multinomial: Family(
         "Multinomial",
@@ -185,6 +233,8 @@ FAMILIES: dict[type, Family] = {
         lambda p, s: (s["counts"] * _log_probabilities(p)).sum(-1),
         event_dims=1,
         blocks={"probs": 1},
+        natural=lambda p: {"counts": _log_probabilities(p)},
+        base=_multinomial_base,
     ),
 }
 
