@@ -22,8 +22,14 @@ from sklearn.mixture import GaussianMixture
 from inference import EM, fit
 from zoo import GMM
 
-CASES = [("iris", "full", 3), ("iris", "diag", 3), ("wine", "full", 3), ("digits-pca16", "full", 10), ("blobs-2e4x8", "full", 8),
-         ("blobs-2e4x8", "diag", 8)]
+CASES = [
+    ("iris", "full", 3),
+    ("iris", "diag", 3),
+    ("wine", "full", 3),
+    ("digits-pca16", "full", 10),
+    ("blobs-2e4x8", "full", 8),
+    ("blobs-2e4x8", "diag", 8),
+]
 ITERATIONS = 30
 
 
@@ -66,13 +72,19 @@ def run(name: str, covariance: str, k: int, repeats: int) -> dict:
         times["sklearn"].append(time.perf_counter() - begin)
         begin = time.perf_counter()
         posterior = fit(
-            GMM(k, covariance=covariance), x,
-            EM(estimate="mle", start=ours, tol=0.0, ridge=1e-6, max_iter=ITERATIONS + 1), seed=0, progress=False,
+            GMM(k, covariance=covariance),
+            x,
+            EM(estimate="mle", start=ours, tol=0.0, ridge=1e-6, max_iter=ITERATIONS + 1),
+            seed=0,
+            progress=False,
         )
         times["em"].append(time.perf_counter() - begin)
     medians = {key: statistics.median(values) for key, values in times.items()}
     return {
-        "case": f"{name} {covariance} K={k}", "rows": len(x), **medians, "ratio": medians["sklearn"] / medians["em"],
+        "case": f"{name} {covariance} K={k}",
+        "rows": len(x),
+        **medians,
+        "ratio": medians["sklearn"] / medians["em"],
         "log_likelihood_gap": posterior.diagnostics["log_likelihood"] / len(x) - model.score(x),
     }
 
@@ -91,7 +103,8 @@ def main() -> None:
         results.append(r)
         print(
             f"{r['case']:<28}{r['rows']:>8}{r['sklearn']:>12.4f}{r['em']:>12.4f}{r['ratio']:>8.2f}"
-            f"{r['log_likelihood_gap']:>14.2e}", flush=True,
+            f"{r['log_likelihood_gap']:>14.2e}",
+            flush=True,
         )
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:

@@ -27,17 +27,54 @@ if TYPE_CHECKING:
     from .structure import Site, Structure, inspect
 
 _HOME = {
-    "CheckpointError": "checkpoint", "load": "checkpoint",
-    "Choice": "choose", "NoMethodError": "choose", "choose": "choose",
-    "Comparison": "compare", "compare": "compare",
-    "DataNotice": "data", "DivergenceError": "errors",
-    "fit": "fit", "EM": "methods", "NUTS": "methods", "SVI": "methods", "Verdict": "methods",
-    "draw_plates": "plates", "Posterior": "posterior", "simulate": "simulate",
-    "story_lines": "story_text", "story_text": "story_text",
-    "Site": "structure", "Structure": "structure", "inspect": "structure",
+    "CheckpointError": "checkpoint",
+    "load": "checkpoint",
+    "Choice": "choose",
+    "NoMethodError": "choose",
+    "choose": "choose",
+    "Comparison": "compare",
+    "compare": "compare",
+    "DataNotice": "data",
+    "DivergenceError": "errors",
+    "fit": "fit",
+    "EM": "methods",
+    "NUTS": "methods",
+    "SVI": "methods",
+    "Verdict": "methods",
+    "draw_plates": "plates",
+    "Posterior": "posterior",
+    "simulate": "simulate",
+    "story_lines": "story_text",
+    "story_text": "story_text",
+    "Site": "structure",
+    "Structure": "structure",
+    "inspect": "structure",
 }
 
-__all__ = sorted(_HOME)
+__all__ = [
+    "EM",
+    "NUTS",
+    "SVI",
+    "CheckpointError",
+    "Choice",
+    "Comparison",
+    "DataNotice",
+    "DivergenceError",
+    "NoMethodError",
+    "Posterior",
+    "Site",
+    "Structure",
+    "Verdict",
+    "choose",
+    "compare",
+    "draw_plates",
+    "fit",
+    "inspect",
+    "load",
+    "simulate",
+    "story_lines",
+    "story_text",
+]
 
 
 class _Package(types.ModuleType):

@@ -84,7 +84,9 @@ def _by_name(model: Callable, names: list[str], data: Any) -> dict[str, Any]:
 def _numeric_columns(frame: Any) -> None:
     wrong = [str(c) for c in frame.columns if np.asarray(frame[c]).dtype.kind not in "fiu"]
     if wrong:
-        raise TypeError(f"columns {wrong} do not hold numbers; select or encode them first, e.g. data.drop(columns={wrong})")
+        raise TypeError(
+            f"columns {wrong} do not hold numbers; select or encode them first, e.g. data.drop(columns={wrong})"
+        )
 
 
 def to_value(name: str, value: Any, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:

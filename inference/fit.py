@@ -85,7 +85,13 @@ def fit(
         raise ValueError("data is None: there is nothing to learn from. To draw from the story use simulate(story)")
     start = time.perf_counter()
     problem = prepare(
-        story, data, guide=guide, device=device, seed=seed, budget=budget, want=want,
+        story,
+        data,
+        guide=guide,
+        device=device,
+        seed=seed,
+        budget=budget,
+        want=want,
         progress=sys.stderr.isatty() if progress is None else progress,
     )
     choice = decide(problem, method)
@@ -120,7 +126,10 @@ def pilot(problem: Problem) -> tuple[float, str]:
     gradients = 4 * 1000 * 16
     seconds = gradients * min(times) / 4  # four chains share one vectorised gradient
     limit = problem.budget or PATIENCE
-    return seconds, f"NUTS would take about {seconds:,.0f} s at {min(times) * 1e3:.1f} ms a gradient (limit {limit:g} s)"
+    return (
+        seconds,
+        f"NUTS would take about {seconds:,.0f} s at {min(times) * 1e3:.1f} ms a gradient (limit {limit:g} s)",
+    )
 
 
 def run(problem: Problem, choice: Choice, setup: float = 0.0) -> Posterior:

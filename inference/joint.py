@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributions import transform_to
 
 from .enumeration import LogFactor, align, sum_out
-from .handlers import FlatStart, MissingCells, ScaleRows, Substitute
+from .handlers import FlatStart, MissingCells, Substitute
 from .problem import Problem
 from .transforms import log_jacobian, unconstrain_to
 
@@ -51,6 +51,7 @@ class Unconstrained(Messenger):
         self.flat = flat
         self.values: dict[str, Tensor] = {}
         self.log_det: Tensor = flat.new_zeros(())
+        self.local_log_det: Tensor = flat.new_zeros(())
 
     def _take(self, name: str) -> Tensor:
         block = self.blocks[name]
@@ -62,7 +63,11 @@ class Unconstrained(Messenger):
         free = self._take(msg["name"])
         transform = unconstrain_to(msg["fn"].support)
         value = transform(free)
-        self.log_det = self.log_det + log_jacobian(transform, free, value)
+        log_det = log_jacobian(transform, free, value)
+        if self.blocks[msg["name"]].local:
+            self.local_log_det = self.local_log_det + log_det
+        else:
+            self.log_det = self.log_det + log_det
         self.values[msg["name"]] = msg["value"] = value
         msg["done"] = True
         msg["infer"] = {**(msg["infer"] or {}), "enumerate": None}
@@ -125,23 +130,18 @@ class LogJoint:
     # -- running the story -------------------------------------------------------------------------------------------
 
     def factors(
-        self, values: Mapping[str, Tensor] | Unconstrained, kwargs: Mapping[str, Any] | None = None, scale: float = 1.0
+        self, values: Mapping[str, Tensor] | Messenger, kwargs: Mapping[str, Any] | None = None
     ) -> list[LogFactor]:
-        """Log-factors of every site with the latents at `values`, finite ones enumerated in parallel.
-
-        `values` not given (finite or not) must be enumerable; `scale` weighs the data plate (N / B for a batch).
-        """
-        return self.factors_of(*self.trace(values, kwargs, scale))
+        """Log-factors of every site with the latents at `values`, the finite ones that are not given enumerated."""
+        return self.factors_of(*self.trace(values, kwargs))
 
     def trace(
-        self, values: Mapping[str, Tensor] | Unconstrained, kwargs: Mapping[str, Any] | None = None, scale: float = 1.0
+        self, values: Mapping[str, Tensor] | Messenger, kwargs: Mapping[str, Any] | None = None
     ) -> tuple[Any, dict[str, str]]:
         """One enumerated run, and the names (latents, plates) of the symbols of its dimensions."""
         kwargs = self.problem.kwargs if kwargs is None else kwargs
         given = values if isinstance(values, Messenger) else Substitute(values)
         model = MissingCells()(given(self.model))
-        if scale != 1.0:
-            model = ScaleRows(self.structure.data_plate, scale)(model)
         model = poutine.enum(model, first_available_dim=-1 - self.structure.max_plate_nesting)
         with poutine.block(), pyro.validation_enabled(False):
             trace = poutine.trace(model).get_trace(**kwargs)
@@ -170,18 +170,32 @@ class LogJoint:
     def density(
         self, values: Mapping[str, Tensor], kwargs: Mapping[str, Any] | None = None, scale: float = 1.0
     ) -> Tensor:
-        """log p(data, values), finite latents summed out: ()."""
-        total, _ = sum_out(self.factors(values, kwargs, scale), set(self.finite))
-        return total
+        """log p(data, values), finite latents summed out: (); `scale` weighs the rows (N / B for a batch)."""
+        return self._total(self.factors(values, kwargs), scale)
 
     def unconstrained(self, flat: Tensor, kwargs: Mapping[str, Any] | None = None, scale: float = 1.0) -> Tensor:
         """log density of the flat unconstrained vector, Jacobian included: ().
 
-        Local blocks count with the data plate: their Jacobian is weighed by `scale` as well.
+        Latents inside the data plate belong to their rows: their Jacobian is weighed by `scale` as well.
         """
         handler = Unconstrained(self.blocks, flat)
-        total, _ = sum_out(self.factors(handler, kwargs, scale), set(self.finite))
-        return total + handler.log_det
+        return self._total(self.factors(handler, kwargs), scale) + handler.log_det + scale * handler.local_log_det
+
+    def _total(self, factors: list[LogFactor], scale: float) -> Tensor:
+        """Product of all factors, rows to the power `scale` after their latents are summed out, not before."""
+        if scale == 1.0:
+            return sum_out(factors, set(self.finite))[0]
+        plate = self.structure.data_plate
+        shared = [name for name in self.finite if not self.structure[name].local]
+        if plate is None or shared:
+            raise ValueError(
+                f"batches need rows that are independent given the globals; {shared or 'no plate'} stands against it: "
+                f"use all rows at once"
+            )
+        inside = [f for f in factors if plate in f.plates]
+        outside = [f for f in factors if plate not in f.plates]
+        rows, _ = sum_out(inside, set(self.finite), self._keep)
+        return sum_out(outside, set())[0] + scale * rows.sum()
 
     def rows(self, values: Mapping[str, Tensor], kwargs: Mapping[str, Any] | None = None) -> Tensor:
         """log p(x_n | values) for each row, finite locals summed out: (N,); (1,) where there is no data plate.
@@ -287,9 +301,7 @@ class LogJoint:
         return {b.name: trace.nodes[b.name]["value"].detach().clone() for b in self.blocks}
 
 
-def factor_weights(
-    factors: list[LogFactor], finite: set[str]
-) -> tuple[Tensor, list[LogFactor], list[Tensor]]:
+def factor_weights(factors: list[LogFactor], finite: set[str]) -> tuple[Tensor, list[LogFactor], list[Tensor]]:
     """Log evidence, the same factors as leaves, and the gradient of the evidence with respect to each."""
     leaves = [LogFactor(f.name, f.value.detach().clone().requires_grad_(), f.dims, f.plates) for f in factors]
     with torch.enable_grad():

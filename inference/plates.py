@@ -85,7 +85,8 @@ def _paint(laid: Picture, lines: Sequence[str], ax: "Axes | None", title: str | 
     head = 0.42 if title else 0.0
     middle = (top + bottom) / 2
     height = max(bottom - top, len(lines) * _LEADING)
-    x0, x1 = left - margin, right + text_width + margin
+    title_width = 1.15 * text_size(title, 15)[0] if title else 0.0
+    x0, x1 = left - margin, max(right + text_width + margin, left + title_width + margin)
     y0, y1 = middle - height / 2 - margin - head, middle + height / 2 + margin
     if ax is None:
         owner = Figure(figsize=(x1 - x0, y1 - y0), facecolor="white")

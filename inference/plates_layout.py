@@ -10,7 +10,7 @@ import numpy as np
 from .plates_cost import GAP, STEP, Array, Problem, boxes, cost
 
 _TURNS = 60
-_WORK = 200_000_000
+_WORK = 100_000_000
 _FAR = tuple(
     (dx, dy) for dx in (-4, -3, -2, -1, 0, 1, 2, 3, 4) for dy in (-4, -2, -1, 0, 1, 2, 4) if dx or dy
 )

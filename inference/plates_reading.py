@@ -15,7 +15,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from .plates_algebra import Apply, Expr, Index, Number, Opaque, Ref, Watch, rebuilt, references, renamed
-from .plates_record import Recorder, family_arguments
+from .plates_record import ARGUMENT, Recorder, family_arguments
 from .plates_replay import (
     another_param,
     another_value,
@@ -26,8 +26,6 @@ from .plates_replay import (
     rows_changed,
 )
 from .session import isolated
-
-_ARGUMENT = "@"  # marks names of the story's arguments, so that they cannot meet those of sites
 
 
 @dataclass(frozen=True)
@@ -124,21 +122,31 @@ class Reading:
             return self._sites(align)
 
     def _sites(self, align: bool) -> dict[str, Site]:
+        given = self.positional, self.keywords
+        read = self._watched()
+        if read is None:  # data of another precision than the story's constants: of no account here
+            self.positional = [(k, _in_default_dtype(v)) for k, v in self.positional]
+            self.keywords = {k: _in_default_dtype(v) for k, v in self.keywords.items()}
+            read = self._watched()
+        if read is None:  # without the watch; an exception of the story's own comes again, and passes
+            self.positional, self.keywords = given
+            recorder = Recorder(Watch())
+            self.run(recorder)
+            read = recorder.found, set(recorder.found)
+        found, doubtful = read
+        tested = self._test(found, [n for n in found if n in doubtful][:60])
+        sites = _assemble(found, tested)
+        return self._align(found, sites) if align else sites
+
+    def _watched(self) -> tuple[dict[str, dict], set[str]] | None:
+        """What the watched run found, and whose children it may have missed; None where it fails."""
         watch = Watch()
         recorder = Recorder(watch)
         try:
             self.run(recorder, watch=watch)
-            doubtful = watch.escaped | _childless(recorder.found)
         except Exception:
-            doubtful = None
-        if doubtful is None:  # without the watch; an exception of the story's own comes again, and passes
-            recorder = Recorder(Watch())
-            self.run(recorder)
-            doubtful = set(recorder.found)
-        found = recorder.found
-        tested = self._test(found, [n for n in found if n in doubtful][:60])
-        sites = _assemble(found, tested)
-        return self._align(found, sites) if align else sites
+            return None
+        return recorder.found, watch.escaped | _childless(recorder.found)
 
     def _held(self, found: dict[str, dict]) -> dict[str, Any]:
         return {n: s["value"] for n, s in found.items() if "value" in s and s["kind"] != "factor"}
@@ -264,7 +272,7 @@ def _assemble(found: dict[str, dict], tested: dict[str, dict[str, set[str]]]) ->
         in_arguments = frozenset().union(*(references(e) for e, _ in site["arguments"].values()))
         seen |= site["names"] - in_arguments - whole
         seen |= set().union(*tested.get(name, {}).values())
-        inputs.update(dict.fromkeys(sorted(n for n in seen if n.startswith(_ARGUMENT))))
+        inputs.update(dict.fromkeys(sorted(n for n in seen if n.startswith(ARGUMENT))))
         plates = tuple(Plate(f.name, f.full_size or f.size, f.dim) for f in site["frames"])
         parents = tuple(sorted(seen - {name}, key=lambda n: order.get(n, -1)))
         sites[name] = Site(name, site["kind"], parents, plates, site.get("family"), tuple(arguments))
@@ -321,9 +329,14 @@ def _tensor(value: Any) -> Any:
     return value
 
 
+def _in_default_dtype(value: Any) -> Any:
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    return value.to(torch.get_default_dtype()) if floating else value
+
+
 def _mark(watch: Watch, value: Any, name: str) -> Any:
     if isinstance(value, Tensor) and value.layout == torch.strided:
-        return watch.mark(value, _ARGUMENT + name)
+        return watch.mark(value, ARGUMENT + name)
     if type(value) in (list, tuple):
         return type(value)(_mark(watch, v, name) for v in value)
     return {k: _mark(watch, v, name) for k, v in value.items()} if type(value) is dict else value

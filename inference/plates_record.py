@@ -12,6 +12,8 @@ from torch import Tensor
 from .plates_algebra import Apply, Expr, Listing, Number, Watch, constant
 from .plates_replay import tensors_of, unwrap
 
+ARGUMENT = "@"  # marks names of the story's arguments, so that they cannot meet those of sites
+
 
 def family_arguments(fn: Any) -> dict[str, Any]:
     """What a distribution was made from, by argument name in the order of its signature.
@@ -72,7 +74,12 @@ class Recorder(Messenger):
         elif family == "Unit":
             kind, made_of, parts = "factor", {"log_factor": unwrap(fn).log_factor}, list(tensors_of(fn))
         else:
-            kind = "observed" if msg["is_observed"] else "deterministic" if family == "Delta" else "latent"
+            trail = watch.trail(value)
+            computed = trail is not None and any(not n.startswith(ARGUMENT) for n in trail.names)
+            if family == "Delta" and (computed or not msg["is_observed"]):
+                kind = "deterministic"
+            else:
+                kind = "observed" if msg["is_observed"] else "latent"
             made_of = {"value": unwrap(fn).v} if kind == "deterministic" else family_arguments(fn)
             parts = list(tensors_of(fn))
         self.found[name] = {

@@ -30,7 +30,7 @@ def is_symbol(word: str) -> bool:
 
 def _escape(text: str) -> str:
     text = re.sub(r"\\", r"\\backslash ", text)
-    return re.sub(r"([\$_{}%#&^~])", r"\\\1", text).replace(" ", r"\ ")
+    return re.sub(r"([\$_{}%#&^~])", r"\\\1", text).replace(" ", r"\ ").replace(".", "{.}")
 
 
 def letter(word: str, math_text: bool) -> str:

@@ -234,7 +234,9 @@ class Posterior:
             lines.append(f"  {name:<12} {tuple(value.shape[1:])!s:<12} mean {_preview(value.double().mean(0))}")
         finite = [s.name for s in self.structure.finite]
         if finite:
-            lines.append(f"  summed out   {', '.join(finite[:6])}{', ...' if len(finite) > 6 else ''}: posterior.local({finite[0]!r})")
+            lines.append(
+                f"  summed out   {', '.join(finite[:6])}{', ...' if len(finite) > 6 else ''}: posterior.local({finite[0]!r})"
+            )
         return "\n".join(lines)
 
 

@@ -156,8 +156,17 @@ def prepare(
     )
     structure = replace(structure, itemsize=torch.finfo(dtype).bits // 8)
     return Problem(
-        story, model, guide, kwargs, structure, dtype, where,
-        fresh_seed() if seed is None else seed, budget, progress, want,
+        story,
+        model,
+        guide,
+        kwargs,
+        structure,
+        dtype,
+        where,
+        fresh_seed() if seed is None else seed,
+        budget,
+        progress,
+        want,
     )
 
 
@@ -179,7 +188,9 @@ def _private_copy(story: Any) -> Any:
     try:
         return deepcopy(story)
     except Exception as error:  # any __deepcopy__ may fail in any way
-        raise TypeError(f"the story cannot be copied ({error}); keep open files, locks and generators out of it") from error
+        raise TypeError(
+            f"the story cannot be copied ({error}); keep open files, locks and generators out of it"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -267,10 +278,14 @@ def as_floats(kwargs: dict[str, Any], dtype: torch.dtype) -> tuple[dict[str, Any
 
 def check_covariates(model: Callable, kwargs: dict[str, Any], dtype: torch.dtype) -> None:
     """NaN in an argument that no site observes: told before the story meets it and fails in its own words."""
-    holes = {n: v for n, v in kwargs.items() if isinstance(v, Tensor) and v.is_floating_point() and bool(v.isnan().any())}
+    holes = {
+        n: v for n, v in kwargs.items() if isinstance(v, Tensor) and v.is_floating_point() and bool(v.isnan().any())
+    }
     if not holes:
         return
-    filled = {n: torch.where(v.isnan(), v.nanmean(0) if v.ndim else v, v) if n in holes else v for n, v in kwargs.items()}
+    filled = {
+        n: torch.where(v.isnan(), v.nanmean(0) if v.ndim else v, v) if n in holes else v for n, v in kwargs.items()
+    }
     try:
         with isolated(0, dtype):
             records = record(model, filled)
@@ -317,7 +332,9 @@ def value_notes(records: dict[str, Record]) -> list[str]:
             filled = rows.nan_to_num(0.0)
             flat = ((rows - filled.mean(0)).nan_to_num(0.0).abs().amax(0) == 0).nonzero().flatten().tolist()
             if flat:
-                notes.append(f"columns {flat[:8]} of {r.argument or r.name} are constant: a learned scale there has only its prior")
+                notes.append(
+                    f"columns {flat[:8]} of {r.argument or r.name} are constant: a learned scale there has only its prior"
+                )
         if len(rows) == 1 and r.plates:
             notes.append(f"one row only: what {r.name} says about scales is the prior")
         top = rows.nan_to_num(0.0).abs().max().item()

@@ -60,7 +60,9 @@ class Recorder(Messenger):
             return
         name = msg["name"]
         if name in self.records:
-            raise ValueError(f"two sites are called {name!r}; every pyro.sample needs a name of its own (f\"{name}_{{i}}\")")
+            raise ValueError(
+                f'two sites are called {name!r}; every pyro.sample needs a name of its own (f"{name}_{{i}}")'
+            )
         self.records[name] = site_record(msg, self.kwargs)
 
     def _pyro_post_param(self, msg: dict) -> None:
@@ -68,8 +70,15 @@ class Recorder(Messenger):
         constraint = msg["kwargs"].get("constraint", torch.distributions.constraints.real)
         frames = msg["cond_indep_stack"]
         self.records[msg["name"]] = Record(
-            msg["name"], "param", "parameter", tuple(value.shape), constraint=constraint, support=_constraint_name(constraint),
-            plates=tuple(f.name for f in frames), plate_sizes=tuple(f.size for f in frames), value=value,
+            msg["name"],
+            "param",
+            "parameter",
+            tuple(value.shape),
+            constraint=constraint,
+            support=_constraint_name(constraint),
+            plates=tuple(f.name for f in frames),
+            plate_sizes=tuple(f.size for f in frames),
+            value=value,
         )
 
 
@@ -86,7 +95,9 @@ def record(model: Callable, kwargs: Mapping[str, Any]) -> dict[str, Record]:
         with torch.no_grad(), poutine.block(), recorder, FlatStart():
             model(**kwargs)
     except ValueError as error:
-        match = re.match(r"Shape mismatch inside plate\('(.+?)'\) at site (\S+) dim (-?\d+), (\d+) vs (\d+)", str(error))
+        match = re.match(
+            r"Shape mismatch inside plate\('(.+?)'\) at site (\S+) dim (-?\d+), (\d+) vs (\d+)", str(error)
+        )
         if match is None:
             raise
         plate, site, _, expected, found = match.groups()
@@ -121,17 +132,27 @@ def site_record(msg: dict, kwargs: Mapping[str, Any]) -> Record:
     states, listable = states_of(fn) if kind == "latent" and discrete else (None, False)
     batch = len(getattr(fn, "batch_shape", ()))
     return Record(
-        name, kind, type(base).__name__ if kind not in ("factor", "deterministic") else kind,
-        tuple(getattr(value, "shape", ())), tuple(getattr(fn, "event_shape", ())),
-        tuple(f.name for f in frames), tuple(f.size for f in frames),
+        name,
+        kind,
+        type(base).__name__ if kind not in ("factor", "deterministic") else kind,
+        tuple(getattr(value, "shape", ())),
+        tuple(getattr(fn, "event_shape", ())),
+        tuple(f.name for f in frames),
+        tuple(f.size for f in frames),
         leftmost=min([0, -batch if kind != "factor" else 0, *vectorised]),
-        discrete=discrete, states=states, listable=listable,
+        discrete=discrete,
+        states=states,
+        listable=listable,
         argument=_argument(name, value, kwargs) if kind == "observed" else None,
         missing=int(value.isnan().sum()) if kind == "observed" and torch.is_floating_point(value) else 0,
-        support=_constraint_name(support), constraint=support, bounds=_bounds(support),
+        support=_constraint_name(support),
+        constraint=support,
+        bounds=_bounds(support),
         improper=isinstance(base, dist.ImproperUniform),
-        has_density=_has_density(kind, fn, value), reparameterised=bool(getattr(fn, "has_rsample", False)),
-        fn=fn, value=value,
+        has_density=_has_density(kind, fn, value),
+        reparameterised=bool(getattr(fn, "has_rsample", False)),
+        fn=fn,
+        value=value,
     )
 
 
@@ -144,7 +165,7 @@ def check_batch(name: str, fn: Any, frames: Mapping[int, Any]) -> None:
             raise ValueError(
                 f"site {name!r} holds {n} values side by side (batch shape {shape}, dim {dim}) and no plate says "
                 f"whether they are independent.\n"
-                f"  independent: sample it inside `with pyro.plate(\"data\", {n}):`\n"
+                f'  independent: sample it inside `with pyro.plate("data", {n}):`\n'
                 f"  one vector:  append `.to_event(1)` to its distribution"
             )
 
@@ -162,7 +183,7 @@ def check_observed(name: str, fn: Any, value: Any, frames: Mapping[int, Any]) ->
         n = found[0]
         raise ValueError(
             f"{where}: {n} values lie outside a plate.\n"
-            f"  independent: sample it inside `with pyro.plate(\"data\", {n}):`\n"
+            f'  independent: sample it inside `with pyro.plate("data", {n}):`\n'
             f"  one vector:  append `.to_event(1)` to its distribution"
         )
     if found == (*wanted, 1):
@@ -287,8 +308,12 @@ def _constraint_name(support: Any) -> str:
         inner = inner.base_constraint
     plain = type(inner).__name__.lstrip("_")
     names = {
-        "Real": "the reals", "Boolean": "{0, 1}", "IntegerGreaterThan": "whole numbers from 0",
-        "Simplex": "the simplex", "PositiveDefinite": "positive-definite matrices", "GreaterThan": "positive numbers",
+        "Real": "the reals",
+        "Boolean": "{0, 1}",
+        "IntegerGreaterThan": "whole numbers from 0",
+        "Simplex": "the simplex",
+        "PositiveDefinite": "positive-definite matrices",
+        "GreaterThan": "positive numbers",
         "GreaterThanEq": "non-negative numbers",
     }
     bounds = [getattr(inner, a, None) for a in ("lower_bound", "upper_bound")]

@@ -179,7 +179,9 @@ class Structure:
             rows.append((s.name, kind, s.family, shape, " > ".join(s.plates), where, states, ", ".join(s.parents)))
         widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
-        plates = ", ".join(f"{n} = {size}" + (" (rows)" if n == self.data_plate else "") for n, size in self.plates.items())
+        plates = ", ".join(
+            f"{n} = {size}" + (" (rows)" if n == self.data_plate else "") for n, size in self.plates.items()
+        )
         lines.append(f"plates: {plates or 'none'}")
         if self.finite:
             lines.append(
@@ -286,22 +288,37 @@ def build(
     for name, r in records.items():
         sites.append(
             Site(
-                name, r.kind, r.family, r.shape, r.event_shape, r.plates,
-                discrete=r.discrete, states=r.states,
+                name,
+                r.kind,
+                r.family,
+                r.shape,
+                r.event_shape,
+                r.plates,
+                discrete=r.discrete,
+                states=r.states,
                 enumerable=r.discrete and r.listable and r.states is not None and r.states <= 10**7,
                 local=data_plate is not None and data_plate in r.plates,
-                argument=r.argument, missing=r.missing, parents=parents.get(name, ()), support=r.support,
-                moving_support=name in moving, improper=r.improper, has_density=r.has_density,
-                reparameterised=r.reparameterised, reachable=r.kind != "latent" or r.discrete or _reachable(r),
+                argument=r.argument,
+                missing=r.missing,
+                parents=parents.get(name, ()),
+                support=r.support,
+                moving_support=name in moving,
+                improper=r.improper,
+                has_density=r.has_density,
+                reparameterised=r.reparameterised,
+                reachable=r.kind != "latent" or r.discrete or _reachable(r),
             )
         )
     tensors = [v for v in kwargs.values() if isinstance(v, Tensor)]
     return Structure(
-        tuple(sites), plates, data_plate,
+        tuple(sites),
+        plates,
+        data_plate,
         max_plate_nesting=max((-r.leftmost for r in records.values()), default=0),
         row_arguments=rows,
         data_bytes=sum(t.numel() * t.element_size() for t in tensors),
-        notes=notes, has_guide=has_guide,
+        notes=notes,
+        has_guide=has_guide,
         has_modules=any("$$$" in name for name in records),
     )
 

@@ -26,8 +26,15 @@ def sklearn_trajectory(x, covariance, start, iterations):
     """Mean log-likelihood after 0, 1, 2, ... iterations of scikit-learn from the same start."""
     weights, means, precisions = start
     model = GaussianMixture(
-        len(weights), covariance_type=covariance, reg_covar=0.0, tol=0.0, max_iter=1, warm_start=True,
-        weights_init=weights, means_init=means, precisions_init=precisions,
+        len(weights),
+        covariance_type=covariance,
+        reg_covar=0.0,
+        tol=0.0,
+        max_iter=1,
+        warm_start=True,
+        weights_init=weights,
+        means_init=means,
+        precisions_init=precisions,
     )
     scores = []
     with warnings.catch_warnings():
@@ -47,7 +54,9 @@ def start_for(x, covariance, k=3):
     means, d, spread = x[rng.choice(len(x), k, replace=False)], x.shape[1], 1 / x.var(0)
     weights = np.array([0.2, 0.3, 0.5])
     precisions = {
-        "full": np.stack([np.diag(spread)] * k), "tied": np.diag(spread), "diag": np.stack([spread] * k),
+        "full": np.stack([np.diag(spread)] * k),
+        "tied": np.diag(spread),
+        "diag": np.stack([spread] * k),
         "spherical": np.full(k, spread.mean()),
     }[covariance]
     site = "Lambda" if covariance in ("full", "tied") else "tau"
@@ -208,13 +217,17 @@ def test_kernel_equals_contraction(covariance):
     """Two matrix products give what the generic contraction gives, to 1e-8, iteration by iteration."""
     _, start = start_for(DATA["wine"], covariance)
     options = {"start": start, "max_iter": 15, "tol": 0.0}
-    fast, slow = (fit(GMM(3, covariance=covariance), DATA["wine"], EM(kernels=k, **options), seed=0) for k in (True, False))
+    fast, slow = (
+        fit(GMM(3, covariance=covariance), DATA["wine"], EM(kernels=k, **options), seed=0) for k in (True, False)
+    )
     np.testing.assert_allclose(fast.history, slow.history, rtol=0, atol=1e-8)
 
 
 def test_kernel_equals_contraction_for_mixed_columns():
     data = mixed_columns_data(80)
-    fast, slow = (fit(mixed_columns, data, EM(restarts=1, kernels=k, max_iter=15, tol=0.0), seed=0) for k in (True, False))
+    fast, slow = (
+        fit(mixed_columns, data, EM(restarts=1, kernels=k, max_iter=15, tol=0.0), seed=0) for k in (True, False)
+    )
     np.testing.assert_allclose(fast.history, slow.history, rtol=0, atol=1e-8)
 
 
@@ -243,7 +256,9 @@ def test_missing_cells_leave_the_likelihood():
         seen = ~np.isnan(row)
         terms = [
             math.log(d["pi"][k])
-            + multivariate_normal.logpdf(row[seen], d["mu"][k].numpy()[seen], np.linalg.inv(d["precision"][k].numpy())[np.ix_(seen, seen)])
+            + multivariate_normal.logpdf(
+                row[seen], d["mu"][k].numpy()[seen], np.linalg.inv(d["precision"][k].numpy())[np.ix_(seen, seen)]
+            )
             for k in range(3)
         ]
         rows.append(logsumexp(terms))
@@ -282,8 +297,14 @@ def test_learned_parameters_are_maximised():
 
 @pytest.mark.parametrize(
     ("options", "word"),
-    [({"restarts": 0}, "restarts"), ({"max_iter": 0}, "max_iter"), ({"tol": -1.0}, "tol"), ({"tol": math.nan}, "tol"),
-     ({"estimate": "mean"}, "'mle'"), ({"ridge": -1e-3}, "ridge")],
+    [
+        ({"restarts": 0}, "restarts"),
+        ({"max_iter": 0}, "max_iter"),
+        ({"tol": -1.0}, "tol"),
+        ({"tol": math.nan}, "tol"),
+        ({"estimate": "mean"}, "'mle'"),
+        ({"ridge": -1e-3}, "ridge"),
+    ],
 )
 def test_options_are_checked(options, word):
     with pytest.raises(ValueError, match=word):

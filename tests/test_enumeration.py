@@ -14,9 +14,7 @@ def chain(length=5, states=3):
     """Random chain z_0 - z_1 - ...: factors and the brute-force log sum."""
     first, steps = torch.randn(states).double(), torch.randn(length - 1, states, states).double()
     factors = [LogFactor("z_0", first, ("z_0",), frozenset())]
-    factors += [
-        LogFactor(f"z_{t + 1}", steps[t], (f"z_{t}", f"z_{t + 1}"), frozenset()) for t in range(length - 1)
-    ]
+    factors += [LogFactor(f"z_{t + 1}", steps[t], (f"z_{t}", f"z_{t + 1}"), frozenset()) for t in range(length - 1)]
     paths = itertools.product(range(states), repeat=length)
     terms = [first[p[0]] + sum(steps[t, p[t], p[t + 1]] for t in range(length - 1)) for p in paths]
     return factors, torch.stack(terms).logsumexp(0)
@@ -38,7 +36,9 @@ def test_plates_multiply_and_kept_plates_stay():
         LogFactor("z", own, ("s", "rows", "z"), frozenset({"rows"})),
     ]
     value, dims = sum_out(factors, {"s", "z"})
-    assert dims == () and math.isclose(value.item(), (shared + own.logsumexp(-1).sum(1)).logsumexp(0).item(), abs_tol=1e-12)
+    assert dims == () and math.isclose(
+        value.item(), (shared + own.logsumexp(-1).sum(1)).logsumexp(0).item(), abs_tol=1e-12
+    )
     rows, dims = sum_out(factors[1:], {"z"}, keep=frozenset({"rows"}))
     assert set(dims) == {"s", "rows"} and torch.allclose(rows.sum(dims.index("rows")), own.logsumexp(-1).sum(1))
 
@@ -85,7 +85,9 @@ def test_positive_definite_jacobian(size):
     rows, cols = torch.tril_indices(size, size)
     jacobian = torch.autograd.functional.jacobian(lambda v: transform(v)[rows, cols], u)
     assert torch.allclose(transform.inv(matrix), u, atol=1e-10)
-    assert math.isclose(transform.log_abs_det_jacobian(u, matrix).item(), torch.linalg.slogdet(jacobian)[1].item(), abs_tol=1e-9)
+    assert math.isclose(
+        transform.log_abs_det_jacobian(u, matrix).item(), torch.linalg.slogdet(jacobian)[1].item(), abs_tol=1e-9
+    )
 
 
 def test_unknown_support_says_what_to_do():

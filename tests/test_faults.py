@@ -46,8 +46,18 @@ def student(x):
 VALUES = {
     "+inf": (gaussian_mixture, broken((3, 1), np.inf), ValueError, [r"x holds 1 infinite", r"\(3, 1\)"]),
     "-inf": (gaussian_mixture, broken((5, 0), -np.inf), ValueError, [r"-inf", r"\(5, 0\)"]),
-    "NaN without a marginal": (student, broken((2, 1), np.nan), ValueError, ["x holds 1 NaN", r"\(2, 1\)", "MultivariateNormal"]),
-    "NaN in a covariate": (regression, {"X": broken((5, 2), np.nan), "y": GOOD[:, 0]}, ValueError, ["X holds 1 NaN", r"\(5, 2\)", "covariate"]),
+    "NaN without a marginal": (
+        student,
+        broken((2, 1), np.nan),
+        ValueError,
+        ["x holds 1 NaN", r"\(2, 1\)", "MultivariateNormal"],
+    ),
+    "NaN in a covariate": (
+        regression,
+        {"X": broken((5, 2), np.nan), "y": GOOD[:, 0]},
+        ValueError,
+        ["X holds 1 NaN", r"\(5, 2\)", "covariate"],
+    ),
     "column of NaN": (gaussian_mixture, broken((slice(None), 1), np.nan), ValueError, ["column 1 of x"]),
     "no rows": (gaussian_mixture, GOOD[:0], ValueError, ["x is empty"]),
     "huge": (gaussian_mixture, GOOD * 1e30, ValueError, ["scale of x", "standardise"]),
@@ -85,7 +95,14 @@ def test_bad_data_are_named(name, method, untouched):
 
 @pytest.mark.parametrize(
     "data",
-    [GOOD.numpy(), GOOD.tolist(), pd.DataFrame(GOOD.numpy(), columns=list("abc")), GOOD.float(), GOOD.numpy()[::-1], GOOD.numpy().T.copy().T],
+    [
+        GOOD.numpy(),
+        GOOD.tolist(),
+        pd.DataFrame(GOOD.numpy(), columns=list("abc")),
+        GOOD.float(),
+        GOOD.numpy()[::-1],
+        GOOD.numpy().T.copy().T,
+    ],
     ids=["numpy", "list", "data frame", "float32", "negative strides", "Fortran order"],
 )
 def test_forms_of_data_are_taken(data):

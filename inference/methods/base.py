@@ -46,7 +46,9 @@ def positive_float(owner: str, name: str, value: object, below: float = math.inf
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not good or value > below or value < 0 or (value == 0 and not zero):  # type: ignore[operator]
         limit = "" if below == math.inf else f" and at most {below:g}"
-        raise ValueError(f"{owner}({name}={value!r}): {name} must be a {'non-negative' if zero else 'positive'} number{limit}")
+        raise ValueError(
+            f"{owner}({name}={value!r}): {name} must be a {'non-negative' if zero else 'positive'} number{limit}"
+        )
 
 
 def one_of(owner: str, name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -66,7 +68,9 @@ def density_objection(structure: Structure) -> str | None:
     if structure.uncountable:
         site = structure.uncountable[0]
         if site.states is None:
-            return f"latent {site.name!r} ({site.family}) is discrete with infinitely many states: it cannot be enumerated"
+            return (
+                f"latent {site.name!r} ({site.family}) is discrete with infinitely many states: it cannot be enumerated"
+            )
         return (
             f"latent {site.name!r} has {site.states:.3g} joint states in one event: too many to sum; make its entries "
             f"independent sites inside a plate, or a chain with pyro.markov"

@@ -33,9 +33,8 @@ class Wishart(dist.Wishart):
 
     def rsample(self, sample_shape: Size | Sequence[int] = ()) -> Tensor:
         """Draws of shape (*sample_shape, *batch_shape, D, D)."""
-        L = (
-            self._unbroadcasted_scale_tril
-        )  # `scale_tril` would be remembered as though the story had given it
+        # Not `scale_tril`: it would be remembered as though the story had given it.
+        L = self._unbroadcasted_scale_tril
         df = self.df.unsqueeze(-1) - torch.arange(L.shape[-1], dtype=L.dtype, device=L.device)
         diagonal = dist.Chi2(df).rsample(Size(sample_shape)).sqrt()
         below = torch.randn((*diagonal.shape, L.shape[-1]), dtype=L.dtype, device=L.device).tril(-1)

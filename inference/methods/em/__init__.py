@@ -73,7 +73,9 @@ class EM:
             return Verdict(False, objection)
         if structure.continuous_locals:
             site = structure.continuous_locals[0]
-            return Verdict(False, f"local latent {site.name!r} ({site.family}) is continuous: the E-step is an integral, not a sum")
+            return Verdict(
+                False, f"local latent {site.name!r} ({site.family}) is continuous: the E-step is an integral, not a sum"
+            )
         if structure.has_modules:
             return Verdict(False, "the story learns networks; their M-step is what SVI does")
         if structure.finite:
@@ -94,7 +96,9 @@ class EM:
             deadline = time.perf_counter() + problem.budget if problem.budget else math.inf
             count = 1 if fixed or not joint.blocks else self.restarts
             meter.mark("setup")
-            for restart in tqdm(range(count), desc="EM restarts", disable=not problem.progress or count == 1, leave=False):
+            for restart in tqdm(
+                range(count), desc="EM restarts", disable=not problem.progress or count == 1, leave=False
+            ):
                 try:
                     run, plan = self.climb(joint, fixed, problem.seed + restart, restart, deadline, runs)
                 except KeyboardInterrupt:
@@ -109,10 +113,15 @@ class EM:
             meter.mark("run")
         best = max(runs, key=lambda r: r.objective)
         return Posterior(
-            kind="point" if joint.blocks else "exact", method=self, problem=problem,
+            kind="point" if joint.blocks else "exact",
+            method=self,
+            problem=problem,
             draws={n: v.detach().cpu().unsqueeze(0) for n, v in best.theta.items()},
-            history=best.history, diagnostics=self.describe(best, runs, plan), timings=meter.timings,
-            warnings=self.distrust(best, runs, stopped, problem), converged=best.converged and not stopped,
+            history=best.history,
+            diagnostics=self.describe(best, runs, plan),
+            timings=meter.timings,
+            warnings=self.distrust(best, runs, stopped, problem),
+            converged=best.converged and not stopped,
             extra={"keep_labels": fixed is not None},
         )
 
@@ -127,12 +136,20 @@ class EM:
         for name, block in wanted.items():
             value = torch.as_tensor(self.start[name]).to(joint.problem.dtype)
             if tuple(value.shape) != block.shape:
-                raise ValueError(f"EM(start={{{name!r}: ...}}) has shape {tuple(value.shape)}; the site has {block.shape}")
+                raise ValueError(
+                    f"EM(start={{{name!r}: ...}}) has shape {tuple(value.shape)}; the site has {block.shape}"
+                )
             values[name] = value
         return values
 
     def climb(
-        self, joint: LogJoint, fixed: dict[str, Tensor] | None, seed: int, restart: int, deadline: float, done: list[Run]
+        self,
+        joint: LogJoint,
+        fixed: dict[str, Tensor] | None,
+        seed: int,
+        restart: int,
+        deadline: float,
+        done: list[Run],
     ) -> tuple[Run, Plan]:
         """One run from one start."""
         from .estep import expectation, make_parts
@@ -191,14 +208,19 @@ class EM:
             )
         raise DivergenceError(
             f"EM left the finite numbers at iteration {len(run.history)}: the objective is {e.objective}. The last finite "
-            f"state is attached; standardise the data or give the globals proper priors", state=run.theta, step=len(run.history),
+            f"state is attached; standardise the data or give the globals proper priors",
+            state=run.theta,
+            step=len(run.history),
         )
 
     def describe(self, best: Run, runs: list[Run], plan: Plan | None) -> dict[str, Any]:
         """Numbers about the runs."""
         return {
-            "objective": best.objective, "log_likelihood": best.log_likelihood, "iterations": len(best.history),
-            "log_likelihoods": best.likelihoods, "restart_objectives": [r.objective for r in runs],
+            "objective": best.objective,
+            "log_likelihood": best.log_likelihood,
+            "iterations": len(best.history),
+            "log_likelihoods": best.likelihoods,
+            "restart_objectives": [r.objective for r in runs],
             "plan": str(plan) if plan else "",
         }
 
@@ -209,7 +231,9 @@ class EM:
             warnings.append(f"EM did not converge in {self.max_iter} iterations; raise max_iter or tol")
         falls = [b - a for a, b in zip(best.history, best.history[1:])]
         if falls and min(falls) < -1e-6 * (1 + abs(best.objective)):
-            warnings.append(f"the objective fell by {-min(falls):.3g} in one iteration: an M-step was not exact (see ridge)")
+            warnings.append(
+                f"the objective fell by {-min(falls):.3g} in one iteration: an M-step was not exact (see ridge)"
+            )
         if problem.want == "posterior":
             warnings.append("EM gives points for the globals: it says nothing about their uncertainty")
         return warnings

@@ -99,16 +99,19 @@ def slots_now(
         few = take_rows(few, rows, slice(0, 2))
     with torch.no_grad():
         trace, names = joint.trace(theta, few)
-        slots = {
-            t.name: slots_of(t, trace.nodes[t.name], names) for t in plan.terms.values() if t.family is not None
-        }
+        slots = {t.name: slots_of(t, trace.nodes[t.name], names) for t in plan.terms.values() if t.family is not None}
         priors = (trace.nodes[n] for n in theta if trace.nodes[n]["type"] == "sample")
         prior = sum((float(n["fn"].log_prob(n["value"]).sum()) for n in priors), 0.0)
     return slots, prior
 
 
 def accumulate(
-    plan: Plan, part: Part, trace: Any, names: dict[str, str], factors: list[LogFactor], weights: list[Tensor],
+    plan: Plan,
+    part: Part,
+    trace: Any,
+    names: dict[str, str],
+    factors: list[LogFactor],
+    weights: list[Tensor],
     stats: dict[str, Statistics],
 ) -> None:
     """Add one chunk's weighted statistics to the sums."""

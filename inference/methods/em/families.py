@@ -189,9 +189,7 @@ FAMILIES: dict[type, Family] = {
         blocks={"loc": 1, "spread": 2},
         natural=_mvn_natural,
     ),
-    td.Bernoulli: Family(
-        "Bernoulli", _probabilities, _count_like, _POINT, _binary_expected, natural=_binary_natural
-    ),
+    td.Bernoulli: Family("Bernoulli", _probabilities, _count_like, _POINT, _binary_expected, natural=_binary_natural),
     td.Binomial: Family(
         "Binomial",
         _probabilities,

@@ -61,7 +61,9 @@ class MixtureKernel:
     kept: list[Tensor] | None = None
 
     @classmethod
-    def recognise(cls, joint: LogJoint, plan: Plan, theta: dict[str, Tensor], parts: list[Part]) -> MixtureKernel | None:
+    def recognise(
+        cls, joint: LogJoint, plan: Plan, theta: dict[str, Tensor], parts: list[Part]
+    ) -> MixtureKernel | None:
         """The kernel for a story that has this structure, or None."""
         plate = joint.structure.data_plate
         if len(joint.finite) != 1 or plate is None:
@@ -93,7 +95,8 @@ class MixtureKernel:
         close = abs(found.objective - wanted.objective) <= 1e-9 * (1 + abs(wanted.objective))
         return close and all(
             torch.allclose(found.stats[t][k], wanted.stats[t][k], rtol=1e-7, atol=1e-7)
-            for t in wanted.stats for k in wanted.stats[t]
+            for t in wanted.stats
+            for k in wanted.stats[t]
         )
 
     def collect(self, theta: dict[str, Tensor], parts: list[Part]) -> None:

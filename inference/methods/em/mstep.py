@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...joint import Block, LogJoint, Unconstrained
 from ...handlers import Substitute
+from ...joint import Block, LogJoint, Unconstrained
 from .estep import Expectation
 from .families import covariance, scatter, variance
 from .plan import Plan, Term, parameters, slots_of, spread_out
@@ -84,8 +84,13 @@ class MStep:
         total: Any = 0.0
         for term, slot in users:
             s, p = e.stats[term.name], self.current(term, theta, e)
-            x = s["x"] if term.shift is None else s["x"] + s["n"].unsqueeze(-1) * term.shift if block else (
-                s["x"] + s["n"] * term.shift)
+            x = (
+                s["x"]
+                if term.shift is None
+                else s["x"] + s["n"].unsqueeze(-1) * term.shift
+                if block
+                else (s["x"] + s["n"] * term.shift)
+            )
             if block:
                 inverse = torch.linalg.inv(covariance(*p["spread"]))
                 weight = weight + pull(term, slot, s["n"][..., None, None] * inverse)
@@ -108,7 +113,13 @@ class MStep:
         return torch.where(empty, old, solved)
 
     def spread(
-        self, users: list[tuple[Term, str]], prior: Conjugate, theta: dict, e: Expectation, old: Tensor, role: str,
+        self,
+        users: list[tuple[Term, str]],
+        prior: Conjugate,
+        theta: dict,
+        e: Expectation,
+        old: Tensor,
+        role: str,
         block: int,
     ) -> Tensor:
         """Variances, precisions and covariances from the scatter around the updated means."""
@@ -178,7 +189,11 @@ class MStep:
         scale = 1.0 / max(1, self.joint.structure.num_rows or 1)
         many = CLIMB if self.joint.finite else 400
         optimiser = torch.optim.LBFGS(
-            [flat], max_iter=many, history_size=20, line_search_fn="strong_wolfe", tolerance_grad=1e-10,
+            [flat],
+            max_iter=many,
+            history_size=20,
+            line_search_fn="strong_wolfe",
+            tolerance_grad=1e-10,
             tolerance_change=1e-14,
         )
 
@@ -203,9 +218,7 @@ class MStep:
             self.joint.trace(Both(handler, fixed))
         return {n: handler.values[n].detach() if n in names else v for n, v in theta.items()}
 
-    def expected(
-        self, blocks: tuple[Block, ...], flat: Tensor, fixed: dict[str, Tensor], e: Expectation
-    ) -> Tensor:
+    def expected(self, blocks: tuple[Block, ...], flat: Tensor, fixed: dict[str, Tensor], e: Expectation) -> Tensor:
         """Expected complete log joint as far as it depends on the climbing unknowns."""
         names = {b.name for b in blocks}
         total: Any = 0.0

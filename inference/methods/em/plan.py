@@ -171,7 +171,9 @@ def reduce(term: Term, weight: Named, stats: dict[str, Named]) -> Statistics:
     """Weighted sums of the statistics over everything but the term's dimensions."""
     assert term.family is not None
     r, r_dims = weight
-    letters = dict(zip(dict.fromkeys([*r_dims, *(d for _, ds in stats.values() for d in ds), *term.dims]), string.ascii_letters))
+    letters = dict(
+        zip(dict.fromkeys([*r_dims, *(d for _, ds in stats.values() for d in ds), *term.dims]), string.ascii_letters)
+    )
     result = {}
     for key, (s, dims) in stats.items():
         tail = string.ascii_letters[::-1][: s.dim() - len(dims)]
@@ -213,7 +215,10 @@ def make_term(name: str, node: dict, names: dict[str, str], leaves: dict[str, Te
     """Describe one site: family, recognised copies of unknowns, dimensions of its parameters."""
     fn = node["fn"]
     plain = node["scale"] == 1.0 if isinstance(node["scale"], (int, float)) else False
-    masked = type(fn).__name__ == "MaskedDistribution" or type(getattr(fn, "base_dist", None)).__name__ == "MaskedDistribution"
+    masked = (
+        type(fn).__name__ == "MaskedDistribution"
+        or type(getattr(fn, "base_dist", None)).__name__ == "MaskedDistribution"
+    )
     base = unwrap(fn)
     family = family_of(base) if plain and node["mask"] is None and not masked else None
     with torch.enable_grad():
@@ -300,7 +305,13 @@ def decide(
     unclear = [t.name for t in users if sum(key[0] == t.name for key in copies) != 1]
     if unclear:
         return slower, f"the parameters of {', '.join(unclear)} are not plain copies of it", None
-    roles = {(t.family.name, slot, t.roles[slot]) for t in users if t.family for slot, g in t.gathers.items() if g.theta == name}
+    roles = {
+        (t.family.name, slot, t.roles[slot])
+        for t in users
+        if t.family
+        for slot, g in t.gathers.items()
+        if g.theta == name
+    }
     if len(roles) > 1:
         return slower, "it plays different parts in different sites", None
     family, slot, role = next(iter(roles))

@@ -64,9 +64,7 @@ def conjugate(prior: td.Distribution | None, slot: str, role: str, theta: Tensor
         count = (fn.df - size - 1).expand(theta.shape[:-2])
         return Conjugate("Wishart prior", count=count, total=fn.precision_matrix.expand(theta.shape))
     if role == "loc" and name == "Normal":
-        return Conjugate(
-            "normal prior", precision=(fn.scale**-2).expand(theta.shape), mean=fn.loc.expand(theta.shape)
-        )
+        return Conjugate("normal prior", precision=(fn.scale**-2).expand(theta.shape), mean=fn.loc.expand(theta.shape))
     if role == "loc" and name == "MultivariateNormal":
         matrix = fn.precision_matrix.expand(*theta.shape, theta.shape[-1])
         return Conjugate("normal prior", precision=matrix, mean=fn.loc.expand(theta.shape))

@@ -30,14 +30,22 @@ def clusters(joint: LogJoint, seed: int, smooth: float = 0.0) -> Clusters | None
     structure = joint.structure
     n = structure.num_rows
     finite = set(joint.finite)
-    if not n or n < 2 or not finite or any(len(structure[name].plates) != 1 or not structure[name].local for name in finite):
+    if (
+        not n
+        or n < 2
+        or not finite
+        or any(len(structure[name].plates) != 1 or not structure[name].local for name in finite)
+    ):
         return None
     with poutine.block(), pyro.validation_enabled(False):
-        trace = poutine.trace(poutine.condition(joint.problem.model, data=joint.prior_draw())).get_trace(**joint.problem.kwargs)
+        trace = poutine.trace(poutine.condition(joint.problem.model, data=joint.prior_draw())).get_trace(
+            **joint.problem.kwargs
+        )
     groups: dict[tuple[int, int], list[tuple[str, np.ndarray]]] = {}
     for name in joint.finite:
         children = [
-            s.name for s in structure.observed
+            s.name
+            for s in structure.observed
             if finite.intersection(s.parents) == {name} and s.plates == structure[name].plates
         ]
         if not children:
@@ -61,7 +69,9 @@ def clusters(joint: LogJoint, seed: int, smooth: float = 0.0) -> Clusters | None
     return labels
 
 
-def expectation_at(joint: LogJoint, plan: Plan, theta: dict[str, Tensor], parts: list[Part], labels: Clusters) -> Expectation:
+def expectation_at(
+    joint: LogJoint, plan: Plan, theta: dict[str, Tensor], parts: list[Part], labels: Clusters
+) -> Expectation:
     """Statistics as if the latents' posteriors were `labels`, independent of each other."""
     plate = joint.structure.data_plate
     stats: dict[str, Any] = {}
