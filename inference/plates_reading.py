@@ -323,6 +323,8 @@ def _by_name(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[list[tupl
 def _tensor(value: Any) -> Any:
     if hasattr(value, "to_numpy") and not isinstance(value, Tensor):
         value = value.to_numpy()
+    if isinstance(value, list) and value and isinstance(value[0], int | float | list):
+        value = np.asarray(value)
     if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
         tensor = torch.as_tensor(np.ascontiguousarray(value))
         return tensor.to(torch.get_default_dtype()) if value.dtype.kind == "f" else tensor

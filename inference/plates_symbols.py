@@ -29,8 +29,8 @@ def is_symbol(word: str) -> bool:
 
 
 def _escape(text: str) -> str:
-    text = re.sub(r"\\", r"\\backslash ", text)
-    return re.sub(r"([\$_{}%#&^~])", r"\\\1", text).replace(" ", r"\ ").replace(".", "{.}")
+    text = re.sub(r"\\", r"\\backslash ", text).replace("^", r"\wedge ")
+    return re.sub(r"([\$_{}%#&~])", r"\\\1", text).replace(" ", r"\ ").replace(".", r".\!")
 
 
 def letter(word: str, math_text: bool) -> str:

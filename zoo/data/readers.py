@@ -34,7 +34,7 @@ def read(
     ----------
     source
         Path of a CSV, TSV, Parquet, NPY or NPZ file; or a data frame: of pandas, or anything with
-        `to_pandas`, `__dataframe__` or `__arrow_c_stream__`.
+        `to_pandas`, `__arrow_c_stream__` or `__dataframe__`.
     columns
         Which columns to take, by name or position, in this order; all by default.
     labels
@@ -162,8 +162,8 @@ def _from_memory(source: Any) -> Table:
         return Table(source.to_frame(name=name), "the series", vector=True)
     ways = {
         "to_pandas": lambda: source.to_pandas(),
-        "__dataframe__": lambda: pd.api.interchange.from_dataframe(source),
         "__arrow_c_stream__": lambda: _from_arrow(source),
+        "__dataframe__": lambda: _from_interchange(source),
     }
     failures = []
     for attribute, way in ways.items():
@@ -188,3 +188,13 @@ def _from_arrow(source: Any) -> "pd.DataFrame":
     import pyarrow
 
     return pyarrow.table(source).to_pandas()
+
+
+def _from_interchange(source: Any) -> "pd.DataFrame":
+    import warnings
+
+    import pandas as pd
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the protocol is deprecated, and all that some libraries offer
+        return pd.api.interchange.from_dataframe(source)
