@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from .transforms import unconstrain_to
 
 
-def unwrap(fn: object) -> object:
+def unwrap(fn: Any) -> Any:
     """The distribution inside `Independent`, `MaskedDistribution` and the like."""
     while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution)):
         fn = fn.base_dist
@@ -92,7 +93,7 @@ class MissingCells(Messenger):
         msg["value"] = torch.where(missing, _inside(base.support, value), value)
 
 
-def supports_missing(fn: object) -> bool:
+def supports_missing(fn: Any) -> bool:
     """Whether single cells can be integrated out of `fn` in closed form."""
     inner = unwrap(fn)
     if isinstance(inner, torch.distributions.MultivariateNormal):

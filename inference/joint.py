@@ -108,7 +108,7 @@ class LogJoint:
 
     def _layout(self) -> tuple[Block, ...]:
         with isolated_run(self.problem, seed=0), torch.no_grad():
-            trace = poutine.trace(FlatStart()(self.problem.model)).get_trace(**self.problem.kwargs)
+            trace: Any = poutine.trace(FlatStart()(self.problem.model)).get_trace(**self.problem.kwargs)
         blocks, start = [], 0
         for site in self.structure.sites:
             if not (site.continuous or site.kind == "param"):
@@ -144,7 +144,7 @@ class LogJoint:
         model = MissingCells()(given(self.model))
         model = poutine.enum(model, first_available_dim=-1 - self.structure.max_plate_nesting)
         with poutine.block(), pyro.validation_enabled(False):
-            trace = poutine.trace(model).get_trace(**kwargs)
+            trace: Any = poutine.trace(model).get_trace(**kwargs)
         trace.symbolize_dims()
         names = {symbol: plate for plate, symbol in trace.plate_to_symbol.items()}
         for name, node in trace.nodes.items():
@@ -282,7 +282,8 @@ class LogJoint:
     def flatten(self, values: Mapping[str, Tensor]) -> Tensor:
         """The flat unconstrained vector of `values`: inverse of `constrain`."""
         with isolated_run(self.problem), pyro.validation_enabled(False), torch.no_grad():
-            trace = poutine.trace(Substitute(values)(FlatStart()(self.problem.model))).get_trace(**self.problem.kwargs)
+            model = Substitute(values)(FlatStart()(self.problem.model))
+            trace: Any = poutine.trace(model).get_trace(**self.problem.kwargs)
         parts = []
         for block in self.blocks:
             node = trace.nodes[block.name]
@@ -297,7 +298,7 @@ class LogJoint:
     def prior_draw(self) -> dict[str, Tensor]:
         """One draw of every block from the prior (a standard normal in free space where it is improper)."""
         with poutine.block(), torch.no_grad(), pyro.validation_enabled(False):
-            trace = poutine.trace(FlatStart()(self.problem.model)).get_trace(**self.problem.kwargs)
+            trace: Any = poutine.trace(FlatStart()(self.problem.model)).get_trace(**self.problem.kwargs)
         return {b.name: trace.nodes[b.name]["value"].detach().clone() for b in self.blocks}
 
 

@@ -53,9 +53,9 @@ def exchangeable_axes(joint: LogJoint) -> Axes:
             swap = torch.arange(size)
             swap[:2] = torch.tensor([1, 0])
             for combination in combinations[:256]:
-                axes = {b.name: c for b, c in zip(globals_, combination) if c}
-                if axes and all(_same(before, density_or_nan(joint, permute(point, axes, o))) for o in (order, swap)):
-                    return axes
+                found = {b.name: c for b, c in zip(globals_, combination) if c}
+                if found and all(_same(before, density_or_nan(joint, permute(point, found, o))) for o in (order, swap)):
+                    return found
     return {}
 
 

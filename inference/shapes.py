@@ -55,7 +55,7 @@ class Recorder(Messenger):
         self.kwargs = kwargs
         self.records: dict[str, Record] = {}
 
-    def _pyro_post_sample(self, msg: dict) -> None:
+    def _pyro_post_sample(self, msg: Any) -> None:
         if site_is_subsample(msg):
             return
         name = msg["name"]
@@ -178,7 +178,8 @@ def check_observed(name: str, fn: Any, value: Any, frames: Mapping[int, Any]) ->
     if found == wanted:
         return
     plates = ", ".join(f"plate {f.name!r} of size {f.size}" for f in frames.values()) or "no plate"
-    where = f"site {name!r} observes values of shape {found}, but {plates} and one event of shape {tuple(fn.event_shape)} make {wanted}"
+    event = tuple(fn.event_shape)
+    where = f"site {name!r} observes values of shape {found}, but {plates} and one event of shape {event} make {wanted}"
     if not frames and len(found) > len(fn.event_shape):
         n = found[0]
         raise ValueError(

@@ -35,7 +35,11 @@ def test_importing_a_package_does_not_import_torch(package):
 
 def test_a_submodule_does_not_hide_the_function_of_its_name():
     """`from inference import compare` loads inference/fit.py: `inference.fit` must stay the function."""
-    code = "import inference.fit, inference.compare; from inference import fit, compare; print(callable(fit), callable(compare))"
+    code = (
+        "import inference.fit, inference.compare\n"
+        "from inference import fit, compare\n"
+        "print(callable(fit), callable(compare))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "True"]
 

@@ -91,7 +91,7 @@ def _decode(path: Path, encoding: str) -> str:
 
 
 def _separator(text: str) -> str:
-    first = next((line for line in io.StringIO(text) if line.strip()), "")
+    first = next((line for line in text[:100_000].splitlines() if line.strip()), "")
     return max(",;\t", key=first.count)
 
 
@@ -110,17 +110,18 @@ def _survey(text: str, separator: str, where: str) -> _Survey:
             survey.lines.append(reader.line_num)
         width, last = len(names), len(survey.lines)
         for row in reader:
-            if _is_blank(row):
-                # Among several columns a blank line is decoration; in a single one it is a missing cell.
-                if width > 1:
-                    survey.blank.append(len(survey.lines))
-            elif len(row) != width:
+            blank = _is_blank(row)
+            if len(row) != width and not blank:
                 raise ValueError(
                     f"{where}, line {reader.line_num}, has {len(row)} cells and the first line {width}; give "
                     f"every row {width} cells (separated by {separator!r}), and leave missing ones empty"
                 )
+            # Among several columns a blank line is decoration; in a single one it is a missing cell.
+            if blank and width > 1:
+                survey.blank.append(len(survey.lines))
             survey.lines.append(reader.line_num)
-            last = last if _is_blank(row) else len(survey.lines)
+            if not blank:
+                last = len(survey.lines)
     except StopIteration:
         raise ValueError(f"{where} is empty: it holds blank lines only") from None
     except csv.Error as error:
@@ -131,7 +132,7 @@ def _survey(text: str, separator: str, where: str) -> _Survey:
 
 
 def _is_blank(row: list[str]) -> bool:
-    return len(row) <= 1 and not "".join(row).strip()
+    return len(row) < 2 and not "".join(row).strip()
 
 
 def _are_numbers(row: list[str]) -> bool:

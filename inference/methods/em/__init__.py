@@ -92,7 +92,8 @@ class EM:
         with Meter() as meter:
             joint = LogJoint(problem)
             fixed = self.starting_point(joint)
-            runs, stopped, plan = [], "", None
+            runs: list[Run] = []
+            stopped, plan = "", None
             deadline = time.perf_counter() + problem.budget if problem.budget else math.inf
             count = 1 if fixed or not joint.blocks else self.restarts
             meter.mark("setup")

@@ -7,6 +7,7 @@ data only through the weighted sums of T (Bishop 2006, section 2.4); everything 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributions as td
@@ -42,8 +43,8 @@ class Family:
     """
 
     name: str
-    slots: Callable[[td.Distribution], dict[str, tuple[str, Tensor]]]
-    statistics: Callable[[Tensor, td.Distribution], Statistics]
+    slots: Callable[[Any], dict[str, tuple[str, Tensor]]]
+    statistics: Callable[[Tensor, Any], Statistics]
     trailing: dict[str, int]
     expected: Callable[[dict[str, tuple[str, Tensor]], Statistics], Tensor]
     event_dims: int = 0
@@ -90,7 +91,7 @@ def _normal_expected(p: dict[str, tuple[str, Tensor]], s: Statistics) -> Tensor:
     return -0.5 * ((s["xx"] - 2 * m * s["x"] + s["n"] * m * m) / v + s["n"] * (v.log() + math.log(2 * math.pi)))
 
 
-def _mvn_slots(fn: td.Distribution) -> dict[str, tuple[str, Tensor]]:
+def _mvn_slots(fn: Any) -> dict[str, tuple[str, Tensor]]:
     role, value = _given(fn, "precision_matrix", "covariance_matrix", "scale_tril")
     return {"loc": ("loc", collapse(fn.loc)), "spread": (role, value)}
 

@@ -62,12 +62,12 @@ class MStep:
         if slot == "spread":
             return self.spread(users, prior, theta, e, old, role, block)
         if block == 1:
-            counts = sum(pull(t, slot, e.stats[t.name]["counts"]) for t, _ in users) + prior.total
+            counts: Any = sum(pull(t, slot, e.stats[t.name]["counts"]) for t, _ in users) + prior.total
             counts = counts.clamp_min(0)
             total = counts.sum(-1, keepdim=True)
             return torch.where(total > 0, counts / total.clamp_min(1e-300), old)
-        n = sum(pull(t, slot, e.stats[t.name]["n"]) for t, _ in users)
-        x = sum(pull(t, slot, e.stats[t.name]["x"]) for t, _ in users)
+        n: Any = sum(pull(t, slot, e.stats[t.name]["n"]) for t, _ in users)
+        x: Any = sum(pull(t, slot, e.stats[t.name]["x"]) for t, _ in users)
         if users[0][0].family is not None and users[0][0].family.name == "Exponential":
             x, n = n + prior.total, x + prior.count
         else:
@@ -84,13 +84,9 @@ class MStep:
         total: Any = 0.0
         for term, slot in users:
             s, p = e.stats[term.name], self.current(term, theta, e)
-            x = (
-                s["x"]
-                if term.shift is None
-                else s["x"] + s["n"].unsqueeze(-1) * term.shift
-                if block
-                else (s["x"] + s["n"] * term.shift)
-            )
+            x = s["x"]
+            if term.shift is not None:
+                x = x + (s["n"].unsqueeze(-1) if block else s["n"]) * term.shift
             if block:
                 inverse = torch.linalg.inv(covariance(*p["spread"]))
                 weight = weight + pull(term, slot, s["n"][..., None, None] * inverse)

@@ -7,6 +7,7 @@ confirms.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ def recognise(y: Tensor, name: str, theta: Tensor, event_dims: int, simplex: boo
     count = math.prod(batch)
     number = torch.arange(1, count + 1, dtype=theta.dtype, device=theta.device).reshape(batch)
     tangent = torch.zeros_like(theta)
-    first = (0,) * event_dims
+    first: Any = (0,) * event_dims
     tangent[(..., *first)] = number
     if simplex:
         tangent[..., 1] = -number

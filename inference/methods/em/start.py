@@ -38,7 +38,7 @@ def clusters(joint: LogJoint, seed: int, smooth: float = 0.0) -> Clusters | None
     ):
         return None
     with poutine.block(), pyro.validation_enabled(False):
-        trace = poutine.trace(poutine.condition(joint.problem.model, data=joint.prior_draw())).get_trace(
+        trace: Any = poutine.trace(poutine.condition(joint.problem.model, data=joint.prior_draw())).get_trace(
             **joint.problem.kwargs
         )
     groups: dict[tuple[int, int], list[tuple[str, np.ndarray]]] = {}
@@ -115,7 +115,7 @@ def guide_draw(joint: LogJoint) -> dict[str, Tensor] | None:
     if problem.guide is None:
         return None
     with poutine.block(), torch.no_grad(), pyro.validation_enabled(False):
-        trace = poutine.trace(problem.guide).get_trace(**problem.kwargs)
+        trace: Any = poutine.trace(problem.guide).get_trace(**problem.kwargs)
     if any(b.name not in trace.nodes for b in joint.blocks):
         return None
     return {b.name: trace.nodes[b.name]["value"].detach().clone() for b in joint.blocks}
