@@ -74,6 +74,8 @@ class MissingCells(Messenger):
         value = msg["value"]
         if not (msg["is_observed"] and isinstance(value, Tensor) and value.is_floating_point()):
             return
+        if (msg["infer"] or {}).get("_deterministic"):
+            return
         missing = value.isnan()
         if not missing.any():
             return

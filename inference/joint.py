@@ -108,7 +108,7 @@ class LogJoint:
 
     def _layout(self) -> tuple[Block, ...]:
         with isolated_run(self.problem, seed=0), torch.no_grad():
-            trace: Any = poutine.trace(FlatStart()(self.problem.model)).get_trace(**self.problem.kwargs)
+            trace: Any = poutine.trace(FlatStart()(self.problem.model)).get_trace(**self.problem.sketch)
         blocks, start = [], 0
         for site in self.structure.sites:
             if not (site.continuous or site.kind == "param"):
@@ -276,14 +276,14 @@ class LogJoint:
             return {name: torch.stack([r[name] for r in rows]) for name in rows[0]} if rows else {}
         handler = Unconstrained(self.blocks, flat)
         with isolated_run(self.problem), pyro.validation_enabled(False), torch.no_grad():
-            handler(self.problem.model)(**(self.problem.kwargs if kwargs is None else kwargs))
+            handler(self.problem.model)(**(self.problem.sketch if kwargs is None else kwargs))
         return {b.name: handler.values[b.name] for b in self.blocks}
 
     def flatten(self, values: Mapping[str, Tensor]) -> Tensor:
         """The flat unconstrained vector of `values`: inverse of `constrain`."""
         with isolated_run(self.problem), pyro.validation_enabled(False), torch.no_grad():
             model = Substitute(values)(FlatStart()(self.problem.model))
-            trace: Any = poutine.trace(model).get_trace(**self.problem.kwargs)
+            trace: Any = poutine.trace(model).get_trace(**self.problem.sketch)
         parts = []
         for block in self.blocks:
             node = trace.nodes[block.name]
@@ -298,7 +298,7 @@ class LogJoint:
     def prior_draw(self) -> dict[str, Tensor]:
         """One draw of every block from the prior (a standard normal in free space where it is improper)."""
         with poutine.block(), torch.no_grad(), pyro.validation_enabled(False):
-            trace: Any = poutine.trace(FlatStart()(self.problem.model)).get_trace(**self.problem.kwargs)
+            trace: Any = poutine.trace(FlatStart()(self.problem.model)).get_trace(**self.problem.sketch)
         return {b.name: trace.nodes[b.name]["value"].detach().clone() for b in self.blocks}
 
 

@@ -62,7 +62,7 @@ def exchangeable_axes(joint: LogJoint) -> Axes:
 def density_or_nan(joint: LogJoint, values: Mapping[str, Tensor]) -> float:
     """Log joint density; NaN where the values make no sense (a permuted matrix need not be positive definite)."""
     try:
-        return float(joint.density(values))
+        return float(joint.density(values, joint.problem.sketch))
     except (RuntimeError, ValueError):
         return float("nan")
 

@@ -40,6 +40,8 @@ class Problem:
         Seconds that the method may run, or None.
     progress
         Whether to draw progress bars.
+    few
+        The same arguments with the first rows only.
     """
 
     story: Any
@@ -53,6 +55,14 @@ class Problem:
     budget: float | None = None
     progress: bool = False
     want: str = "auto"
+    few: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def sketch(self) -> dict[str, Any]:
+        """Arguments that are enough to learn the story's form: a few rows, or all where rows are latents of their own."""
+        n = self.structure.num_rows
+        by_row = self.structure.continuous_locals or any(s.local or n in s.shape for s in self.structure.learned)
+        return self.kwargs if by_row or not self.few else self.few
 
     def with_data(self, data: Any) -> dict[str, Any]:
         """Checked arguments for other data of the same story (new rows).
@@ -167,6 +177,7 @@ def prepare(
         budget,
         progress,
         want,
+        runs.few,
     )
 
 

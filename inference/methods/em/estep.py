@@ -22,11 +22,12 @@ CHUNK_ROWS = 256
 
 @dataclass
 class Part:
-    """One chunk of rows: arguments, statistics of its values, and the weights of the last E-step."""
+    """One chunk of rows: arguments, statistics of its values, and weights and parameters of the last E-step."""
 
     kwargs: dict[str, Any]
     values: dict[str, dict[str, Named]] = field(default_factory=dict)
     weights: dict[str, Named] = field(default_factory=dict)
+    slots: dict[str, dict[str, Named]] = field(default_factory=dict)
 
 
 @dataclass
@@ -92,7 +93,16 @@ def expectation(joint: LogJoint, plan: Plan, theta: dict[str, Tensor], parts: li
 def slots_now(
     joint: LogJoint, plan: Plan, theta: dict[str, Tensor], parts: list[Part]
 ) -> tuple[dict[str, dict[str, Named]], float]:
-    """Parameters of every term at theta and the log prior, from one run of the story on a handful of rows."""
+    """Parameters of every term at theta and the log prior: by one run on a handful of rows, then by copying."""
+    if plan.copies_only and parts[0].slots:
+        slots = {}
+        for name, known in parts[0].slots.items():
+            gathers = plan.terms[name].gathers
+            slots[name] = {
+                s: (gathers[s].push(theta[gathers[s].theta]) if s in gathers else v[0], v[1]) for s, v in known.items()
+            }
+        prior = sum((float(fn.log_prob(theta[n]).sum()) for n, fn in (plan.densities or {}).items()), 0.0)
+        return slots, prior
     few = parts[0].kwargs
     rows = joint.structure.row_arguments
     if rows:
@@ -102,6 +112,7 @@ def slots_now(
         slots = {t.name: slots_of(t, trace.nodes[t.name], names) for t in plan.terms.values() if t.family is not None}
         priors = (trace.nodes[n] for n in theta if trace.nodes[n]["type"] == "sample")
         prior = sum((float(n["fn"].log_prob(n["value"]).sum()) for n in priors), 0.0)
+    parts[0].slots = slots
     return slots, prior
 
 

@@ -78,6 +78,8 @@ class Plan:
         Unknown -> why.
     priors
         Unknown -> conjugate pseudo-statistics, for those in closed form.
+    densities
+        Unknown -> its prior, where no prior depends on another unknown; None in a hierarchy.
     """
 
     terms: dict[str, Term]
@@ -85,6 +87,14 @@ class Plan:
     reasons: dict[str, str]
     priors: dict[str, Conjugate]
     estimate: str
+    densities: dict[str, Any] | None = None
+
+    @property
+    def copies_only(self) -> bool:
+        """Every parameter that moves is a plain copy of an unknown: the story need not be run again to know it."""
+        return self.densities is not None and all(
+            t.family is not None and t.depends <= {g.theta for g in t.gathers.values()} for t in self.terms.values()
+        )
 
     @property
     def closed(self) -> list[str]:
@@ -194,7 +204,7 @@ def compile_plan(joint: LogJoint, theta: dict[str, Tensor], estimate: str) -> Pl
     """Trace the story once at `theta` and decide, unknown by unknown, how it will be updated."""
     leaves = {k: v.detach().clone().requires_grad_(v.is_floating_point()) for k, v in theta.items()}
     with torch.enable_grad():
-        trace, names = joint.trace(leaves)
+        trace, names = joint.trace(leaves, joint.problem.sketch)
         terms = {}
         for name, node in trace.nodes.items():
             if node["type"] != "sample" or name in theta or name not in joint.structure:
@@ -208,7 +218,8 @@ def compile_plan(joint: LogJoint, theta: dict[str, Tensor], estimate: str) -> Pl
         tiers[name], reasons[name], found = decide(name, terms, priors.get(name), prior_users, theta, estimate)
         if found is not None:
             conjugates[name] = found
-    return Plan(terms, tiers, reasons, conjugates, estimate)
+    fixed = None if any(prior_users.values()) else priors
+    return Plan(terms, tiers, reasons, conjugates, estimate, fixed)
 
 
 def make_term(name: str, node: dict, names: dict[str, str], leaves: dict[str, Tensor], joint: LogJoint) -> Term:

@@ -1,0 +1,483 @@
+"""Run a Pyro program a few times, keep its arithmetic: one pure graph of tensor operations serves from then on.
+
+The function is traced with its gradient by `make_fx`, freed of mutation, its factorisations made safe (a matrix that
+is not positive definite gives NaN, never an exception) and everything that does not depend on the inputs computed
+once. A graph is trusted only after it agrees with the function that it came from; where that fails, the function itself
+serves, with the reason kept.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyro
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .session import isolated
+
+if TYPE_CHECKING:
+    from .joint import LogJoint
+
+aten = torch.ops.aten
+
+#: Agreement that is asked of a graph: relative error of every output, by precision.
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
+
+
+class CaptureError(RuntimeError):
+    """The function is no fixed sequence of tensor operations; the text is the reason."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A function of tensors, as a graph where that is possible.
+
+    Attributes
+    ----------
+    call
+        What runs.
+    mode
+        "graph", or "eager" where the function itself serves.
+    reason
+        Why it is not a graph; empty otherwise.
+    """
+
+    call: Callable[..., Any]
+    mode: str
+    reason: str = ""
+
+    def __call__(self, *args: Tensor) -> Any:
+        return self.call(*args)
+
+
+def capture(
+    fn: Callable[..., Any], example: tuple[Tensor, ...], *, points: Iterable[tuple[Tensor, ...]] = (), random: bool = False
+) -> Captured:
+    """The pure graph of `fn`, or `fn` itself with the reason why there is none.
+
+    Parameters
+    ----------
+    fn
+        Tensors to a tensor or a tuple of tensors. It may call `torch.autograd.grad` inside; the graph itself runs
+        without gradients. Tensors that it closes over are constants: they must not change afterwards.
+    example
+        Inputs of the shapes and types that it will be called with.
+    points
+        More inputs at which graph and function must agree, beside `example`.
+    random
+        Whether it may draw random numbers: then they come from torch's global generator at every call.
+    """
+    try:
+        graph = pure_graph(fn, example, random)
+        for seed, point in enumerate((example, *points)):
+            check_agreement(graph, fn, point, seed)
+    except Exception as error:  # any operation of anybody's program may refuse to be traced, in any way
+        return Captured(fn, "eager", reason_of(error))
+    return Captured(graph, "graph")
+
+
+def reason_of(error: Exception) -> str:
+    """An error's text, short; Pyro appends tables to it."""
+    lines = str(error).strip().splitlines()
+    text = lines[0][:200] if lines else "no further text"
+    return text if isinstance(error, CaptureError) else f"{type(error).__name__}: {text}"
+
+
+def check_agreement(graph: Callable[..., Any], fn: Callable[..., Any], point: tuple[Tensor, ...], seed: int = 0) -> None:
+    """Refuse a graph that computes something else than its function."""
+    with isolated(seed, torch.get_default_dtype()):
+        wanted = tree_leaves(fn(*point))
+    with isolated(seed, torch.get_default_dtype()):
+        found = tree_leaves(graph(*point))
+    for a, b in zip(wanted, found, strict=True):
+        if not close(a, b):
+            raise CaptureError("the graph disagrees with the program: it depends on values in a way that cannot be traced")
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Equal up to rounding, relative to the largest entry; NaN and inf in the same places."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    a, b = a.detach(), b.detach()
+    tolerance = TOLERANCE.get(a.dtype, 1e-3)
+    finite = a.abs().masked_fill(~a.isfinite(), 0.0)
+    scale = float(finite.max()) if a.numel() else 0.0
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * min(1.0, scale) + 1e-300, equal_nan=True)
+
+
+# -- tracing -----------------------------------------------------------------------------------------------------------
+
+
+class _Watch(TorchDispatchMode):
+    """Let a program look at the values of what does not depend on the inputs, and at nothing else.
+
+    Dependence is that of memory: views and in-place writes carry it on.
+    """
+
+    def __init__(self, inputs: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.random: str | None = None
+        self._storages: set[int] = set()
+        self._alive: list[Tensor] = []
+        self._spread(inputs)
+
+    def _spread(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            self._alive.append(tensor)  # else the address could be used again
+            self._storages.add(tensor.untyped_storage()._cdata)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+        kwargs = kwargs or {}
+        touched = any(t.untyped_storage()._cdata in self._storages for t in tensors_in((args, kwargs)))
+        if func in (aten._local_scalar_dense.default, aten.equal.default):
+            if touched:
+                raise CaptureError(
+                    "the story looks at the value of a latent (if, while, float(...), .item()): each value could take "
+                    "another path"
+                )
+            with disable_proxy_modes_tracing():
+                return func(*args, **kwargs)
+        if torch.Tag.nondeterministic_seeded in func.tags and not _is_still(func, args, kwargs):
+            self.random = func.name()
+        out = func(*args, **kwargs)
+        if touched:
+            self._spread(tensors_in(out))
+            written = [a.name for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
+            places = {a.name: i for i, a in enumerate(func._schema.arguments)}
+            values = [args[places[n]] if places[n] < len(args) else kwargs.get(n) for n in written]
+            self._spread(tensors_in(values))
+        return out
+
+
+def _is_still(func: Any, args: Any, kwargs: Any) -> bool:
+    """Dropout in evaluation and the like: tagged as random, yet not."""
+    names = [a.name for a in func._schema.arguments]
+    given = {**dict(zip(names, args)), **kwargs}
+    return given.get("train") is False or given.get("p") == 0 or given.get("dropout_p") == 0
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """All tensors of nested tuples, lists and dicts."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def pure_graph(
+    fn: Callable[..., Any], example: tuple[Tensor, ...], random: bool = False, differentiable: bool = False
+) -> Callable[..., Any]:
+    """`fn` as a graph of aten operations without mutation, aliases or constant parts.
+
+    Parameters
+    ----------
+    fn, example, random
+        As for `capture`.
+    differentiable
+        Whether the graph will be differentiated: then what is detached stays so.
+
+    Raises
+    ------
+    CaptureError
+        The function looks at values of its inputs, or draws random numbers although `random` is False.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.func import functionalize
+
+    watch: list[_Watch] = []
+
+    def watched(*args: Tensor) -> Any:
+        watch.append(_Watch(args))
+        with watch[-1]:
+            return fn(*args)
+
+    example = tuple(e.detach().clone() for e in example)
+    state = torch.get_rng_state()
+    try:
+        with pyro.validation_enabled(False), torch.enable_grad():
+            graph = make_fx(watched)(*example)
+        if watch[-1].random and not random:
+            raise CaptureError(f"the story draws random numbers outside its sample sites ({watch[-1].random})")
+        if any(is_mutable(node) for node in graph.graph.nodes):
+            with torch.no_grad():
+                graph = make_fx(functionalize(graph))(*example)
+    finally:
+        torch.set_rng_state(state)
+    return finish(graph, differentiable)
+
+
+def is_mutable(node: fx.Node) -> bool:
+    """Whether the operation writes into one of its arguments."""
+    return node.op == "call_function" and getattr(getattr(node.target, "_schema", None), "is_mutable", False)
+
+
+def with_gradient(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Value and gradient of a function of one vector, or of each of many vectors that do not meet."""
+
+    def run(flat: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            flat = flat.detach().requires_grad_()
+            value = fn(flat)
+            if not value.requires_grad:
+                return value, torch.zeros_like(flat)
+            (gradient,) = torch.autograd.grad(value.sum(), flat, allow_unused=True, materialize_grads=True)
+        return value.detach(), gradient
+
+    return run
+
+
+def finish(graph: fx.GraphModule, differentiable: bool = False) -> Callable[..., Any]:
+    """Guard factorisations, drop aliases, fold constants; the result takes the inputs alone."""
+    guard_factorisations(graph)
+    aliases = (aten.alias.default,) if differentiable else (aten.alias.default, aten.detach.default)
+    for node in list(graph.graph.nodes):
+        if node.op == "call_function" and node.target in aliases:
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+    constants = fold_constants(graph)
+    for node in graph.graph.nodes:
+        if is_mutable(node):
+            raise CaptureError(f"the story writes into a tensor in a way that cannot be undone ({node.target})")
+    forward = graph.forward
+
+    def call(*args: Tensor) -> Any:
+        if differentiable:
+            return forward(*args, *constants)
+        with torch.no_grad():
+            return forward(*args, *constants)
+
+    return call
+
+
+def nan_unless_ok(value: Tensor, info: Tensor) -> Tensor:
+    """`value` (..., D, D) or (..., D) where `info` (...) is 0, NaN elsewhere."""
+    fine = info.eq(0)
+    return torch.where(fine.reshape(fine.shape + (1,) * (value.ndim - fine.ndim)), value, float("nan"))
+
+
+def guard_factorisations(graph: fx.GraphModule) -> None:
+    """Replace "raise where the factorisation failed" by NaN in what the factorisation returned."""
+    guarded: set[fx.Node] = set()
+    for check in list(graph.graph.nodes):
+        if check.op != "call_function" or check.target is not aten._linalg_check_errors.default:
+            continue
+        info = check.args[0]
+        source = info.args[0] if info.target is operator.getitem else None
+        graph.graph.erase_node(check)
+        if source is None:
+            raise CaptureError("a factorisation reports failure in a way that is not known")
+        if source in guarded:
+            continue
+        guarded.add(source)
+        last = max([n for n in source.users], key=list(graph.graph.nodes).index)
+        for part in [n for n in source.users if n.target is operator.getitem and n is not info]:
+            value = part.meta.get("val", part.meta.get("tensor_meta"))
+            if value is not None and not value.dtype.is_floating_point:
+                continue
+            with graph.graph.inserting_after(last):
+                safe = graph.graph.call_function(nan_unless_ok, (part, info))
+            part.replace_all_uses_with(safe, delete_user_cb=lambda user, safe=safe: user is not safe)
+    graph.recompile()
+
+
+def fold_constants(graph: fx.GraphModule) -> list[Tensor]:
+    """Compute once what does not depend on the inputs; the results become further inputs, returned in order."""
+    nodes = list(graph.graph.nodes)
+    alive: set[fx.Node] = set()
+    for node in nodes:
+        drawn = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if node.op == "placeholder" or drawn or any(a in alive for a in node.all_input_nodes):
+            alive.add(node)
+    known: dict[fx.Node, Any] = {}
+    for node in nodes:
+        if node.op == "get_attr":
+            known[node] = operator.attrgetter(node.target)(graph)
+        elif node.op == "call_function" and node not in alive:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: known[n])
+            known[node] = node.target(*args, **kwargs)
+    constants, last = [], [n for n in nodes if n.op == "placeholder"][-1]
+    for node, value in known.items():
+        if isinstance(value, Tensor) and any(u in alive or u.op == "output" for u in node.users):
+            with graph.graph.inserting_after(last):
+                last = graph.graph.placeholder(f"constant_{len(constants)}")
+            node.replace_all_uses_with(last)
+            constants.append(value.detach())
+    graph.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    graph.recompile()
+    return constants
+
+
+# -- the log joint -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ValueAndGrad:
+    """log density of one flat unconstrained vector, or of many at once, and its gradient.
+
+    Attributes
+    ----------
+    single
+        Value and gradient at one vector.
+    density
+        The log density alone as a graph that can be differentiated and vectorised; None where there is none.
+    points
+        Vectors of finite density (where there are any) at which graphs are compared with the story.
+    random
+        Whether the log density differs from call to call at the same point.
+    notice
+        Why many vectors are evaluated one after another; empty where they are one batch.
+    """
+
+    single: Captured
+    density: Callable[[Tensor], Tensor] | None
+    points: list[Tensor]
+    random: bool = False
+    notice: str = ""
+    _wide: dict[int, Callable[..., Any] | None] = field(default_factory=dict, repr=False)
+
+    @property
+    def mode(self) -> str:
+        """"graph" or "eager"."""
+        return self.single.mode
+
+    @property
+    def reason(self) -> str:
+        """Why it is not a graph; empty otherwise."""
+        return self.single.reason
+
+    def __call__(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """(dim,) -> ((), (dim,)); (C, dim) -> ((C,), (C, dim)). NaN where a factorisation fails."""
+        if flat.ndim == 1:
+            return self._one(flat)
+        wide = self._batch(len(flat))
+        if wide is not None:
+            try:
+                return wide(flat)
+            except torch.linalg.LinAlgError:
+                pass  # one vector spoils the batch
+        values, gradients = zip(*(self._one(row) for row in flat))
+        return torch.stack(values), torch.stack(gradients)
+
+    def _one(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        try:
+            return self.single(flat)
+        except torch.linalg.LinAlgError:
+            return flat.new_full((), torch.nan), torch.full_like(flat, torch.nan)
+
+    def _batch(self, width: int) -> Callable[..., Any] | None:
+        """The graph for this many vectors, made at the first call and compared with the single one."""
+        if width not in self._wide:
+            self._wide[width] = self._widen(width) if self.density is not None else None
+        return self._wide[width]
+
+    def _widen(self, width: int) -> Callable[..., Any] | None:
+        rows = torch.stack([self.points[i % len(self.points)] for i in range(width)])
+        values, gradients = zip(*(self._one(row) for row in rows))
+        try:
+            wide = pure_graph(with_gradient(torch.vmap(self.density)), (rows,))
+            if all(close(a, b) for a, b in zip((torch.stack(values), torch.stack(gradients)), wide(rows))):
+                return wide
+            self.notice = "the batched graph disagrees with the single one: vectors are evaluated one by one"
+        except Exception as error:  # as for `capture`
+            self.notice = f"vectors are evaluated one by one: {reason_of(error)}"
+        return None
+
+    def numpy(self, flat: NDArray) -> tuple[NDArray, NDArray]:
+        """The same for arrays, in float64."""
+        with torch.inference_mode(self.mode == "graph"):
+            value, gradient = self(torch.from_numpy(flat).to(self.points[0]))
+        return value.double().cpu().numpy(), gradient.double().cpu().numpy()
+
+
+def value_and_grad(joint: LogJoint) -> ValueAndGrad:
+    """Log density and gradient of the flat unconstrained vector, captured where the graph agrees with the story.
+
+    Agreement is asked at four random points, half of them from the prior: value and gradient to a relative 1e-8 in
+    float64. A story that draws random numbers outside its sample sites, or looks at values of latents, is run as it is.
+    """
+
+    def eager_density(flat: Tensor) -> Tensor:
+        with pyro.validation_enabled(False):
+            return joint.unconstrained(flat)
+
+    problem, eager = joint.problem, with_gradient(eager_density)
+    with isolated(problem.seed, problem.dtype):
+        points = test_points(joint, eager)
+        if is_random(eager, points[0]):
+            reason = "the log density draws random numbers: it differs at the same point"
+            return ValueAndGrad(Captured(eager, "eager", reason), None, points, random=True)
+        try:
+            density = pure_graph(eager_density, (points[0],), differentiable=True)
+            single = pure_graph(with_gradient(density), (points[0],))
+            for point in points:
+                check_agreement(single, eager, (point,))
+        except Exception as error:  # any operation of anybody's program may refuse to be traced, in any way
+            return ValueAndGrad(Captured(eager, "eager", reason_of(error)), None, points)
+    return ValueAndGrad(Captured(single, "graph"), density, points)
+
+
+def test_points(joint: LogJoint, eager: Callable[[Tensor], tuple[Tensor, Tensor]], count: int = 4) -> list[Tensor]:
+    """Random vectors of finite density and gradient, as far as 20 tries find them."""
+    finite, other = [], []
+    for i in range(20):
+        if i % 2:
+            point = 4.0 * torch.rand(joint.dim, dtype=joint.problem.dtype, device=joint.problem.device) - 2.0
+        else:
+            point = joint.flatten(joint.prior_draw())
+        try:
+            value, gradient = eager(point)
+        except torch.linalg.LinAlgError:
+            continue
+        (finite if value.isfinite() and gradient.isfinite().all() else other).append(point)
+        if len(finite) == count:
+            break
+    return finite + other[: count - len(finite)] or [torch.zeros(joint.dim, dtype=joint.problem.dtype)]
+
+
+def is_random(fn: Callable[..., tuple[Tensor, ...]], point: Tensor) -> bool:
+    """Whether two seeds give two answers at one point."""
+    answers = []
+    for seed in (1, 2):
+        with isolated(seed, torch.get_default_dtype()):
+            try:
+                answers.append(fn(point))
+            except torch.linalg.LinAlgError:
+                return False
+    return not all(close(a, b) for a, b in zip(*answers))
+
+
+def constrain_many(joint: LogJoint, flat: Tensor, chunk: int = 256) -> dict[str, Tensor]:
+    """Values of every block at many flat vectors: (S, dim) -> (S, ...shape) each; `LogJoint.constrain`, vectorised."""
+    from .joint import Unconstrained
+
+    names = [b.name for b in joint.blocks]
+
+    def values(one: Tensor) -> tuple[Tensor, ...]:
+        handler = Unconstrained(joint.blocks, one)
+        joint.trace(handler)
+        return tuple(handler.values[n] for n in names)
+
+    if len(flat) > 8 and names:
+        with torch.no_grad():
+            single = capture(values, (flat[0],), points=[(flat[len(flat) // 2],), (flat[-1],)])
+            if single.mode == "graph":
+                try:
+                    many = torch.vmap(single.call, chunk_size=chunk)(flat)
+                except (RuntimeError, NotImplementedError):
+                    return joint.constrain(flat)  # an operation without a batching rule
+                return {n: v.clone() for n, v in zip(names, many)}
+    return joint.constrain(flat)
+
+
+__all__: Sequence[str] = [
+    "CaptureError", "Captured", "ValueAndGrad", "capture", "constrain_many", "value_and_grad", "with_gradient",
+]
