@@ -8,7 +8,6 @@ serves, with the reason kept.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,23 +16,17 @@ import numpy as np
 import pyro
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, fx
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from .recorder import CaptureError, pure_graph
 from .session import isolated
 
 if TYPE_CHECKING:
     from .joint import LogJoint
 
-aten = torch.ops.aten
-
 #: Agreement that is asked of a graph: relative error of every output, by precision.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
-
-
-class CaptureError(RuntimeError):
-    """The function is no fixed sequence of tensor operations; the text is the reason."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +69,7 @@ def capture(
         Whether it may draw random numbers: then they come from torch's global generator at every call.
     """
     try:
-        graph = pure_graph(fn, example, random)
+        graph = pure_graph(fn, example, random=random)
         for seed, point in enumerate((example, *points)):
             check_agreement(graph, fn, point, seed)
     except Exception as error:  # any operation of anybody's program may refuse to be traced, in any way
@@ -115,109 +108,7 @@ def close(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance * min(1.0, scale) + 1e-300, equal_nan=True)
 
 
-# -- tracing -----------------------------------------------------------------------------------------------------------
-
-
-class _Watch(TorchDispatchMode):
-    """Let a program look at the values of what does not depend on the inputs, and at nothing else.
-
-    Dependence is that of memory: views and in-place writes carry it on.
-    """
-
-    def __init__(self, inputs: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.random: str | None = None
-        self._storages: set[int] = set()
-        self._alive: list[Tensor] = []
-        self._spread(inputs)
-
-    def _spread(self, tensors: Iterable[Tensor]) -> None:
-        for tensor in tensors:
-            self._alive.append(tensor)  # else the address could be used again
-            self._storages.add(tensor.untyped_storage()._cdata)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
-
-        kwargs = kwargs or {}
-        touched = any(t.untyped_storage()._cdata in self._storages for t in tensors_in((args, kwargs)))
-        if func in (aten._local_scalar_dense.default, aten.equal.default):
-            if touched:
-                raise CaptureError(
-                    "the story looks at the value of a latent (if, while, float(...), .item()): each value could take "
-                    "another path"
-                )
-            with disable_proxy_modes_tracing():
-                return func(*args, **kwargs)
-        if torch.Tag.nondeterministic_seeded in func.tags and not _is_still(func, args, kwargs):
-            self.random = func.name()
-        out = func(*args, **kwargs)
-        if touched:
-            self._spread(tensors_in(out))
-            written = [a.name for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
-            places = {a.name: i for i, a in enumerate(func._schema.arguments)}
-            values = [args[places[n]] if places[n] < len(args) else kwargs.get(n) for n in written]
-            self._spread(tensors_in(values))
-        return out
-
-
-def _is_still(func: Any, args: Any, kwargs: Any) -> bool:
-    """Dropout in evaluation and the like: tagged as random, yet not."""
-    names = [a.name for a in func._schema.arguments]
-    given = {**dict(zip(names, args)), **kwargs}
-    return given.get("train") is False or given.get("p") == 0 or given.get("dropout_p") == 0
-
-
-def tensors_in(tree: Any) -> list[Tensor]:
-    """All tensors of nested tuples, lists and dicts."""
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def pure_graph(
-    fn: Callable[..., Any], example: tuple[Tensor, ...], random: bool = False, differentiable: bool = False
-) -> Callable[..., Any]:
-    """`fn` as a graph of aten operations without mutation, aliases or constant parts.
-
-    Parameters
-    ----------
-    fn, example, random
-        As for `capture`.
-    differentiable
-        Whether the graph will be differentiated: then what is detached stays so.
-
-    Raises
-    ------
-    CaptureError
-        The function looks at values of its inputs, or draws random numbers although `random` is False.
-    """
-    from torch.fx.experimental.proxy_tensor import make_fx
-    from torch.func import functionalize
-
-    watch: list[_Watch] = []
-
-    def watched(*args: Tensor) -> Any:
-        watch.append(_Watch(args))
-        with watch[-1]:
-            return fn(*args)
-
-    example = tuple(e.detach().clone() for e in example)
-    state = torch.get_rng_state()
-    try:
-        with pyro.validation_enabled(False), torch.enable_grad():
-            graph = make_fx(watched)(*example)
-        if watch[-1].random and not random:
-            raise CaptureError(f"the story draws random numbers outside its sample sites ({watch[-1].random})")
-        if any(is_mutable(node) for node in graph.graph.nodes):
-            with torch.no_grad():
-                graph = make_fx(functionalize(graph))(*example)
-    finally:
-        torch.set_rng_state(state)
-    return finish(graph, differentiable)
-
-
-def is_mutable(node: fx.Node) -> bool:
-    """Whether the operation writes into one of its arguments."""
-    return node.op == "call_function" and getattr(getattr(node.target, "_schema", None), "is_mutable", False)
+# -- the log joint -----------------------------------------------------------------------------------------------------
 
 
 def with_gradient(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
@@ -233,90 +124,6 @@ def with_gradient(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], tuple[Te
         return value.detach(), gradient
 
     return run
-
-
-def finish(graph: fx.GraphModule, differentiable: bool = False) -> Callable[..., Any]:
-    """Guard factorisations, drop aliases, fold constants; the result takes the inputs alone."""
-    guard_factorisations(graph)
-    aliases = (aten.alias.default,) if differentiable else (aten.alias.default, aten.detach.default)
-    for node in list(graph.graph.nodes):
-        if node.op == "call_function" and node.target in aliases:
-            node.replace_all_uses_with(node.args[0])
-            graph.graph.erase_node(node)
-    constants = fold_constants(graph)
-    for node in graph.graph.nodes:
-        if is_mutable(node):
-            raise CaptureError(f"the story writes into a tensor in a way that cannot be undone ({node.target})")
-    forward = graph.forward
-
-    def call(*args: Tensor) -> Any:
-        if differentiable:
-            return forward(*args, *constants)
-        with torch.no_grad():
-            return forward(*args, *constants)
-
-    return call
-
-
-def nan_unless_ok(value: Tensor, info: Tensor) -> Tensor:
-    """`value` (..., D, D) or (..., D) where `info` (...) is 0, NaN elsewhere."""
-    fine = info.eq(0)
-    return torch.where(fine.reshape(fine.shape + (1,) * (value.ndim - fine.ndim)), value, float("nan"))
-
-
-def guard_factorisations(graph: fx.GraphModule) -> None:
-    """Replace "raise where the factorisation failed" by NaN in what the factorisation returned."""
-    guarded: set[fx.Node] = set()
-    for check in list(graph.graph.nodes):
-        if check.op != "call_function" or check.target is not aten._linalg_check_errors.default:
-            continue
-        info = check.args[0]
-        source = info.args[0] if info.target is operator.getitem else None
-        graph.graph.erase_node(check)
-        if source is None:
-            raise CaptureError("a factorisation reports failure in a way that is not known")
-        if source in guarded:
-            continue
-        guarded.add(source)
-        last = max([n for n in source.users], key=list(graph.graph.nodes).index)
-        for part in [n for n in source.users if n.target is operator.getitem and n is not info]:
-            value = part.meta.get("val", part.meta.get("tensor_meta"))
-            if value is not None and not value.dtype.is_floating_point:
-                continue
-            with graph.graph.inserting_after(last):
-                safe = graph.graph.call_function(nan_unless_ok, (part, info))
-            part.replace_all_uses_with(safe, delete_user_cb=lambda user, safe=safe: user is not safe)
-    graph.recompile()
-
-
-def fold_constants(graph: fx.GraphModule) -> list[Tensor]:
-    """Compute once what does not depend on the inputs; the results become further inputs, returned in order."""
-    nodes = list(graph.graph.nodes)
-    alive: set[fx.Node] = set()
-    for node in nodes:
-        drawn = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        if node.op == "placeholder" or drawn or any(a in alive for a in node.all_input_nodes):
-            alive.add(node)
-    known: dict[fx.Node, Any] = {}
-    for node in nodes:
-        if node.op == "get_attr":
-            known[node] = operator.attrgetter(node.target)(graph)
-        elif node.op == "call_function" and node not in alive:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: known[n])
-            known[node] = node.target(*args, **kwargs)
-    constants, last = [], [n for n in nodes if n.op == "placeholder"][-1]
-    for node, value in known.items():
-        if isinstance(value, Tensor) and any(u in alive or u.op == "output" for u in node.users):
-            with graph.graph.inserting_after(last):
-                last = graph.graph.placeholder(f"constant_{len(constants)}")
-            node.replace_all_uses_with(last)
-            constants.append(value.detach())
-    graph.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
-    graph.recompile()
-    return constants
-
-
-# -- the log joint -----------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -382,13 +189,17 @@ class ValueAndGrad:
     def _widen(self, width: int) -> Callable[..., Any] | None:
         rows = torch.stack([self.points[i % len(self.points)] for i in range(width)])
         values, gradients = zip(*(self._one(row) for row in rows))
-        try:
-            wide = pure_graph(with_gradient(torch.vmap(self.density)), (rows,))
-            if all(close(a, b) for a, b in zip((torch.stack(values), torch.stack(gradients)), wide(rows))):
-                return wide
-            self.notice = "the batched graph disagrees with the single one: vectors are evaluated one by one"
-        except Exception as error:  # as for `capture`
-            self.notice = f"vectors are evaluated one by one: {reason_of(error)}"
+        wanted = torch.stack(values), torch.stack(gradients)
+        # The second is slower, and right where a derivative under vmap is not (select_scatter in torch 2.13).
+        for fn in (with_gradient(torch.vmap(self.density)), torch.vmap(self.single.call)):
+            try:
+                wide = pure_graph(fn, (rows,))
+                if all(close(a, b) for a, b in zip(wanted, wide(rows), strict=True)):
+                    self.notice = ""
+                    return wide
+                self.notice = "the batched graph disagrees with the single one: vectors are evaluated one by one"
+            except Exception as error:  # as for `capture`
+                self.notice = f"vectors are evaluated one by one: {reason_of(error)}"
         return None
 
     def numpy(self, flat: NDArray) -> tuple[NDArray, NDArray]:

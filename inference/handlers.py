@@ -68,7 +68,17 @@ class MissingCells(Messenger):
 
     Independent cells leave the density; a multivariate normal is replaced by its exact marginal over the seen
     cells (Bishop 2006, equation 2.98).
+
+    Parameters
+    ----------
+    holes
+        Site -> whether any of its values may be NaN; the values of these sites are not looked at, so that a program can
+        be captured with its data as inputs.
     """
+
+    def __init__(self, holes: Mapping[str, bool] | None = None) -> None:
+        super().__init__()
+        self.holes = holes or {}
 
     def _pyro_sample(self, msg: dict) -> None:
         value = msg["value"]
@@ -76,8 +86,10 @@ class MissingCells(Messenger):
             return
         if (msg["infer"] or {}).get("_deterministic"):
             return
+        if not self.holes.get(msg["name"], True):
+            return
         missing = value.isnan()
-        if not missing.any():
+        if msg["name"] not in self.holes and not missing.any():
             return
         fn = msg["fn"]
         if not supports_missing(fn):
@@ -115,7 +127,7 @@ def marginal_normal(fn: dist.MultivariateNormal, seen: Tensor) -> dist.Multivari
 def _inside(support: constraints.Constraint, like: Tensor) -> Tensor:
     """Some value of the support, to stand in a masked cell."""
     for guess in (0.0, 1.0, 0.5):
-        value = torch.full_like(like, guess)
+        value = torch.full(like.shape, guess, dtype=like.dtype, device=like.device)
         if bool(support.check(value).all()):
             return value
     return unconstrain_to(support)(torch.zeros_like(like))

@@ -103,6 +103,7 @@ class LogJoint:
         self.structure = problem.structure
         self.model = config_enumerate(problem.model, "parallel")
         self.finite = tuple(s.name for s in self.structure.finite)
+        self.holes: dict[str, bool] = {}  # site -> may it miss cells? Sites that are not told are looked at
         self.blocks = self._layout()
         self.dim = sum(b.stop - b.start for b in self.blocks)
 
@@ -141,7 +142,7 @@ class LogJoint:
         """One enumerated run, and the names (latents, plates) of the symbols of its dimensions."""
         kwargs = self.problem.kwargs if kwargs is None else kwargs
         given = values if isinstance(values, Messenger) else Substitute(values)
-        model = MissingCells()(given(self.model))
+        model = MissingCells(self.holes)(given(self.model))
         model = poutine.enum(model, first_available_dim=-1 - self.structure.max_plate_nesting)
         with poutine.block(), pyro.validation_enabled(False):
             trace: Any = poutine.trace(model).get_trace(**kwargs)
