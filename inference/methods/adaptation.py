@@ -106,11 +106,10 @@ def windows(warmup: int) -> tuple[int, list[int]]:
     if first + size + last > warmup:
         first, last = int(0.15 * warmup), int(0.1 * warmup)
         size = warmup - first - last
-    ends, end = [], first + size
-    while end <= warmup - last:
-        following = end + 2 * size
-        if following + 2 * (2 * size) > warmup - last and following != warmup - last:
-            following = warmup - last
+    stop, end, ends = warmup - last, first, []
+    while end < stop:
+        # A window that leaves no room for the next, twice as long, takes the rest.
+        end = end + size if end + 3 * size <= stop else stop
         ends.append(end)
-        size, end = 2 * size, following
+        size *= 2
     return first, ends

@@ -231,7 +231,10 @@ def assess(weights: Tensor, diagnostics: dict[str, Any], draws: dict, extra: dic
     khat = pareto_khat(weights.cpu().numpy())
     found = {"elbo": weights.mean().item(), "elbo_error": (weights.std() / math.sqrt(len(weights))).item(), "khat": khat}
     warnings = []
-    if khat > 0.7:
+    ratio = (weights - weights.logsumexp(0)).exp()
+    share = (1 / (ratio**2).sum() / len(weights)).item()
+    found["weight_ess"] = share
+    if khat > 0.7 and share < 0.99:  # where all weights are nearly equal, the shape of their tail does no harm
         warnings.append(
             f"Pareto k-hat is {khat:.2f} > 0.7: the variational posterior misses part of the true one; do not trust its "
             f"spreads (try guide='full_rank', or NUTS)"

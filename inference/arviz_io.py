@@ -1,0 +1,105 @@
+"""Answers as `xarray.DataTree` for ArviZ: draws, pointwise log-likelihood, observed data, sample statistics.
+
+Pyro's own converter drops the log-likelihood of models with enumerated latents; here finite latents are summed out and
+the pointwise log-likelihood is that of the marginal model, which is what leave-one-out cross-validation needs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .score import rows_by_draw
+from .session import isolated
+
+if TYPE_CHECKING:
+    from .posterior import Posterior
+
+#: ArviZ's names of sampler statistics.
+STATISTICS = {"diverging", "energy", "tree_depth", "n_steps", "acceptance_rate", "step_size", "lp"}
+
+
+def to_datatree(posterior: Posterior) -> Any:
+    """See `Posterior.to_arviz`."""
+    import arviz_base
+    import pyro
+
+    groups: dict[str, dict[str, np.ndarray]] = {
+        "posterior": {name: by_chain(posterior, value) for name, value in posterior.draws.items()},
+        "log_likelihood": {likelihood_name(posterior): by_chain(posterior, log_likelihood(posterior))},
+        "observed_data": {
+            s.argument: posterior.problem.kwargs[s.argument].cpu().numpy()
+            for s in posterior.structure.observed
+            if s.argument in posterior.problem.kwargs
+        },
+    }
+    if posterior.sample_stats:
+        groups["sample_stats"] = {n: v for n, v in posterior.sample_stats.items() if n in STATISTICS}
+    groups = {name: group for name, group in groups.items() if group}
+    attrs = {
+        "inference_library": "pyro-model-zoo", "kind": posterior.kind, "method": repr(posterior.method),
+        "seed": posterior.seed, "pyro_version": pyro.__version__, "torch_version": str(torch.__version__),
+        "log_likelihood": likelihood_text(posterior),
+    }
+    # Two axes of one length (K, K) would ask for one coordinate twice: names come from the site.
+    dims = {n: [f"{n}_dim_{i}" for i in range(v.dim() - 1)] for n, v in posterior.draws.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="More chains")
+        return arviz_base.from_dict(groups, dims=dims, attrs={"posterior": attrs})
+
+
+def by_chain(posterior: Posterior, value: Tensor) -> np.ndarray:
+    """(draws, ...) -> (chains, draws, ...)."""
+    return value.reshape(posterior.chains, -1, *value.shape[1:]).detach().cpu().numpy()
+
+
+def likelihood_name(posterior: Posterior) -> str:
+    """Observed sites of a row, joined."""
+    names = [s.name for s in posterior.structure.observed if s.local or not posterior.structure.data_plate]
+    return names[0] if len(names) == 1 else "rows"
+
+
+def likelihood_text(posterior: Posterior) -> str:
+    """What the pointwise log-likelihood is a density of."""
+    if posterior.structure.continuous_locals:
+        return "conditional on the drawn continuous local latents"
+    return "finite local latents summed out"
+
+
+def log_likelihood(posterior: Posterior) -> Tensor:
+    """log p(x_n | draw) for every draw and row: (draws, N)."""
+    joint, kwargs = posterior.joint, posterior.problem.kwargs
+    indices = list(range(posterior.num_draws))
+    local = {b.name for b in joint.blocks if b.local}
+    with isolated(posterior.seed, posterior.problem.dtype), torch.no_grad():
+        if not local:
+            return rows_by_draw(posterior, indices, kwargs)
+        rows = []
+        for i in indices:
+            values = posterior.draw(i)
+            prior = [f for f in joint.factors(values) if f.name in local]
+            inside = sum(f.value.reshape(f.value.shape[0], -1).sum(1) if f.value.dim() > 1 else f.value for f in prior)
+            rows.append(joint.rows(values, kwargs) - inside)
+        return torch.stack(rows)
+
+
+def elpd_loo(posterior: Posterior) -> tuple[float, float, float]:
+    """ELPD by Pareto-smoothed leave-one-out (Vehtari, Gelman and Gabry 2017): estimate, standard error, worst k-hat.
+
+    Raises
+    ------
+    ValueError
+        A point has no draws to reweigh, or there are too few.
+    """
+    if posterior.num_draws < 50:
+        raise ValueError(f"leave-one-out reweighs draws, and this answer has {posterior.num_draws} ({posterior.kind})")
+    import arviz_stats
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = arviz_stats.loo(to_datatree(posterior), pointwise=True)
+    return float(found.elpd), float(found.se), float(np.max(np.asarray(found.pareto_k)))

@@ -1,0 +1,240 @@
+"""Answers on disk: one safetensors file with a JSON card, checksummed, written beside the old one and renamed.
+
+Nothing is pickled, so nothing in a file can run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyro
+import torch
+from torch import Tensor
+
+from .session import isolated
+
+if TYPE_CHECKING:
+    from .posterior import Posterior
+
+FORMAT = "pyro-model-zoo posterior 1"
+
+
+class CheckpointError(ValueError):
+    """A file is no posterior of ours, is damaged, or belongs to another story; the text names file and check."""
+
+
+def save(posterior: Posterior, path: str | Path) -> Path:
+    """See `Posterior.save`.
+
+    Raises
+    ------
+    OSError
+        The folder is missing or cannot be written; an old file of that name is kept.
+    """
+    from safetensors.torch import save as to_bytes
+
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory; name a file in it")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder {path.parent} does not exist; make it first")
+    tensors = gather(posterior)
+    card = describe(posterior, tensors)
+    text = json.dumps(card, sort_keys=True)
+    payload = to_bytes(tensors, metadata={"card": text, "sha256": checksum(tensors, text)})
+    write_atomically(path, payload)
+    return path
+
+
+def write_atomically(path: Path, payload: bytes) -> None:
+    """Temporary file in the same folder, flushed to the disk, then renamed over the target."""
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        Path(temporary).unlink(missing_ok=True)
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror}; an old file there is untouched") from error
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def gather(posterior: Posterior) -> dict[str, Tensor]:
+    """All tensors of an answer under prefixed names."""
+    tensors = {f"draws/{n}": v for n, v in posterior.draws.items()}
+    tensors |= {f"data/{n}": v for n, v in posterior.problem.kwargs.items() if isinstance(v, Tensor)}
+    tensors |= {f"stats/{n}": torch.from_numpy(np.ascontiguousarray(v)) for n, v in posterior.sample_stats.items()}
+    for group, value in posterior.extra.items():
+        if isinstance(value, dict):
+            tensors |= {f"extra/{group}/{n}": v for n, v in value.items() if isinstance(v, Tensor)}
+    return {n: v.detach().cpu().contiguous().clone() for n, v in tensors.items()}
+
+
+def describe(posterior: Posterior, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The card: everything but tensors."""
+    problem = posterior.problem
+    return {
+        "format": FORMAT,
+        "story": story_card(problem.story, problem.structure),
+        "kind": posterior.kind, "method": posterior.method.name, "options": repr(posterior.method),
+        "chains": posterior.chains, "converged": posterior.converged, "seed": posterior.seed,
+        "dtype": str(problem.dtype), "device": str(problem.device), "want": problem.want,
+        "arguments": {n: v for n, v in problem.kwargs.items() if not isinstance(v, Tensor)},
+        "history": plain(posterior.history), "diagnostics": plain(posterior.diagnostics),
+        "warnings": posterior.warnings, "timings": plain(posterior.timings), "why": posterior.why(),
+        "data_sha256": fingerprint({n: v for n, v in tensors.items() if n.startswith("data/")}),
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "pyro": pyro.__version__},
+    }
+
+
+def story_card(story: Any, structure: Any) -> dict[str, Any]:
+    """What must agree for an answer to belong to a story."""
+    model = getattr(story, "model", None)
+    name = type(story).__name__ if model is not None else getattr(story, "__qualname__", type(story).__name__)
+    rows = structure.num_rows
+    sites = {
+        s.name: [s.kind, s.family, ["rows" if n == rows and s.local else n for n in s.shape], list(s.plates)]
+        for s in structure.sites
+    }
+    return {"name": name, "settings": repr(story) if model is not None else "", "sites": sites}
+
+
+def plain(value: Any) -> Any:
+    """JSON's own types; numbers that JSON lacks become words."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, np.ndarray | Tensor):
+        return plain(value.tolist())
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"number": repr(value)}
+    return value if isinstance(value, str | int | float | bool | type(None)) else repr(value)
+
+
+def revive(value: Any) -> Any:
+    """Inverse of `plain` for numbers."""
+    if isinstance(value, dict):
+        return float(value["number"]) if set(value) == {"number"} else {k: revive(v) for k, v in value.items()}
+    return [revive(v) for v in value] if isinstance(value, list) else value
+
+
+def fingerprint(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
+        digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    return digest.hexdigest()
+
+
+def checksum(tensors: dict[str, Tensor], card: str) -> str:
+    """Over tensors and card together."""
+    return hashlib.sha256((fingerprint(tensors) + card).encode()).hexdigest()
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and card of a file, every check passed."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory; name a file in it")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is no readable safetensors file ({error}); nothing was loaded from it") from None
+    if "card" not in metadata or "sha256" not in metadata:
+        raise CheckpointError(f"{path} has no card: it was not written by Posterior.save")
+    if checksum(tensors, metadata["card"]) != metadata["sha256"]:
+        raise CheckpointError(f"{path} is damaged: its SHA-256 does not match; use a backup")
+    card = json.loads(metadata["card"])
+    if card.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {card.get('format')!r}; this version reads {FORMAT!r}")
+    return tensors, card
+
+
+def load(path: str | Path, story: Any) -> Posterior:
+    """An answer from a file, and the story that it answers.
+
+    Parameters
+    ----------
+    path
+        Written by `Posterior.save`.
+    story
+        The same story as at the fit: files hold numbers, not programs.
+
+    Raises
+    ------
+    CheckpointError
+        The file is damaged, foreign, of another format, or of another story; differences are listed.
+    FileNotFoundError
+        There is no such file.
+    """
+    from .choose import Choice
+    from .methods import METHODS
+    from .posterior import Posterior
+    from .problem import prepare
+
+    path = Path(path)
+    tensors, card = read(path)
+    data = {n.removeprefix("data/"): v for n, v in tensors.items() if n.startswith("data/")}
+    problem = prepare(story, {**data, **card["arguments"]}, seed=card["seed"], want=card["want"])
+    check_story(path, card["story"], story_card(problem.story, problem.structure))
+    extra: dict[str, Any] = {}
+    for name, value in tensors.items():
+        if name.startswith("extra/"):
+            _, group, key = name.split("/", 2)
+            extra.setdefault(group, {})[key] = value
+    method = METHODS.get(card["method"])
+    if method is None:
+        raise CheckpointError(f"{path}: method {card['method']!r} is unknown here; known are {list(METHODS)}")
+    with isolated(card["seed"], problem.dtype):
+        return Posterior(
+            kind=card["kind"], method=method, problem=problem,
+            draws={n.removeprefix("draws/"): v for n, v in tensors.items() if n.startswith("draws/")},
+            chains=card["chains"], history=revive(card["history"]), diagnostics=revive(card["diagnostics"]),
+            warnings=card["warnings"], timings=revive(card["timings"]),
+            sample_stats={n.removeprefix("stats/"): v.numpy() for n, v in tensors.items() if n.startswith("stats/")},
+            converged=card["converged"], choice=Choice(method, card["why"].splitlines()[0].partition(": ")[2]), extra=extra,
+        )
+
+
+def check_story(path: Path, saved: dict[str, Any], given: dict[str, Any]) -> None:
+    """Refuse another story, other settings or other sites, listing every difference."""
+    differences = []
+    for key in ("name", "settings"):
+        if saved[key] != given[key]:
+            differences.append(f"{key}: saved {saved[key]!r}, given {given[key]!r}")
+    for site in sorted({*saved["sites"], *given["sites"]}):
+        a, b = saved["sites"].get(site), given["sites"].get(site)
+        if a != b:
+            differences.append(f"site {site}: saved {a}, given {b}")
+    if differences:
+        raise CheckpointError(f"{path} answers another story:\n  " + "\n  ".join(differences))

@@ -1,0 +1,223 @@
+"""Posteriors of local latents, for fitted and for new rows.
+
+Finite latents: exact, by enumeration, averaged over draws of the globals.  Continuous ones: the method's own draws for
+fitted rows; for new rows a Laplace proposal for each row, corrected by importance weights (multivariate t with five
+degrees of freedom around the mode; Tierney and Kadane, JASA 1986, and Owen, *Monte Carlo theory, methods and examples*,
+chapter 9).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from .handlers import Substitute
+from .joint import Block, LogJoint
+from .session import isolated
+from .transforms import unconstrain_to
+
+if TYPE_CHECKING:
+    from .posterior import Posterior
+    from .score import Score
+
+#: Draws of the globals for which continuous locals are integrated.
+GLOBAL_DRAWS = 20
+#: Importance draws a row for each of them.
+PROPOSALS = 100
+
+
+def local_posterior(posterior: Posterior, site: str, data: Any, draws: int) -> Tensor:
+    """See `Posterior.local`."""
+    structure = posterior.structure
+    chain = [s.name for s in structure.finite if re.fullmatch(rf"{re.escape(site)}_?\d+", s.name)]
+    if site not in structure and chain:
+        return torch.stack([local_posterior(posterior, name, data, draws) for name in chain], dim=1)
+    locals_ = [s.name for s in structure.latents if s.local or s.name in posterior.joint.finite]
+    if site not in locals_:
+        what = "is global: posterior.draws[...] has it" if site in posterior.draws else "is no latent inside the data plate"
+        raise ValueError(f"{site!r} {what}; the local latents are {locals_}")
+    kwargs = posterior.problem.kwargs if data is None else posterior.problem.with_data(data)
+    if structure[site].continuous:
+        if data is None and site in posterior.draws:
+            return posterior.draws[site]
+        with isolated(posterior.seed, posterior.problem.dtype):
+            chosen = posterior.some_draws(min(draws, GLOBAL_DRAWS))
+            found = [RowIntegral(posterior.joint, posterior.draw(i), kwargs).resample(site) for i in chosen]
+        return torch.cat(found)
+    if structure.continuous_locals:
+        return _beside_continuous(posterior, site, kwargs, draws, fitted=data is None)
+    with isolated(posterior.seed, posterior.problem.dtype):
+        indices = posterior.some_draws(draws)
+        total = sum(posterior.joint.local_probabilities(site, posterior.draw(i), kwargs) for i in indices)
+    return total / len(indices)  # type: ignore[return-value]
+
+
+def _beside_continuous(posterior: Posterior, site: str, kwargs: dict[str, Any], draws: int, fitted: bool) -> Tensor:
+    """A finite latent whose row also has continuous ones: average over draws of those as well."""
+    joint, total, count = posterior.joint, torch.zeros(()), 0
+    names = [b.name for b in joint.blocks if b.local]
+    with isolated(posterior.seed, posterior.problem.dtype):
+        for i in posterior.some_draws(draws if fitted else GLOBAL_DRAWS):
+            values = posterior.draw(i)
+            if not fitted:
+                integral = RowIntegral(joint, values, kwargs)
+                values = {**values, **{n: integral.resample(n, 1)[0] for n in names}}
+            total = total + joint.local_probabilities(site, values, kwargs)
+            count += 1
+    return total / count
+
+
+class RowsFree(Messenger):
+    """Feed local continuous latents from one free vector a row, keeping each row's log-Jacobian."""
+
+    def __init__(self, blocks: list[tuple[str, int, int]], free: Tensor) -> None:
+        super().__init__()
+        self.places = {name: (a, b) for name, a, b in blocks}
+        self.free = free
+        self.values: dict[str, Tensor] = {}
+        self.log_det: Tensor = free.new_zeros(len(free))
+
+    def _pyro_sample(self, msg: dict) -> None:
+        if msg["name"] not in self.places or msg["is_observed"]:
+            return
+        a, b = self.places[msg["name"]]
+        fn = msg["fn"]
+        transform = unconstrain_to(fn.support)
+        shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
+        free = self.free[:, a:b].reshape(shape)
+        value = transform(free)
+        log_det = transform.log_abs_det_jacobian(free, value)
+        self.log_det = self.log_det + log_det.reshape(len(self.free), -1).sum(-1)
+        self.values[msg["name"]] = msg["value"] = value
+        msg["done"] = True
+        msg["infer"] = {**(msg["infer"] or {}), "enumerate": None}
+
+
+class Stacked(Substitute):
+    """Globals held fixed, locals from their free vectors."""
+
+    def __init__(self, values: dict[str, Tensor], rows: RowsFree) -> None:
+        super().__init__(values)
+        self.rows = rows
+
+    def _pyro_sample(self, msg: dict) -> None:
+        super()._pyro_sample(msg)
+        self.rows._pyro_sample(msg)
+
+
+@dataclass
+class RowIntegral:
+    """Integral over the continuous locals of every row, at one draw of the globals.
+
+    Parameters
+    ----------
+    joint, values, kwargs
+        The story, a draw (local entries are ignored), and the rows.
+    """
+
+    joint: LogJoint
+    values: dict[str, Tensor]
+    kwargs: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        locals_: list[Block] = [b for b in self.joint.blocks if b.local and not b.param]
+        for block in locals_:
+            site = self.joint.structure[block.name]
+            if len(site.plates) != 1:
+                raise ValueError(
+                    f"site {block.name!r} lies in the plates {list(site.plates)}: rows with a plate of their own inside "
+                    f"cannot be integrated one by one; locals directly in the data plate can"
+                )
+        self.globals = {b.name: self.values[b.name] for b in self.joint.blocks if not b.local}
+        rows = self.joint.structure.row_arguments
+        self.n = len(self.kwargs[rows[0]]) if rows else int(self.joint.structure.num_rows or 1)
+        self.blocks, start = [], 0
+        for block in locals_:
+            width = math.prod(block.free_shape[1:])
+            self.blocks.append((block.name, start, start + width))
+            start += width
+        self.width = start
+        self.mode, self.factor = self.laplace()
+        self.points, self.log_weights = self.importance()
+
+    def log_rows(self, free: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """log p(x_n, z_n | globals) + log-Jacobian of every row at its free vector: (N,)."""
+        handler = RowsFree(self.blocks, free)
+        rows = self.joint.rows(Stacked(self.globals, handler), self.kwargs)
+        return rows + handler.log_det, handler.values
+
+    def laplace(self) -> tuple[Tensor, Tensor]:
+        """Mode of every row, and a Cholesky factor of the inverse Hessian there."""
+        free = torch.zeros(self.n, self.width, dtype=self.joint.problem.dtype).requires_grad_()
+        optimiser = torch.optim.LBFGS([free], max_iter=200, line_search_fn="strong_wolfe", tolerance_grad=1e-8)
+
+        def loss() -> Tensor:
+            optimiser.zero_grad()
+            value = -self.log_rows(free)[0].sum()
+            value.backward()
+            return value
+
+        with torch.enable_grad():
+            optimiser.step(loss)
+            gradient = torch.autograd.grad(self.log_rows(free)[0].sum(), free, create_graph=True)[0]
+            columns = []
+            for j in range(self.width):
+                column = torch.autograd.grad(gradient[:, j].sum(), free, retain_graph=True, allow_unused=True)[0]
+                columns.append(torch.zeros_like(free) if column is None else column)
+        precision = -torch.stack(columns, -1).detach()
+        values, vectors = torch.linalg.eigh((precision + precision.mT) / 2)
+        scale = values.clamp_min(1e-4).rsqrt()
+        return free.detach(), vectors * scale.unsqueeze(-2)
+
+    def importance(self) -> tuple[Tensor, Tensor]:
+        """Proposals (S, N, width) and their log weights (S, N)."""
+        t = torch.distributions.StudentT(torch.tensor(5.0, dtype=self.mode.dtype))
+        normal = torch.randn(PROPOSALS, self.n, self.width, dtype=self.mode.dtype)
+        chi = torch.distributions.Chi2(t.df).sample((PROPOSALS, self.n))
+        eps = normal * (t.df / chi).sqrt().unsqueeze(-1)
+        points = self.mode + (self.factor @ eps.unsqueeze(-1)).squeeze(-1)
+        d, df = self.width, 5.0
+        log_det = torch.linalg.slogdet(self.factor)[1]
+        constant = math.lgamma((df + d) / 2) - math.lgamma(df / 2) - d / 2 * math.log(df * math.pi)
+        log_q = constant - log_det - (df + d) / 2 * torch.log1p((eps**2).sum(-1) / df)
+        with torch.no_grad():
+            log_p = torch.stack([self.log_rows(p)[0] for p in points])
+        return points, log_p - log_q
+
+    def log_evidence(self) -> tuple[Tensor, Tensor]:
+        """log p(x_n | globals) and the variance of the estimated density relative to its square: (N,) each."""
+        value = self.log_weights.logsumexp(0) - math.log(PROPOSALS)
+        ratio = (self.log_weights - value).exp()
+        return value, ratio.var(0) / PROPOSALS
+
+    def resample(self, site: str, count: int = 10) -> Tensor:
+        """Draws of a local from its posterior: (count, N, ...event)."""
+        chosen = torch.distributions.Categorical(logits=self.log_weights.T).sample((count,))
+        with torch.no_grad():
+            return torch.stack([self.log_rows(self.points[c, torch.arange(self.n)])[1][site] for c in chosen])
+
+
+def integrated_rows(posterior: Posterior, kwargs: dict[str, Any], draws: int) -> Score:
+    """log p(x_n | fitted data) with continuous locals integrated out row by row."""
+    from .score import Score
+
+    values, relative = [], []
+    with isolated(posterior.seed, posterior.problem.dtype):
+        indices = posterior.some_draws(min(draws, GLOBAL_DRAWS))
+        for i in indices:
+            value, error = RowIntegral(posterior.joint, posterior.draw(i), kwargs).log_evidence()
+            values.append(value)
+            relative.append(error)
+    table, errors = torch.stack(values), torch.stack(relative)
+    rows = table.logsumexp(0) - math.log(len(table))
+    ratio = (table - rows).exp()
+    between = ratio.var(0) / len(table) if len(table) > 1 else torch.zeros_like(rows)
+    within = (ratio**2 * errors).sum(0) / len(table) ** 2
+    name = f"importance sampling of the local latents ({PROPOSALS} Laplace-t proposals a row), mean over {len(table)} draws"
+    return Score(rows, name, (between + within).sqrt(), "plug-in estimate" if posterior.kind == "point" else "estimate")

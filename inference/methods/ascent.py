@@ -1,0 +1,201 @@
+"""Climb a noisy objective: Adam whose step size falls whenever the objective stops rising, until falling no longer helps."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..errors import DivergenceError
+
+Leaves = dict[str, Tensor]
+
+#: The step size is multiplied by this where the objective has stopped rising.
+FALL = 0.3
+#: Shares of all steps after which the step size falls in any case, so that the last steps are small ones.
+FORCED = (0.6, 0.75, 0.87)
+#: Gradients longer than this many times their running mean are cut back: one wild draw must not undo the rest.
+CLIP = 10.0
+#: Memory of the averaged iterate, in steps.
+MEMORY = 50
+
+
+class Target(Protocol):
+    """Something whose ELBO can be climbed."""
+
+    def start(self) -> Leaves:
+        """Parameters at a new start."""
+        ...
+
+    def objective(self, leaves: Leaves) -> tuple[Tensor, Leaves]:
+        """An estimate of the ELBO (), and of its gradient."""
+        ...
+
+    def rate(self, name: str) -> float:
+        """Step size of one parameter relative to the others."""
+        ...
+
+    def values(self, leaves: Leaves) -> dict[str, Tensor]:
+        """Sites and parameters in their own space."""
+        ...
+
+    def blame(self, leaves: Leaves, gradients: Leaves) -> tuple[str | None, str]:
+        """The site at fault where value or gradient is not finite, and a sentence."""
+        ...
+
+
+@dataclass
+class Ascent:
+    """One climb, which can be taken up again.
+
+    Attributes
+    ----------
+    history
+        Estimate of the objective at every step.
+    converged
+        Whether smaller steps have stopped helping.
+    rising
+        Whether the objective still rose, beyond its noise, when the steps ended.
+    """
+
+    target: Target
+    leaves: Leaves
+    lr: float
+    steps: int
+    tol: float
+    patience: int
+    history: list[float] = field(default_factory=list)
+    converged: bool = False
+    rising: bool = True
+    slope: float = math.nan
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.names = list(self.leaves)
+        self.parameters = [self.leaves[n] for n in self.names]
+        groups = [{"params": [p], "lr": self.lr * self.target.rate(n)} for n, p in zip(self.names, self.parameters)]
+        self.rates = [g["lr"] for g in groups]
+        fused = all(p.is_floating_point() for p in self.parameters)
+        self.optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99), maximize=True, fused=fused)
+        self.before = [p.clone() for p in self.parameters]
+        self.average = [p.clone() for p in self.parameters]
+        self.length = math.nan
+        self.phase = 0  # first step of the phase
+        self.level: NDArray | None = None
+        self.stalls = 0
+
+    def run(self, until: int, deadline: float = math.inf, watch: Callable[[float, float], None] | None = None) -> None:
+        """Go on until `until` steps have been made, or convergence, or the deadline.
+
+        Raises
+        ------
+        DivergenceError
+            The objective or its gradient is not finite; the last finite state is attached.
+        """
+        least = max(20, self.steps // 20)
+        while len(self.history) < until and not self.converged and time.perf_counter() < deadline:
+            self.step()
+            if watch is not None:
+                watch(self.history[-1], self.lr * self.factor)
+            done = len(self.history)
+            if done - self.phase >= least and (done - self.phase) % (least // 2) == 0:
+                self.judge()
+            forced = any(done == int(f * self.steps) for f in FORCED) and self.factor > FALL**5
+            if forced and done - self.phase >= 10 and not self.converged:
+                self.fall()
+
+    def step(self) -> None:
+        """One step of Adam."""
+        value, gradients = self.target.objective(self.leaves)
+        with torch.no_grad():
+            norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients.values()]))
+            number, length = torch.stack([value.to(norm.dtype), norm]).tolist()
+            if not (math.isfinite(number) and math.isfinite(length)):
+                self.diverged(number, gradients)
+            limit = math.inf if math.isnan(self.length) else CLIP * self.length
+            share = min(1.0, limit / length) if length > 0 else 1.0
+            self.length = length if math.isnan(self.length) else 0.95 * self.length + 0.05 * share * length
+            for name, parameter in zip(self.names, self.parameters):
+                parameter.grad = gradients[name] if share == 1.0 else gradients[name] * share
+            torch._foreach_copy_(self.before, self.parameters)
+            warm = min(1.0, (len(self.history) + 1) / 20)
+            for group, rate in zip(self.optimiser.param_groups, self.rates):
+                group["lr"] = rate * self.factor * warm
+            self.optimiser.step()
+            fresh = len(self.history) == self.phase
+            torch._foreach_lerp_(self.average, self.parameters, 1.0 if fresh else 1.0 / MEMORY)
+        self.history.append(number)
+
+    def judge(self) -> None:
+        """Has the phase stopped rising, and was it higher than the one before?"""
+        values = np.array(self.history[self.phase :])
+        third = len(values) // 3
+        middle, last = values[third : 2 * third], values[2 * third :]
+        rise, noise = difference(last, middle)
+        self.slope = rise / max(1, (len(middle) + len(last)) / 2)
+        self.rising = rise > max(2 * noise, self.tolerance(last))
+        if self.rising:
+            return
+        if self.level is not None:
+            gain, noise = difference(last, self.level)
+            helped = gain > max(2 * noise, self.tolerance(last))
+            self.stalls = 0 if helped else self.stalls + 1
+            self.converged = self.stalls >= self.patience
+        self.level = last
+        if not self.converged:
+            torch._foreach_copy_(self.parameters, self.average)
+            self.fall()
+
+    def conclude(self) -> None:
+        """Whether the last steps still rose."""
+        values = np.array(self.history[self.phase :])
+        if not self.converged and len(values) >= 20:
+            half = len(values) // 2
+            rise, noise = difference(values[half:], values[:half])
+            self.slope = rise / half
+            self.rising = rise > max(2 * noise, self.tolerance(values[half:]))
+
+    def tolerance(self, values: NDArray) -> float:
+        return self.tol * (1.0 + abs(float(values.mean())))
+
+    def fall(self) -> None:
+        """Smaller steps from here on."""
+        self.factor *= FALL
+        self.phase = len(self.history)
+
+    def best(self) -> Leaves:
+        """The averaged iterate once the climb has levelled off, else the last one."""
+        levelled = not self.rising and len(self.history) - self.phase >= 10
+        chosen = self.average if levelled else self.parameters
+        return {n: p.detach().clone() for n, p in zip(self.names, chosen)}
+
+    def recent(self) -> float:
+        """Mean objective of the last steps."""
+        return float(np.mean(self.history[-max(1, len(self.history) // 4) :])) if self.history else -math.inf
+
+    def diverged(self, value: float, gradients: Leaves) -> None:
+        """Stop, naming what went wrong first."""
+        site, text = self.target.blame(self.leaves, gradients)
+        last = dict(zip(self.names, self.before))
+        finite = all(bool(v.isfinite().all()) for v in last.values())
+        state: dict[str, Any] = self.target.values(last) if finite else {}
+        if not all(bool(v.isfinite().all()) for v in state.values()):
+            state = last
+        what = f"the ELBO is {value}" if not math.isfinite(value) else f"the ELBO is {value:.6g} but its gradient is not finite"
+        raise DivergenceError(
+            f"SVI left the finite numbers at step {len(self.history)}: {what}; {text}. The last finite state is attached; "
+            f"lower lr (it was {self.lr:g}), or standardise the data",
+            state=state, step=len(self.history), site=site,
+        )
+
+
+def difference(a: NDArray, b: NDArray) -> tuple[float, float]:
+    """Difference of two means and its standard error."""
+    return float(a.mean() - b.mean()), math.sqrt(a.var() / len(a) + b.var() / len(b))

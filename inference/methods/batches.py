@@ -1,0 +1,150 @@
+"""Rows a batch at a time, and the density of a batch as one graph with its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..capture import check_agreement, reason_of
+from ..problem import Problem
+from ..recorder import CaptureError, pure_graph
+
+Single = Callable[..., Tensor]
+
+
+class Batches:
+    """Random rows without replacement, epoch after epoch; an incomplete last batch is left out of its epoch.
+
+    Attributes
+    ----------
+    size
+        Rows a batch, or None for all rows at once.
+    scale
+        N / size: a batch speaks for all.
+    names
+        Arguments that are cut.
+    """
+
+    def __init__(self, problem: Problem, size: int | None) -> None:
+        rows = problem.structure.num_rows
+        self.names = problem.structure.row_arguments
+        self.kwargs, self.rows, self.device = problem.kwargs, rows or 1, problem.device
+        if size is not None and not self.names:
+            raise ValueError(
+                f"SVI(batch_size={size}): no argument of the story has one entry a row on its first axis, so there is "
+                f"nothing to cut; use batch_size=None"
+            )
+        self.size = None if size is None or rows is None or size >= rows else size
+        self.scale = 1.0 if self.size is None else self.rows / self.size
+        self.order = torch.empty(0, dtype=torch.long, device=self.device)
+
+    def first(self, offset: int = 0) -> Tensor:
+        """Some rows, always the same, without touching the random stream."""
+        return (torch.arange(self.size or self.rows, device=self.device) + offset) % self.rows
+
+    def next(self) -> Tensor:
+        """Indices of the next batch."""
+        size = self.size or self.rows
+        if len(self.order) < size:
+            self.order = torch.randperm(self.rows, device=self.device)
+        rows, self.order = self.order[:size], self.order[size:]
+        return rows
+
+    def take(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """These rows of every argument that is cut."""
+        return tuple(self.kwargs[name][rows] for name in self.names)
+
+
+def with_gradients(fn: Single) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """(z, points, *rows) -> values, and the gradient of their sum with respect to z and points."""
+
+    def run(z: Tensor, points: Tensor, *rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.enable_grad():
+            z, points = z.detach().requires_grad_(), points.detach().requires_grad_()
+            values = fn(z, points, *rows)
+            by_z, by_points = torch.autograd.grad(values.sum(), (z, points), allow_unused=True, materialize_grads=True)
+        return values.detach(), by_z, by_points
+
+    return run
+
+
+class Density:
+    """log density of latents z (L,) and points (M,) given rows; many z at once where the story allows.
+
+    Attributes
+    ----------
+    mode
+        "graph", or "eager" where the story itself serves.
+    reason
+        Why it is not a graph; empty otherwise.
+    """
+
+    def __init__(self, single: Single, examples: list[tuple[Tensor, ...]], width: int) -> None:
+        self.single, self.width = single, width
+        self.mode, self.reason = "eager", ""
+        self.one: Callable[..., tuple[Tensor, Tensor, Tensor]] = with_gradients(single)
+        self.many: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
+        self.graph: Single | None = None
+        try:
+            self._capture(examples)
+        except Exception as error:  # any operation of anybody's program may refuse to be traced, in any way
+            self.reason = reason_of(error)
+
+    def _capture(self, examples: list[tuple[Tensor, ...]]) -> None:
+        graph = pure_graph(self.single, examples[0], differentiable=True)
+        one = pure_graph(with_gradients(graph), examples[0])
+        for example in examples:
+            check_agreement(one, self.one, example)
+        self.one, self.mode, self.graph = one, "graph", graph
+        z, *others = examples[0]
+        wide = with_gradients(self._vmap(graph, len(others)))
+        stacked = (torch.stack([e[0] for e in examples])[torch.arange(self.width) % len(examples)], *others)
+        try:
+            many = pure_graph(wide, stacked)
+            check_agreement(many, self._loop, stacked)
+            self.many = many
+        except Exception as error:  # as above
+            self.reason = f"draws are evaluated one by one: {reason_of(error)}"
+            self.graph = None
+
+    def _vmap(self, graph: Single, others: int) -> Single:
+        return torch.vmap(graph, in_dims=(0, *[None] * others))
+
+    def __call__(self, z: Tensor, points: Tensor, *rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(P, L) -> values (P,), gradient (P, L), gradient of the sum with respect to the points (M,)."""
+        if self.many is not None and len(z) == self.width:
+            return self.many(z, points, *rows)
+        return self._loop(z, points, *rows)
+
+    def _loop(self, z: Tensor, points: Tensor, *rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        values, by_z, by_points = zip(*(self.at(one, points, *rows) for one in z))
+        return torch.stack(values), torch.stack(by_z), torch.stack(by_points).sum(0)
+
+    def at(self, z: Tensor, points: Tensor, *rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for one z; NaN where a factorisation fails."""
+        try:
+            return self.one(z, points, *rows)
+        except torch.linalg.LinAlgError:
+            return z.new_full((), torch.nan), torch.full_like(z, torch.nan), torch.full_like(points, torch.nan)
+
+    def values(self, z: Tensor, points: Tensor, *rows: Tensor, chunk: int = 128) -> Tensor:
+        """Values alone, for any number of z."""
+        with torch.no_grad():
+            if self.graph is not None:
+                many = self._vmap(self.graph, 1 + len(rows))
+                return torch.cat([many(part, points, *rows) for part in z.split(chunk)])
+            return torch.stack([self._value(one, points, *rows) for one in z])
+
+    def _value(self, z: Tensor, points: Tensor, *rows: Tensor) -> Tensor:
+        if self.mode == "graph":
+            return self.at(z, points, *rows)[0]
+        try:
+            return self.single(z, points, *rows)
+        except torch.linalg.LinAlgError:
+            return z.new_full((), torch.nan)
+
+
+__all__: list[Any] = ["Batches", "CaptureError", "Density", "with_gradients"]

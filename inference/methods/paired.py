@@ -1,0 +1,343 @@
+"""The ELBO of a story's own guide: model and guide run side by side, finite latents that the guide leaves out summed out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import constraints, transform_to
+
+from ..capture import capture
+from ..handlers import MissingCells, ScaleRows, Substitute, unwrap
+from ..joint import LogJoint
+from ..problem import Problem
+from .ascent import Leaves
+from .batches import Batches
+from .networks import Networks
+
+#: Step size of a network's weights relative to that of other parameters.
+NETWORK_RATE = 0.1
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One `pyro.param`: its constraint, and whether it has one entry a row on its first axis."""
+
+    name: str
+    constraint: Any
+    local: bool
+
+
+class Watch(Messenger):
+    """Note the parameters that a program asks for, outside of networks."""
+
+    def __init__(self, plate: str | None, rows: int, weights: set[int]) -> None:
+        super().__init__()
+        self.plate, self.rows, self.weights = plate, rows, weights
+        self.found: dict[str, Parameter] = {}
+
+    def _pyro_post_param(self, msg: dict) -> None:
+        free = pyro.get_param_store()._params.get(msg["name"])
+        if free is None or id(free) in self.weights:
+            return
+        inside = any(frame.name == self.plate for frame in msg["cond_indep_stack"])
+        value = msg["value"]
+        local = inside and value.ndim > 0 and len(value) == self.rows
+        self.found[msg["name"]] = Parameter(msg["name"], msg["kwargs"].get("constraint", constraints.real), local)
+
+
+class PairTarget:
+    """Parameters of guide and model, and the weights of their networks.
+
+    Raises
+    ------
+    ValueError
+        The guide lacks a latent that cannot be summed out, samples what the story observes or does not know, or gives a
+        site another shape.
+    """
+
+    def __init__(self, problem: Problem, particles: int, batch_size: int | None) -> None:
+        assert problem.guide is not None
+        self.problem, self.particles, self.guide = problem, particles, problem.guide
+        self.joint = LogJoint(problem)
+        self.batches = Batches(problem, batch_size)
+        self.plate = problem.structure.data_plate
+        self.joint.holes = {s.name: s.missing > 0 for s in problem.structure.observed}
+        self.networks = Networks(problem.story, problem.model, problem.guide)
+        self.filled = {n: without_holes(v) for n, v in problem.kwargs.items()}
+        self.parameters: dict[str, Parameter] = {}
+        first = self.start()
+        if not first:
+            raise ValueError("the guide has no parameters and the story learns none: there is nothing to optimise")
+        trace = self.guide_trace(first)
+        self.check(trace)
+        self.sites = [n for n, s in trace.nodes.items() if is_latent(s)]
+        self.latents = [n for n in self.sites if n in problem.structure and problem.structure[n].continuous]
+        self.points = all(type(unwrap(trace.nodes[n]["fn"])).__name__ == "Delta" for n in self.latents)
+        self.follows = all(trace.nodes[n]["fn"].has_rsample for n in self.sites)
+        self.mode, self.reason = "eager", "the guide has latents whose draws have no gradient (score function estimator)"
+        self.call: Callable[..., Any] = self.by_score
+        if self.follows:
+            self.call = self.capture(first)
+
+    # -- parameters --------------------------------------------------------------------------------------------------
+
+    def start(self) -> Leaves:
+        """Free parameters as guide and model start them, and copies of the networks' weights."""
+        pyro.clear_param_store()
+        watch = Watch(self.plate, self.batches.rows, {id(p) for p in self.networks.weights.values()})
+        with torch.no_grad(), poutine.block(), watch:
+            guide = poutine.trace(self.guide).get_trace(**self.filled)
+            poutine.replay(MissingCells()(self.problem.model), trace=guide)(**self.problem.kwargs)
+        self.parameters = watch.found
+        store = pyro.get_param_store()
+        leaves = {n: store._params[n].detach().clone() for n in watch.found}
+        return leaves | {n: p.detach().clone() for n, p in self.networks.weights.items()}
+
+    def rate(self, name: str) -> float:
+        """Networks take smaller steps."""
+        return 1.0 if name in self.parameters else NETWORK_RATE
+
+    def values(self, leaves: Leaves) -> dict[str, Tensor]:
+        """Parameters in their own space, and weights."""
+        values = self.constrained(leaves)
+        return values | {n: v for n, v in leaves.items() if n not in values}
+
+    def constrained(self, leaves: Leaves, rows: Tensor | None = None) -> Leaves:
+        """Parameters in their own space, of all rows or of some."""
+        found = {}
+        for name, parameter in self.parameters.items():
+            value = transform_to(parameter.constraint)(leaves[name])
+            found[name] = value[rows] if parameter.local and rows is not None else value
+        return found
+
+    # -- the ELBO ----------------------------------------------------------------------------------------------------
+
+    def arguments(self, rows: Tensor | None, filled: bool = False) -> dict[str, Any]:
+        """The story's arguments, of all rows or of some; `filled` without holes, as the guide takes them."""
+        kwargs = self.filled if filled else self.problem.kwargs
+        if rows is None:
+            return kwargs
+        return {n: v[rows] if n in self.batches.names else v for n, v in kwargs.items()}
+
+    def guide_trace(self, leaves: Leaves, rows: Tensor | None = None) -> Any:
+        """One run of the guide."""
+        guide = Substitute(self.constrained(leaves, rows))(self.guide)
+        with poutine.block():
+            return self.networks.run(
+                self.weights(leaves), lambda: poutine.trace(guide).get_trace(**self.arguments(rows, filled=True))
+            )
+
+    def weights(self, leaves: Leaves) -> Leaves:
+        return {n: v for n, v in leaves.items() if n not in self.parameters}
+
+    def log_ratio(self, leaves: Leaves, rows: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """log p(data, u) - log q(u) at one draw u of the guide, and u."""
+        scale = 1.0 if rows is None else self.batches.scale
+        trace = self.guide_trace(leaves, rows)
+        trace.compute_log_prob()
+        values = {n: s["value"] for n, s in trace.nodes.items() if is_latent(s)}
+        log_q: Any = 0.0
+        for site in trace.nodes.values():
+            if is_latent(site):
+                inside = any(f.name == self.plate for f in site["cond_indep_stack"])
+                log_q = log_q + (scale if inside else 1.0) * site["log_prob"].sum()
+        given = {**values, **self.constrained(leaves, rows)}
+        log_p = self.networks.run(
+            self.weights(leaves), lambda: self.joint.density(given, self.arguments(rows), scale)
+        )
+        return log_p - log_q, values
+
+    def objective(self, leaves: Leaves) -> tuple[Tensor, Leaves]:
+        """An estimate of the ELBO on a batch, and of its gradient."""
+        rows = () if self.batches.size is None else (self.batches.next(),)
+        parts = [self.call(*leaves.values(), *rows) for _ in range(self.particles)]
+        means = [torch.stack(part).mean(0) for part in zip(*parts)]
+        return means[0], dict(zip(leaves, means[1:]))
+
+    def capture(self, leaves: Leaves) -> Callable[..., Any]:
+        """Value and gradient at one draw, as a graph where that is possible."""
+        names = list(leaves)
+
+        def by_path(*inputs: Tensor) -> tuple[Tensor, ...]:
+            with torch.enable_grad(), pyro.validation_enabled(False):
+                free = [t.detach().requires_grad_() for t in inputs[: len(names)]]
+                rows = inputs[len(names)] if len(inputs) > len(names) else None
+                try:
+                    value, _ = self.log_ratio(dict(zip(names, free)), rows)
+                except torch.linalg.LinAlgError:
+                    return (free[0].new_full((), torch.nan), *(torch.full_like(f, torch.nan) for f in free))
+                slopes = torch.autograd.grad(value, free, allow_unused=True, materialize_grads=True)
+            return (value.detach(), *slopes)
+
+        example = (*leaves.values(), *(() if self.batches.size is None else (self.batches.first(),)))
+        moved = tuple(e + 0.01 if e.is_floating_point() else e for e in example)
+        found = capture(by_path, example, points=[moved], random=True)
+        self.mode, self.reason = found.mode, found.reason
+        return found.call
+
+    def by_score(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The same through Pyro, for guides that enumerate or need score functions."""
+        names = list(self.parameters) + [n for n in self.networks.weights]
+        rows = inputs[len(names)] if len(inputs) > len(names) else None
+        free = [t.detach().requires_grad_() for t in inputs[: len(names)]]
+        leaves = dict(zip(names, free))
+        scale = 1.0 if rows is None else self.batches.scale
+        given, finite = self.constrained(leaves, rows), bool(self.problem.structure.finite)
+        nesting = self.problem.structure.max_plate_nesting
+        elbo = (TraceEnum_ELBO if finite else Trace_ELBO)(max_plate_nesting=nesting)
+
+        def guide(**kwargs: Any) -> Any:
+            return self.guide(**self.arguments(rows, filled=True))
+
+        parts = [Substitute(given)(config_enumerate(part, "parallel") if finite else part) for part in (self.problem.model, guide)]
+        model, pair = (ScaleRows(self.plate, scale)(part) for part in (MissingCells(self.joint.holes)(parts[0]), parts[1]))
+        with torch.enable_grad(), pyro.validation_enabled(False), poutine.block():
+            loss = self.networks.run(
+                self.weights(leaves), lambda: elbo.differentiable_loss(model, pair, **self.arguments(rows))
+            )
+            slopes = torch.autograd.grad(-loss, free, allow_unused=True, materialize_grads=True)
+        return (-loss.detach(), *slopes)
+
+    # -- checks and answers ------------------------------------------------------------------------------------------
+
+    def check(self, trace: Any) -> None:
+        """Hold the guide against the story; see the class."""
+        structure = self.problem.structure
+        known = {s.name: s for s in structure.latents}
+        seen = {s.name for s in structure.observed}
+        guessed = {n: s for n, s in trace.nodes.items() if is_latent(s) and not s["infer"].get("is_auxiliary")}
+        for name, site in guessed.items():
+            if name in seen:
+                raise ValueError(f"the guide samples {name!r}, which the story observes; leave it out of the guide")
+            if name not in known:
+                raise ValueError(
+                    f"the guide samples {name!r}, which is no latent of the story; its latents are {sorted(known)}"
+                )
+            if tuple(site["value"].shape) != known[name].shape:
+                raise ValueError(
+                    f"the guide gives {name!r} the shape {tuple(site['value'].shape)} and the story {known[name].shape}; "
+                    f"use the same plates and the same to_event in both"
+                )
+        lacking = [s.name for s in structure.latents if s.name not in guessed and not s.enumerable]
+        if lacking:
+            raise ValueError(
+                f"the guide lacks the latent {lacking[0]!r}, which cannot be summed out: the loss would be no ELBO. Add "
+                f'pyro.sample("{lacking[0]}", ...) to the guide, or use SVI(guide="mean_field")'
+            )
+        with pyro.validation_enabled(True):
+            trace.compute_log_prob()
+
+    def draws(self, leaves: Leaves, count: int, seconds: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """log p - log q (S,) and draws (S, ...) of the continuous latents, on all rows.
+
+        S is `count`, or at least 100 where `seconds` are over before.
+        """
+
+        def one(*free: Tensor) -> tuple[Tensor, ...]:
+            with torch.no_grad(), pyro.validation_enabled(False):
+                ratio, values = self.log_ratio(dict(zip(leaves, free)))
+            return (ratio, *(values[n].clone() for n in self.latents))
+
+        inputs = tuple(leaves.values())
+        call = capture(one, inputs, random=True).call
+        return self.repeated(lambda: call(*inputs), count, seconds)
+
+    def repeated(self, call: Callable[[], tuple[Tensor, ...]], count: int, seconds: float) -> tuple[Tensor, dict[str, Tensor]]:
+        rows, began = [], time.perf_counter()
+        for i in range(count):
+            rows.append(call())
+            if i >= 99 and time.perf_counter() - began > seconds:
+                break
+        parts = list(zip(*rows))
+        return torch.stack(parts[0]), {n: torch.stack(p) for n, p in zip(self.latents, parts[1:])}
+
+    def row_ratios(self, leaves: Leaves, count: int, seconds: float, most: int = 100) -> Tensor | None:
+        """log p - log q of single rows (S, R), where rows do not share a latent that was guessed; else None."""
+        structure = self.problem.structure
+        shared = [n for n in self.sites if n not in structure or not structure[n].local]
+        if self.plate is None or shared or not self.sites or not self.batches.names:
+            return None
+        chosen = torch.linspace(0, self.batches.rows - 1, min(most, self.batches.rows)).round().long()
+        rows = chosen.to(self.problem.device)
+
+        def one() -> tuple[Tensor]:
+            with torch.no_grad(), pyro.validation_enabled(False):
+                trace = self.guide_trace(leaves, rows)
+                trace.compute_log_prob()
+                guessed = [trace.nodes[n] for n in self.sites]
+                log_q = sum(by_row(site["log_prob"], site, self.plate) for site in guessed)
+                given = {**{s["name"]: s["value"] for s in guessed}, **self.constrained(leaves, rows)}
+                log_p = self.networks.run(self.weights(leaves), lambda: self.joint.rows(given, self.arguments(rows)))
+            return (log_p - log_q,)
+
+        return self.repeated(one, count, seconds)[0]
+
+    def blame(self, leaves: Leaves, gradients: Leaves) -> tuple[str | None, str]:
+        """The parameter whose gradient is not finite, and the site that made it so."""
+        name = next((n for n, g in gradients.items() if not bool(g.isfinite().all())), None)
+        name = name or next((n for n, v in self.values(leaves).items() if not bool(v.isfinite().all())), None)
+        text = f"first at parameter {name!r}" if name else ""
+        site = self.culprit(leaves)
+        if site:
+            text += f"{', from' if text else 'first at'} site {site!r}"
+        return site or name, text or "no single site is at fault"
+
+    def culprit(self, leaves: Leaves) -> str | None:
+        """The site with a value, a log density or a gradient that is not finite."""
+        try:
+            with pyro.validation_enabled(False), torch.enable_grad():
+                free = {n: v.detach().requires_grad_() for n, v in leaves.items()}
+                trace = self.guide_trace(free)
+                trace.compute_log_prob()
+                values = {n: s["value"] for n, s in trace.nodes.items() if is_latent(s)}
+                for name, value in values.items():
+                    if not bool(value.isfinite().all() and trace.nodes[name]["log_prob"].isfinite().all()):
+                        return name
+                given = {**values, **self.constrained(free)}
+                for factor in self.networks.run(self.weights(free), lambda: self.joint.factors(given)):
+                    if not bool(factor.value.isfinite().all()):
+                        return factor.name
+                    if factor.value.requires_grad:
+                        slopes = torch.autograd.grad(
+                            factor.value.sum(), list(free.values()), allow_unused=True, materialize_grads=True, retain_graph=True
+                        )
+                        if not all(bool(s.isfinite().all()) for s in slopes):
+                            return factor.name
+        except (RuntimeError, ValueError):
+            return None  # the story fails at such values
+        return None
+
+
+def is_latent(site: dict) -> bool:
+    """A draw of the guide, as opposed to parameters, plates and deterministic sites."""
+    return (
+        site["type"] == "sample"
+        and not site["is_observed"]
+        and not site_is_subsample(site)
+        and not site["infer"].get("_deterministic")
+    )
+
+
+def by_row(log_prob: Tensor, site: dict, plate: str | None) -> Tensor:
+    """Log density of a site summed over everything but the rows."""
+    axis = next(f.dim for f in site["cond_indep_stack"] if f.name == plate)
+    rest = [i for i in range(-log_prob.ndim, 0) if i != axis]
+    return log_prob.sum(rest) if rest else log_prob
+
+
+def without_holes(value: Any) -> Any:
+    """NaN replaced by the mean of its column: a guide may guess from anything."""
+    if not (isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any())):
+        return value
+    mean = value.nanmean(0) if value.ndim else torch.zeros_like(value)
+    return torch.where(value.isnan(), mean.nan_to_num(0.0), value)

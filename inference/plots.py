@@ -1,0 +1,134 @@
+"""Figures of one answer. None of them touches pyplot's global state."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .summary import entries, label
+
+if TYPE_CHECKING:
+    from .posterior import Posterior
+
+INK, ACCENT, FAINT = "#1b1f23", "#1f6f8b", "#c9d3d8"
+PALETTE = ["#1f6f8b", "#d1793b", "#6b8e4e", "#8f5a99", "#b3a13c", "#b04a4a", "#4a5fb0", "#5b6770"]
+#: Panels in a figure of marginals.
+PANELS = 24
+
+
+def new_axes(ax: Any, size: tuple[float, float]) -> Any:
+    """The given axes, or those of a new figure."""
+    if ax is not None:
+        return ax
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=size, layout="constrained").subplots()
+
+
+def tidy(ax: Any) -> None:
+    """Only the axes that carry numbers."""
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(colors=INK, labelsize=8)
+
+
+def plot_history(posterior: Posterior, ax: Any = None) -> Any:
+    """Objective by iteration, or log density by draw; returns the figure."""
+    ax = new_axes(ax, (6.4, 3.4))
+    if posterior.kind == "samples" and "lp" in posterior.sample_stats:
+        for c, chain in enumerate(np.asarray(posterior.sample_stats["lp"])):
+            ax.plot(chain, lw=0.7, color=PALETTE[c % len(PALETTE)], label=f"chain {c + 1}")
+        ax.set(xlabel="draw", ylabel="log density")
+        ax.legend(frameon=False, fontsize=8, ncols=4)
+    elif posterior.history:
+        values = np.asarray(posterior.history)
+        noisy = posterior.kind == "variational" and len(values) > 50
+        ax.plot(values, lw=0.6 if noisy else 1.4, color=FAINT if noisy else ACCENT)
+        if noisy:
+            smooth = np.convolve(values, np.ones(25) / 25, mode="valid")
+            ax.plot(np.arange(len(smooth)) + 12, smooth, lw=1.4, color=ACCENT)
+            low = np.quantile(values, 0.1)
+            ax.set_ylim(low - 0.2 * abs(values.max() - low), values.max() + 0.05 * abs(values.max() - low))
+        ax.set(xlabel="step" if noisy else "iteration", ylabel="ELBO" if posterior.kind == "variational" else "log joint")
+    else:
+        ax.text(0.5, 0.5, "no history", ha="center", va="center", transform=ax.transAxes)
+    ax.set_title(f"{posterior.method.name.upper()}" + ("" if posterior.converged else " (not converged)"), fontsize=10, loc="left")
+    tidy(ax)
+    return ax.figure
+
+
+def plot_density(posterior: Posterior, names: list[str] | None = None) -> Any:
+    """Marginals of the globals, one panel an entry; returns the figure.
+
+    Raises
+    ------
+    ValueError
+        An unknown name.
+    """
+    from matplotlib.figure import Figure
+    from scipy.stats import gaussian_kde
+
+    local = {b.name for b in posterior.joint.blocks if b.local}
+    wanted = names or [n for n in posterior.draws if n not in local]
+    if unknown := [n for n in wanted if n not in posterior.draws]:
+        raise ValueError(f"{unknown} are no drawn sites; there are {list(posterior.draws)}")
+    panels = [(n, i) for n in wanted for i in entries(tuple(posterior.draws[n].shape[1:]))]
+    shown = panels[:PANELS]
+    columns = min(4, max(1, len(shown)))
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(2.3 * columns, 1.7 * rows + 0.3), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for ax, (name, index) in zip(axes, shown):
+        draws = posterior.draws[name].double().cpu().numpy()[(slice(None), *index)]
+        if len(draws) == 1 or draws.std() == 0:
+            ax.axvline(draws[0], color=ACCENT, lw=1.6)
+        else:
+            grid = np.linspace(draws.min(), draws.max(), 120)
+            for c, chain in enumerate(draws.reshape(posterior.chains, -1)):
+                if chain.std() > 0:
+                    ax.plot(grid, gaussian_kde(chain)(grid), lw=1, color=PALETTE[c % len(PALETTE)])
+            ax.fill_between(grid, gaussian_kde(draws)(grid), color=FAINT, alpha=0.5, lw=0)
+        ax.set_title(label(name, index), fontsize=8, loc="left")
+        ax.set_yticks([])
+        ax.spines[["top", "right", "left"]].set_visible(False)
+        ax.tick_params(labelsize=7)
+    for ax in axes[len(shown) :]:
+        ax.set_visible(False)
+    if len(panels) > len(shown):
+        figure.suptitle(f"the first {len(shown)} of {len(panels)} entries", fontsize=8)
+    return figure
+
+
+def plot_data(posterior: Posterior, columns: tuple[int, int] = (0, 1), ax: Any = None) -> Any:
+    """Rows in two columns (or a strip of one), coloured by the posterior of the finite local latent; returns the figure.
+
+    Raises
+    ------
+    ValueError
+        No numeric rows, or a column that they lack.
+    """
+    site = next((s for s in posterior.structure.observed if s.local and s.argument in posterior.problem.kwargs), None)
+    if site is None:
+        raise ValueError("no observed site has rows that an argument holds: there is nothing to scatter")
+    x = posterior.problem.kwargs[site.argument].double().cpu().numpy()
+    x = x.reshape(len(x), -1)
+    if x.shape[1] > 1 and max(columns) >= x.shape[1]:
+        raise ValueError(f"columns={columns}: {site.argument} has columns 0 to {x.shape[1] - 1}")
+    ax = new_axes(ax, (5.2, 4.2))
+    finite = next((s.name for s in posterior.structure.finite if s.local and len(s.plates) == 1), None)
+    colours: Any = ACCENT
+    if finite:
+        probabilities = posterior.local(finite).double().cpu().numpy()
+        base = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in PALETTE])
+        colours = np.clip(probabilities @ base[np.arange(probabilities.shape[1]) % len(base)], 0, 1)
+    if x.shape[1] == 1:
+        jitter = np.random.default_rng(0).uniform(-0.4, 0.4, len(x))
+        ax.scatter(x[:, 0], jitter, c=colours, s=14, lw=0)
+        ax.set(xlabel=site.name, yticks=[], ylim=(-1, 1))
+    else:
+        ax.scatter(x[:, columns[0]], x[:, columns[1]], c=colours, s=18, lw=0)
+        ax.set(xlabel=f"{site.name}[{columns[0]}]", ylabel=f"{site.name}[{columns[1]}]")
+    if finite:
+        ax.set_title(f"colour: p({finite} | data)", fontsize=9, loc="left")
+    tidy(ax)
+    return ax.figure

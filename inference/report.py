@@ -1,0 +1,142 @@
+"""A comparison as one HTML file that needs nothing from elsewhere: figures inline, mathematics as MathML."""
+
+from __future__ import annotations
+
+import io
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from .checkpoint import fingerprint, write_atomically
+
+if TYPE_CHECKING:
+    from .compare import Comparison
+
+
+def write_report(comparison: Comparison, path: str | Path) -> Path:
+    """See `Comparison.report`.
+
+    Raises
+    ------
+    FileNotFoundError
+        The folder does not exist.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder {path.parent} does not exist; make it first")
+    environment = Environment(loader=PackageLoader("inference"), autoescape=True, undefined=StrictUndefined)
+    page = environment.get_template("report.html").render(**content(comparison))
+    write_atomically(path, page.encode("utf-8"))
+    return path
+
+
+def content(comparison: Comparison) -> dict[str, Any]:
+    """Everything that the page shows."""
+    from markupsafe import Markup
+
+    from .compare import cell
+    from .plates import draw_plates
+    from .story_text import story_lines
+
+    first = next(iter(comparison.posteriors.values()))
+    problem = first.problem
+    lines = story_lines(problem.model, **problem.kwargs)
+    table = comparison.table.map(cell).T
+    return {
+        "title": story_name(comparison.story),
+        "settings": repr(comparison.story) if hasattr(comparison.story, "model") else "",
+        "verdict": comparison.verdict,
+        "notes": comparison.notes,
+        "plate": Markup(svg(draw_plates(problem.model, show_lines=False, **problem.kwargs))),
+        "lines": [story_line(line) for line in lines],
+        "structure": str(comparison.structure),
+        "columns": list(table.columns),
+        "rows": [(name, list(row)) for name, row in zip(table.index, table.to_numpy())],
+        "pairwise": [(name, [cell(v) for v in row]) for name, row in zip(comparison.pairwise.index, comparison.pairwise.to_numpy())],
+        "refused": comparison.refused,
+        "figure": Markup(svg(comparison.plot())),
+        "methods": [method_content(name, p) for name, p in comparison.posteriors.items()],
+        "card": reproducibility(comparison),
+    }
+
+
+def story_name(story: Any) -> str:
+    """Class or function name."""
+    return type(story).__name__ if hasattr(story, "model") else getattr(story, "__name__", type(story).__name__)
+
+
+def method_content(name: str, posterior: Any) -> dict[str, Any]:
+    """One method's section."""
+    from markupsafe import Markup
+
+    summary = posterior.summary()
+    table = summary.table.map(lambda v: f"{v:.4g}")
+    return {
+        "name": name,
+        "options": repr(posterior.method),
+        "why": posterior.why(),
+        "warnings": posterior.warnings,
+        "heading": summary.heading,
+        "columns": list(table.columns),
+        "rows": [(index, list(row)) for index, row in zip(table.index, table.to_numpy())],
+        "history": Markup(svg(posterior.plot_history())),
+    }
+
+
+def svg(figure: Any) -> str:
+    """A figure as an inline SVG element without header; text as text, so that it stays small and can be searched."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "report"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def story_line(line: str) -> Any:
+    """One line of the story: its formulas as MathML, the rest as text."""
+    from latex2mathml.converter import convert
+    from markupsafe import Markup, escape
+
+    parts = line.split("$")
+    indent = len(line) - len(line.lstrip())
+    made = []
+    for k, part in enumerate(parts):
+        if k % 2 == 0:
+            made.append(str(escape(part.replace("\\", ""))))
+            continue
+        try:
+            made.append(convert(part))
+        except Exception:  # latex2mathml raises errors of many kinds on unknown commands
+            made.append(f"<code>{escape(part)}</code>")
+    return Markup(f'<div class="line" style="padding-left:{indent * 0.6:.1f}em">') + Markup("".join(made)) + Markup("</div>")
+
+
+def reproducibility(comparison: Comparison) -> dict[str, str]:
+    """What it takes to get the same numbers again."""
+    problem = next(iter(comparison.posteriors.values())).problem
+    tensors = {n: v.cpu() for n, v in problem.kwargs.items() if isinstance(v, Tensor)}
+    card = {
+        "seed": str(comparison.seed),
+        "training data": ", ".join(f"{n} {tuple(v.shape)}" for n, v in tensors.items()),
+        "SHA-256 of the training data": fingerprint(tensors),
+        "dtype, device": f"{problem.dtype}, {problem.device}",
+        "threads": str(torch.get_num_threads()),
+        "Python": platform.python_version(),
+        "PyTorch": str(torch.__version__),
+        "Pyro": pyro.__version__,
+    }
+    for name in ("arviz", "arviz-stats", "pyro-model-zoo"):
+        try:
+            card[name] = version(name)
+        except PackageNotFoundError:
+            card[name] = "not installed as a distribution"
+    return card
