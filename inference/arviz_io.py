@@ -41,8 +41,12 @@ def to_datatree(posterior: Posterior) -> Any:
         groups["sample_stats"] = {n: v for n, v in posterior.sample_stats.items() if n in STATISTICS}
     groups = {name: group for name, group in groups.items() if group}
     attrs = {
-        "inference_library": "pyro-model-zoo", "kind": posterior.kind, "method": repr(posterior.method),
-        "seed": posterior.seed, "pyro_version": pyro.__version__, "torch_version": str(torch.__version__),
+        "inference_library": "pyro-model-zoo",
+        "kind": posterior.kind,
+        "method": repr(posterior.method),
+        "seed": posterior.seed,
+        "pyro_version": pyro.__version__,
+        "torch_version": str(torch.__version__),
         "log_likelihood": likelihood_text(posterior),
     }
     # Two axes of one length (K, K) would ask for one coordinate twice: names come from the site.

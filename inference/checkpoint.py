@@ -96,12 +96,21 @@ def describe(posterior: Posterior, tensors: dict[str, Tensor]) -> dict[str, Any]
     return {
         "format": FORMAT,
         "story": story_card(problem.story, problem.structure),
-        "kind": posterior.kind, "method": posterior.method.name, "options": repr(posterior.method),
-        "chains": posterior.chains, "converged": posterior.converged, "seed": posterior.seed,
-        "dtype": str(problem.dtype), "device": str(problem.device), "want": problem.want,
+        "kind": posterior.kind,
+        "method": posterior.method.name,
+        "options": repr(posterior.method),
+        "chains": posterior.chains,
+        "converged": posterior.converged,
+        "seed": posterior.seed,
+        "dtype": str(problem.dtype),
+        "device": str(problem.device),
+        "want": problem.want,
         "arguments": {n: v for n, v in problem.kwargs.items() if not isinstance(v, Tensor)},
-        "history": plain(posterior.history), "diagnostics": plain(posterior.diagnostics),
-        "warnings": posterior.warnings, "timings": plain(posterior.timings), "why": posterior.why(),
+        "history": plain(posterior.history),
+        "diagnostics": plain(posterior.diagnostics),
+        "warnings": posterior.warnings,
+        "timings": plain(posterior.timings),
+        "why": posterior.why(),
         "data_sha256": fingerprint({n: v for n, v in tensors.items() if n.startswith("data/")}),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "pyro": pyro.__version__},
     }
@@ -167,7 +176,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is no readable safetensors file ({error}); nothing was loaded from it") from None
     if "card" not in metadata or "sha256" not in metadata:
@@ -217,12 +226,19 @@ def load(path: str | Path, story: Any) -> Posterior:
         raise CheckpointError(f"{path}: method {card['method']!r} is unknown here; known are {list(METHODS)}")
     with isolated(card["seed"], problem.dtype):
         return Posterior(
-            kind=card["kind"], method=method, problem=problem,
+            kind=card["kind"],
+            method=method,
+            problem=problem,
             draws={n.removeprefix("draws/"): v for n, v in tensors.items() if n.startswith("draws/")},
-            chains=card["chains"], history=revive(card["history"]), diagnostics=revive(card["diagnostics"]),
-            warnings=card["warnings"], timings=revive(card["timings"]),
+            chains=card["chains"],
+            history=revive(card["history"]),
+            diagnostics=revive(card["diagnostics"]),
+            warnings=card["warnings"],
+            timings=revive(card["timings"]),
             sample_stats={n.removeprefix("stats/"): v.numpy() for n, v in tensors.items() if n.startswith("stats/")},
-            converged=card["converged"], choice=Choice(method, card["why"].splitlines()[0].partition(": ")[2]), extra=extra,
+            converged=card["converged"],
+            choice=Choice(method, card["why"].splitlines()[0].partition(": ")[2]),
+            extra=extra,
         )
 
 

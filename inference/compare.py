@@ -181,7 +181,18 @@ def compare(
     pairwise = paired(heldout)
     verdict = judge(posteriors, reference, agreements, heldout)
     return Comparison(
-        story, problem.structure, table, posteriors, refused, reference, agreements, heldout, pairwise, verdict, seed, notes
+        story,
+        problem.structure,
+        table,
+        posteriors,
+        refused,
+        reference,
+        agreements,
+        heldout,
+        pairwise,
+        verdict,
+        seed,
+        notes,
     )
 
 
@@ -191,7 +202,9 @@ def labelled(methods: Any) -> dict[str, Method]:
         return {str(label): resolve(method) for label, method in methods.items()}
     if isinstance(methods, str) or not isinstance(methods, Sequence):
         close = difflib.get_close_matches(str(methods), METHODS, 1)
-        raise TypeError(f"methods must be a list such as ['em', 'nuts'], got {methods!r}{' (one name)' if close else ''}")
+        raise TypeError(
+            f"methods must be a list such as ['em', 'nuts'], got {methods!r}{' (one name)' if close else ''}"
+        )
     if not methods:
         raise ValueError(f"methods is empty; name at least one of {list(METHODS)}")
     found: dict[str, Method] = {}
@@ -250,7 +263,9 @@ def table_row(
     return {
         "kind": posterior.kind,
         "held-out log p": float(heldout.mean()) if heldout is not None else math.nan,
-        "± se": float(heldout.std() / math.sqrt(len(heldout))) if heldout is not None and len(heldout) > 1 else math.nan,
+        "± se": float(heldout.std() / math.sqrt(len(heldout)))
+        if heldout is not None and len(heldout) > 1
+        else math.nan,
         "ELPD-LOO": loo[0],
         "± se (LOO)": loo[1],
         "worst Pareto k": loo[2],
@@ -316,11 +331,11 @@ def judge(
             if label != best and float(gap.mean()) > 2 * float(gap.std() / math.sqrt(len(gap))):
                 worse.append(label)
         if worse:
-            said.append(f"held-out log density is best for {best}, and worse for {', '.join(worse)} beyond 2 standard errors")
+            said.append(
+                f"held-out log density is best for {best}, and worse for {', '.join(worse)} beyond 2 standard errors"
+            )
         else:
             said.append("held-out log densities do not differ beyond 2 standard errors")
     fastest = min(posteriors, key=lambda n: posteriors[n].timings.get("total", math.inf))
     said.append(f"fastest: {fastest}, {posteriors[fastest].timings.get('total', math.nan):.2g} s")
     return ". ".join(s[0].upper() + s[1:] if not s.startswith(tuple(posteriors)) else s for s in said) + "."
-
-

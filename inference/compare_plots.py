@@ -33,6 +33,11 @@ def plot_comparison(comparison: Comparison) -> Any:
     return figure
 
 
+def below(ax: Any) -> None:
+    """A legend under the axes, where nothing is drawn."""
+    ax.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+
+
 def held_out(ax: Any, comparison: Comparison, colours: dict[str, str]) -> None:
     """Mean log density of held-out rows with two standard errors."""
     names = list(comparison.heldout)
@@ -48,6 +53,7 @@ def held_out(ax: Any, comparison: Comparison, colours: dict[str, str]) -> None:
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.set_xlabel("mean ± 2 standard errors")
+    ax.locator_params(axis="x", nbins=4)
 
 
 def forest(ax: Any, comparison: Comparison, colours: dict[str, str]) -> None:
@@ -81,7 +87,7 @@ def forest(ax: Any, comparison: Comparison, colours: dict[str, str]) -> None:
     ax.set_xlabel(f"difference from {comparison.reference}'s mean, in its sds; 90 % intervals")
     more = f" (the {len(chosen)} of {len(places)} that differ most)" if len(chosen) < len(places) else ""
     ax.set_title(f"globals by method{more}", fontsize=10, loc="left")
-    ax.legend(frameon=False, fontsize=8, loc="lower right")
+    below(ax)
 
 
 def cost(ax: Any, comparison: Comparison) -> None:
@@ -101,4 +107,4 @@ def cost(ax: Any, comparison: Comparison) -> None:
     ax.set_xlim(0, max(start.max(), 1e-9) * 1.25)
     ax.set_xlabel("seconds")
     ax.set_title("wall time", fontsize=10, loc="left")
-    ax.legend(frameon=False, fontsize=8, loc="lower right")
+    below(ax)

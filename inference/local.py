@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 #: Draws of the globals for which continuous locals are integrated.
 GLOBAL_DRAWS = 20
-#: Importance draws a row for each of them.
-PROPOSALS = 100
+#: Importance draws a row for each of them, and for a point.
+PROPOSALS, POINT_PROPOSALS = 100, 1000
 
 
 def local_posterior(posterior: Posterior, site: str, data: Any, draws: int) -> Tensor:
@@ -40,7 +40,11 @@ def local_posterior(posterior: Posterior, site: str, data: Any, draws: int) -> T
         return torch.stack([local_posterior(posterior, name, data, draws) for name in chain], dim=1)
     locals_ = [s.name for s in structure.latents if s.local or s.name in posterior.joint.finite]
     if site not in locals_:
-        what = "is global: posterior.draws[...] has it" if site in posterior.draws else "is no latent inside the data plate"
+        what = (
+            "is global: posterior.draws[...] has it"
+            if site in posterior.draws
+            else "is no latent inside the data plate"
+        )
         raise ValueError(f"{site!r} {what}; the local latents are {locals_}")
     kwargs = posterior.problem.kwargs if data is None else posterior.problem.with_data(data)
     if structure[site].continuous:
@@ -119,11 +123,14 @@ class RowIntegral:
     ----------
     joint, values, kwargs
         The story, a draw (local entries are ignored), and the rows.
+    proposals
+        Importance draws a row.
     """
 
     joint: LogJoint
     values: dict[str, Tensor]
     kwargs: dict[str, Any]
+    proposals: int = PROPOSALS
 
     def __post_init__(self) -> None:
         locals_: list[Block] = [b for b in self.joint.blocks if b.local and not b.param]
@@ -178,8 +185,8 @@ class RowIntegral:
     def importance(self) -> tuple[Tensor, Tensor]:
         """Proposals (S, N, width) and their log weights (S, N)."""
         t = torch.distributions.StudentT(torch.tensor(5.0, dtype=self.mode.dtype))
-        normal = torch.randn(PROPOSALS, self.n, self.width, dtype=self.mode.dtype)
-        chi = torch.distributions.Chi2(t.df).sample((PROPOSALS, self.n))
+        normal = torch.randn(self.proposals, self.n, self.width, dtype=self.mode.dtype)
+        chi = torch.distributions.Chi2(t.df).sample((self.proposals, self.n))
         eps = normal * (t.df / chi).sqrt().unsqueeze(-1)
         points = self.mode + (self.factor @ eps.unsqueeze(-1)).squeeze(-1)
         d, df = self.width, 5.0
@@ -192,9 +199,9 @@ class RowIntegral:
 
     def log_evidence(self) -> tuple[Tensor, Tensor]:
         """log p(x_n | globals) and the variance of the estimated density relative to its square: (N,) each."""
-        value = self.log_weights.logsumexp(0) - math.log(PROPOSALS)
+        value = self.log_weights.logsumexp(0) - math.log(self.proposals)
         ratio = (self.log_weights - value).exp()
-        return value, ratio.var(0) / PROPOSALS
+        return value, ratio.var(0) / self.proposals
 
     def resample(self, site: str, count: int = 10) -> Tensor:
         """Draws of a local from its posterior: (count, N, ...event)."""
@@ -210,8 +217,9 @@ def integrated_rows(posterior: Posterior, kwargs: dict[str, Any], draws: int) ->
     values, relative = [], []
     with isolated(posterior.seed, posterior.problem.dtype):
         indices = posterior.some_draws(min(draws, GLOBAL_DRAWS))
+        proposals = PROPOSALS if len(indices) > 1 else POINT_PROPOSALS
         for i in indices:
-            value, error = RowIntegral(posterior.joint, posterior.draw(i), kwargs).log_evidence()
+            value, error = RowIntegral(posterior.joint, posterior.draw(i), kwargs, proposals).log_evidence()
             values.append(value)
             relative.append(error)
     table, errors = torch.stack(values), torch.stack(relative)
@@ -219,5 +227,5 @@ def integrated_rows(posterior: Posterior, kwargs: dict[str, Any], draws: int) ->
     ratio = (table - rows).exp()
     between = ratio.var(0) / len(table) if len(table) > 1 else torch.zeros_like(rows)
     within = (ratio**2 * errors).sum(0) / len(table) ** 2
-    name = f"importance sampling of the local latents ({PROPOSALS} Laplace-t proposals a row), mean over {len(table)} draws"
+    name = f"importance sampling of the local latents ({proposals} Laplace-t proposals a row), mean over {len(table)} draws"
     return Score(rows, name, (between + within).sqrt(), "plug-in estimate" if posterior.kind == "point" else "estimate")

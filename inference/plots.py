@@ -49,10 +49,16 @@ def plot_history(posterior: Posterior, ax: Any = None) -> Any:
             ax.plot(np.arange(len(smooth)) + 12, smooth, lw=1.4, color=ACCENT)
             low = np.quantile(values, 0.1)
             ax.set_ylim(low - 0.2 * abs(values.max() - low), values.max() + 0.05 * abs(values.max() - low))
-        ax.set(xlabel="step" if noisy else "iteration", ylabel="ELBO" if posterior.kind == "variational" else "log joint")
+        ax.set(
+            xlabel="step" if noisy else "iteration", ylabel="ELBO" if posterior.kind == "variational" else "log joint"
+        )
     else:
         ax.text(0.5, 0.5, "no history", ha="center", va="center", transform=ax.transAxes)
-    ax.set_title(f"{posterior.method.name.upper()}" + ("" if posterior.converged else " (not converged)"), fontsize=10, loc="left")
+    ax.set_title(
+        f"{posterior.method.name.upper()}" + ("" if posterior.converged else " (not converged)"),
+        fontsize=10,
+        loc="left",
+    )
     tidy(ax)
     return ax.figure
 

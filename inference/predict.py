@@ -56,14 +56,22 @@ def sample_rows(posterior: Posterior, num: int, seed: int | None) -> dict[str, T
     """See `Posterior.sample`; without a seed, that of the fit plus one."""
     structure = posterior.structure
     if structure.num_rows is None or not structure.row_arguments:
-        raise ValueError("the story has no rows to draw anew (no data plate whose size an argument sets); use predict()")
+        raise ValueError(
+            "the story has no rows to draw anew (no data plate whose size an argument sets); use predict()"
+        )
     parts: list[dict[str, Tensor]] = []
     with isolated(posterior.seed + 1 if seed is None else seed, posterior.problem.dtype):
         indices = posterior.some_draws(min(SAMPLE_DRAWS, num))
         for k, i in enumerate(indices):
             size = num // len(indices) + (k < num % len(indices))
             trace = run_forward(posterior, global_values(posterior, i), cycled(posterior, max(size, 2)))
-            parts.append({s.name: rows_first(trace, s.name, posterior)[:size] for s in structure.sites if s.local and s.kind != "param"})
+            parts.append(
+                {
+                    s.name: rows_first(trace, s.name, posterior)[:size]
+                    for s in structure.sites
+                    if s.local and s.kind != "param"
+                }
+            )
     return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
 
@@ -71,7 +79,9 @@ def rows_first(trace: Any, name: str, posterior: Posterior) -> Tensor:
     """The value of a site with its data axis moved to the front."""
     node = trace.nodes[name]
     value = node["value"].detach()
-    frame = next((f for f in node["cond_indep_stack"] if f.name == posterior.structure.data_plate and f.vectorized), None)
+    frame = next(
+        (f for f in node["cond_indep_stack"] if f.name == posterior.structure.data_plate and f.vectorized), None
+    )
     if frame is None:
         return value
     event = len(getattr(node["fn"], "event_shape", ()))
@@ -159,7 +169,9 @@ class Imputation:
 
     def __repr__(self) -> str:
         count = len(self.index)
-        lines = [f"{count} missing cells of {tuple(self.values.shape)}" + (f", {len(self.draws)} draws" if count else "")]
+        lines = [
+            f"{count} missing cells of {tuple(self.values.shape)}" + (f", {len(self.draws)} draws" if count else "")
+        ]
         for k in range(min(count, 8)):
             where = ", ".join(str(int(i)) for i in self.index[k])
             lines.append(f"  [{where}]  {self.mean[k]:.3g}  ({self.lower[k]:.3g} to {self.upper[k]:.3g})")

@@ -134,7 +134,7 @@ class _Recorder(TorchDispatchMode):
         if isinstance(out, Tensor) and func in _RESHAPES and isinstance(args[0], Tensor) and same_layout(out, args[0]):
             self._note(out, self._name(args[0]))
             return out
-        target = filled_with if func is aten.copy.default else func
+        target = STAND_INS.get(func, func)
         node = self.graph.call_function(target, tree_map(self._name, args), tree_map(self._name, kwargs))
         if isinstance(out, Tensor):
             self._note(out, node)
@@ -243,6 +243,35 @@ def _part(parts: Any, index: int) -> Any:
 def filled_with(old: Tensor, new: Tensor, non_blocking: bool = False) -> Tensor:
     """`new` in the shape and type of `old`; aten::copy itself has neither a derivative nor a batching rule."""
     return new.to(old.dtype).expand_as(old)
+
+
+def normal_like(like: Tensor, mean: float = 0.0, std: float = 1.0, generator: Any = None) -> Tensor:
+    """`like.normal_()` without writing into `like`, which a batch of calls would share."""
+    return torch.randn_like(like) * std + mean
+
+
+def uniform_like(like: Tensor, low: float = 0.0, high: float = 1.0, generator: Any = None) -> Tensor:
+    """`like.uniform_()` without writing into `like`."""
+    return torch.rand_like(like) * (high - low) + low
+
+
+def logits_cross_entropy(
+    logits: Tensor, target: Tensor, weight: Any = None, pos_weight: Any = None, reduction: int = 1
+) -> Tensor:
+    """Cross entropy without the writes into a temporary that a batched call makes."""
+    if weight is not None or pos_weight is not None:
+        return aten.binary_cross_entropy_with_logits.default(logits, target, weight, pos_weight, reduction)
+    loss = (1 - target) * logits - torch.nn.functional.logsigmoid(logits)
+    return (loss, loss.mean(), loss.sum())[reduction]
+
+
+#: What stands in a graph for an operation that can be neither differentiated nor batched.
+STAND_INS: dict[Any, Callable[..., Tensor]] = {
+    aten.copy.default: filled_with,
+    aten.binary_cross_entropy_with_logits.default: logits_cross_entropy,
+    aten.normal_.default: normal_like,
+    aten.uniform_.default: uniform_like,
+}
 
 
 def nan_unless_ok(value: Tensor, info: Tensor) -> Tensor:

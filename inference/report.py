@@ -59,7 +59,10 @@ def content(comparison: Comparison) -> dict[str, Any]:
         "structure": str(comparison.structure),
         "columns": list(table.columns),
         "rows": [(name, list(row)) for name, row in zip(table.index, table.to_numpy())],
-        "pairwise": [(name, [cell(v) for v in row]) for name, row in zip(comparison.pairwise.index, comparison.pairwise.to_numpy())],
+        "pairwise": [
+            (name, [cell(v) for v in row])
+            for name, row in zip(comparison.pairwise.index, comparison.pairwise.to_numpy())
+        ],
         "refused": comparison.refused,
         "figure": Markup(svg(comparison.plot())),
         "methods": [method_content(name, p) for name, p in comparison.posteriors.items()],
@@ -117,7 +120,11 @@ def story_line(line: str) -> Any:
             made.append(convert(part))
         except Exception:  # latex2mathml raises errors of many kinds on unknown commands
             made.append(f"<code>{escape(part)}</code>")
-    return Markup(f'<div class="line" style="padding-left:{indent * 0.6:.1f}em">') + Markup("".join(made)) + Markup("</div>")
+    return (
+        Markup(f'<div class="line" style="padding-left:{indent * 0.6:.1f}em">')
+        + Markup("".join(made))
+        + Markup("</div>")
+    )
 
 
 def reproducibility(comparison: Comparison) -> dict[str, str]:

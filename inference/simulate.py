@@ -38,13 +38,18 @@ def simulate(
     """
     model, _ = pair(story)
     fixed = {name: torch.as_tensor(value) for name, value in (given or {}).items()}
-    inputs = {n: torch.as_tensor(v) if hasattr(v, "__array__") and not isinstance(v, Tensor) else v for n, v in arguments.items()}
+    inputs = {
+        n: torch.as_tensor(v) if hasattr(v, "__array__") and not isinstance(v, Tensor) else v
+        for n, v in arguments.items()
+    }
     with isolated(seed, story_dtype(story) if fixed or seed is not None else None), torch.no_grad(), poutine.block():
         fixed = {n: v.to(torch.get_default_dtype()) if v.is_floating_point() else v for n, v in fixed.items()}
         try:
             trace: Any = poutine.trace(pyro.condition(model, fixed)).get_trace(**inputs)
         except NotImplementedError as error:
-            raise ValueError(f"a prior of the story has no draws ({error}); hold that site fixed with given={{...}}") from None
+            raise ValueError(
+                f"a prior of the story has no draws ({error}); hold that site fixed with given={{...}}"
+            ) from None
     sites = {n: s for n, s in trace.nodes.items() if s["type"] == "sample" and type(s["fn"]).__name__ != "_Subsample"}
     if unknown := set(fixed) - set(sites):
         raise ValueError(f"given has {sorted(unknown)}, which are no sites of the story; it has {list(sites)}")

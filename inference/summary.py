@@ -88,7 +88,9 @@ def head_line(posterior: Posterior) -> str:
     if posterior.kind == "variational" and "elbo" in d:
         text += f"; ELBO {d['elbo']:.3f} ± {d.get('elbo_error', math.nan):.2g}, k-hat {d.get('khat', math.nan):.2f}"
     elif "objective" in d:
-        text += f"; log joint {d['objective']:.3f}, log-likelihood {d['log_likelihood']:.3f}, no uncertainty of the globals"
+        text += (
+            f"; log joint {d['objective']:.3f}, log-likelihood {d['log_likelihood']:.3f}, no uncertainty of the globals"
+        )
     elif posterior.kind == "samples":
         text += f"; {posterior.chains} chains of {posterior.num_draws // posterior.chains} draws, R-hat at most {d.get('rhat', math.nan):.3f}"
     return text

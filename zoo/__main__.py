@@ -6,15 +6,16 @@ Commands import what they need when they run, so that `zoo --help` answers at on
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.validators import Number
 
 from . import __version__
-from .cli.faults import FAULT, INTERRUPTED, USAGE, CommandError, UsageError, describe
-from .cli.stories import FoundStory, file_of, find_story, parse_settings
-from .cli.terminal import check_writable, note, terse_warnings
+from .cli.bridge import check_methods, dream_rows, fill_arguments, load_rows, require_arguments
+from .cli.faults import FAULT, INTERRUPTED, USAGE, describe
+from .cli.stories import file_of, find_story, parse_settings
+from .cli.terminal import check_writable, terse_warnings
 
 app = App(
     name="zoo",
@@ -61,12 +62,10 @@ def show(story: str, /, *, data: Data = None, columns: Columns = None, set_: Set
 
     if plate:
         check_writable(plate, (".png", ".svg", ".pdf"))
-    found = find_story(story, parse_settings(set_ or ()), example_settings=True)
+    found = find_story(story, parse_settings(set_), example_settings=True)
     seen = data is not None or found.example is not None
-    arguments = _arguments(found, data, columns) if seen else dict(found.settings)
-    lacking = [name for name, needed in found.arguments.items() if needed and name not in arguments]
-    if lacking:
-        raise UsageError(f"{found.label} cannot run without {' and '.join(lacking)}: add --data FILE")
+    arguments = fill_arguments(found, data, columns) if seen else dict(found.settings)
+    require_arguments(found, list(arguments))
     print(found.label, "\n" + found.text if found.text else "", sep="\n")
     print("\nAs it runs\n")
     print(story_text(found.story, **arguments))
@@ -89,8 +88,8 @@ def check(story: str, /, *, data: Data = None, columns: Columns = None, set_: Se
     """
     from inference import choose, inspect
 
-    found = find_story(story, parse_settings(set_ or ()), example_settings=data is None)
-    structure = inspect(found.story, _arguments(found, data, columns))
+    found = find_story(story, parse_settings(set_), example_settings=data is None)
+    structure = inspect(found.story, fill_arguments(found, data, columns))
     print(structure)
     print(f"data: {structure.data_bytes:,} bytes in memory\n")
     print(choose(structure))
@@ -123,14 +122,16 @@ def fit(
     save
         Keep the posterior in this file, for `zoo sample --given`.
     """
-    _known_methods([] if method == "auto" else [method])
+    if method != "auto":
+        check_methods([method])
     if save:
         check_writable(save)
     from inference import fit
 
-    found = find_story(story, parse_settings(set_ or ()), example_settings=data is None)
-    arguments = _arguments(found, data, columns, quiet)
-    posterior = fit(found.story, arguments, method, want=want, seed=seed, progress=False if quiet else None)
+    found = find_story(story, parse_settings(set_), example_settings=data is None)
+    arguments = fill_arguments(found, data, columns, quiet)
+    progress = False if quiet else None
+    posterior = fit(found.story, arguments, method, guide=found.guide, want=want, seed=seed, progress=progress)
     print(posterior.why(), posterior.summary(), sep="\n\n")
     if save:
         posterior.save(save)
@@ -165,15 +166,16 @@ def compare(
         Write a report with figures into this HTML file.
     """
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    _known_methods(names)
+    check_methods(names)
     if report:
         check_writable(report, (".html",))
     from inference import compare
 
-    found = find_story(story, parse_settings(set_ or ()), example_settings=data is None)
-    arguments = _arguments(found, data, columns, quiet)
+    found = find_story(story, parse_settings(set_), example_settings=data is None)
+    arguments = fill_arguments(found, data, columns, quiet)
+    progress = False if quiet else None
     comparison = compare(
-        found.story, arguments, methods=names, test=test, seed=seed, progress=False if quiet else None
+        found.story, arguments, methods=names, test=test, guide=found.guide, seed=seed, progress=progress
     )
     print(comparison)
     if report:
@@ -186,6 +188,7 @@ def sample(
     /,
     *,
     num_data: Annotated[int | None, Parameter(validator=Number(gte=1))] = None,
+    data: Data = None,
     given: Path | None = None,
     set_: Settings = None,
     seed: Seed = None,
@@ -199,6 +202,8 @@ def sample(
         Name, or file.py:name.
     num_data
         Number of rows.
+    data
+        Covariates that the story needs and does not sample: a file, or a name from `zoo list`.
     given
         File of a posterior of this story.
     output
@@ -208,13 +213,11 @@ def sample(
 
     if output:
         check_writable(output, (".csv",))
-    found = find_story(story, parse_settings(set_ or ()), example_settings=True)
+    found = find_story(story, parse_settings(set_), example_settings=True)
     if given:
-        from inference import load
-
-        rows = load(given, found.story).sample(num_data or 100, seed=seed)
+        rows = load_rows(found, given, num_data, seed)
     else:
-        rows = _dream(found, num_data, seed)
+        rows = dream_rows(found, num_data, data, seed)
     columns = write_rows(rows, output)
     if output:
         print(f"{len(next(iter(rows.values())))} rows of {', '.join(columns)}: {output}")
@@ -229,69 +232,9 @@ def demo(*, out: Path = Path("demo-output"), seed: Seed = 0, quiet: Quiet = Fals
     out
         Folder for the plate diagram, the figure and the report.
     """
-    import inference
-
     from .cli.demo import run
 
-    run(inference, out, seed=seed, progress=False if quiet else None)
-
-
-def _arguments(
-    found: FoundStory, data: str | None, columns: str | None, quiet: bool = True
-) -> dict[str, Any]:
-    """The story's arguments, with data and settings; of two ways to give one column, the one that runs."""
-    from .cli.tables import arguments_from, read_data
-
-    if data is None:
-        if found.example is None:
-            raise UsageError(f"{found.label} needs data: add --data FILE")
-        return {**found.settings, **found.example}
-    dataset = read_data(data, columns.split(",") if columns else None)
-    ways = [{**found.settings, **way} for way in arguments_from(dataset, found.arguments, found.label)]
-    chosen = ways[0] if len(ways) == 1 else _first_that_runs(found, ways)
-    if not quiet:
-        shapes = [f"{name} {tuple(v.shape)}" for name, v in chosen.items() if hasattr(v, "shape")]
-        note(f"{data}: {', '.join(shapes)}")
-    return chosen
-
-
-def _first_that_runs(found: FoundStory, ways: list[dict[str, Any]]) -> dict[str, Any]:
-    from inference import inspect
-
-    errors = []
-    for way in ways:
-        try:
-            inspect(found.story, way)
-        except Exception as error:
-            errors.append(error)
-        else:
-            return way
-    raise errors[0]
-
-
-def _dream(found: FoundStory, num_data: int | None, seed: int | None) -> dict[str, Any]:
-    """One draw of every site that has a value a row."""
-    from inference import inspect, simulate
-
-    sizes = dict(found.settings)
-    if num_data is not None:
-        sizes["num_data"] = num_data
-    draw = simulate(found.story, seed=seed, **sizes)
-    seen = {name: draw[name] for name in found.arguments if name in draw}
-    if not seen:
-        raise CommandError(f"{found.label} samples none of its arguments {list(found.arguments)}: no rows")
-    structure = inspect(found.story, {**found.settings, **seen})
-    return {site.name: draw[site.name] for site in structure.sites if site.local and site.name in draw}
-
-
-def _known_methods(names: Sequence[str]) -> None:
-    from inference.methods import resolve
-
-    for name in names:
-        try:
-            resolve(name)
-        except ValueError as error:
-            raise UsageError(str(error)) from None
+    run(out, seed=seed, progress=False if quiet else None)
 
 
 @app.meta.default

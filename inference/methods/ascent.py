@@ -21,6 +21,8 @@ Leaves = dict[str, Tensor]
 FALL = 0.3
 #: Shares of all steps after which the step size falls in any case, so that the last steps are small ones.
 FORCED = (0.6, 0.75, 0.87)
+#: Nats: in noise that hides a larger rise the step size falls at the forced steps only.
+HIDDEN = 0.25
 #: Gradients longer than this many times their running mean are cut back: one wild draw must not undo the rest.
 CLIP = 10.0
 #: Memory of the averaged iterate, in steps.
@@ -46,6 +48,10 @@ class Target(Protocol):
         """Sites and parameters in their own space."""
         ...
 
+    def outside(self, leaves: Leaves) -> str | None:
+        """A parameter that is not finite or not in its range."""
+        ...
+
     def blame(self, leaves: Leaves, gradients: Leaves) -> tuple[str | None, str]:
         """The site at fault where value or gradient is not finite, and a sentence."""
         ...
@@ -63,6 +69,8 @@ class Ascent:
         Whether smaller steps have stopped helping.
     rising
         Whether the objective still rose, beyond its noise, when the steps ended.
+    slope, noise
+        Its rise a step, and the smallest rise that could be told from noise.
     """
 
     target: Target
@@ -75,6 +83,7 @@ class Ascent:
     converged: bool = False
     rising: bool = True
     slope: float = math.nan
+    noise: float = math.nan
     factor: float = 1.0
 
     def __post_init__(self) -> None:
@@ -113,7 +122,11 @@ class Ascent:
 
     def step(self) -> None:
         """One step of Adam."""
-        value, gradients = self.target.objective(self.leaves)
+        try:
+            value, gradients = self.target.objective(self.leaves)
+        except (ValueError, RuntimeError) as error:
+            self.failed(error)
+            raise
         with torch.no_grad():
             norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients.values()]))
             number, length = torch.stack([value.to(norm.dtype), norm]).tolist()
@@ -141,7 +154,9 @@ class Ascent:
         rise, noise = difference(last, middle)
         self.slope = rise / max(1, (len(middle) + len(last)) / 2)
         self.rising = rise > max(2 * noise, self.tolerance(last))
-        if self.rising:
+        self.noise = 2 * noise
+        hidden = self.noise > max(HIDDEN, self.tolerance(last))
+        if self.rising or hidden:
             return
         if self.level is not None:
             gain, noise = difference(last, self.level)
@@ -160,7 +175,8 @@ class Ascent:
             half = len(values) // 2
             rise, noise = difference(values[half:], values[:half])
             self.slope = rise / half
-            self.rising = rise > max(2 * noise, self.tolerance(values[half:]))
+            self.noise = 2 * noise
+            self.rising = rise > max(self.noise, self.tolerance(values[half:]))
 
     def tolerance(self, values: NDArray) -> float:
         return self.tol * (1.0 + abs(float(values.mean())))
@@ -180,17 +196,28 @@ class Ascent:
         """Mean objective of the last steps."""
         return float(np.mean(self.history[-max(1, len(self.history) // 4) :])) if self.history else -math.inf
 
+    def failed(self, error: Exception) -> None:
+        """Where parameters have left their range the story's error is a divergence; else it is the story's own."""
+        name = self.target.outside(self.leaves)
+        if name is not None and self.history:
+            text = f"parameter {name!r} left its range and the story failed ({type(error).__name__})"
+            raise self.error(name, text) from error
+
     def diverged(self, value: float, gradients: Leaves) -> None:
         """Stop, naming what went wrong first."""
         site, text = self.target.blame(self.leaves, gradients)
+        what = f"the ELBO is {value}" if not math.isfinite(value) else f"the ELBO is {value:.6g} but its gradient is not finite"
+        raise self.error(site, f"{what}; {text}")
+
+    def error(self, site: str | None, text: str) -> DivergenceError:
+        """With the last finite state."""
         last = dict(zip(self.names, self.before))
         finite = all(bool(v.isfinite().all()) for v in last.values())
         state: dict[str, Any] = self.target.values(last) if finite else {}
         if not all(bool(v.isfinite().all()) for v in state.values()):
             state = last
-        what = f"the ELBO is {value}" if not math.isfinite(value) else f"the ELBO is {value:.6g} but its gradient is not finite"
-        raise DivergenceError(
-            f"SVI left the finite numbers at step {len(self.history)}: {what}; {text}. The last finite state is attached; "
+        return DivergenceError(
+            f"SVI left the finite numbers at step {len(self.history)}: {text}. The last finite state is attached; "
             f"lower lr (it was {self.lr:g}), or standardise the data",
             state=state, step=len(self.history), site=site,
         )

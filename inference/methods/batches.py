@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from ..capture import check_agreement, reason_of
 from ..problem import Problem
-from ..recorder import CaptureError, pure_graph
+from ..recorder import pure_graph
 
 Single = Callable[..., Tensor]
 
@@ -82,7 +82,7 @@ class Density:
         Why it is not a graph; empty otherwise.
     """
 
-    def __init__(self, single: Single, examples: list[tuple[Tensor, ...]], width: int) -> None:
+    def __init__(self, single: Single, examples: Sequence[tuple[Tensor, ...]], width: int) -> None:
         self.single, self.width = single, width
         self.mode, self.reason = "eager", ""
         self.one: Callable[..., tuple[Tensor, Tensor, Tensor]] = with_gradients(single)
@@ -93,13 +93,13 @@ class Density:
         except Exception as error:  # any operation of anybody's program may refuse to be traced, in any way
             self.reason = reason_of(error)
 
-    def _capture(self, examples: list[tuple[Tensor, ...]]) -> None:
+    def _capture(self, examples: Sequence[tuple[Tensor, ...]]) -> None:
         graph = pure_graph(self.single, examples[0], differentiable=True)
         one = pure_graph(with_gradients(graph), examples[0])
         for example in examples:
             check_agreement(one, self.one, example)
         self.one, self.mode, self.graph = one, "graph", graph
-        z, *others = examples[0]
+        others = examples[0][1:]
         wide = with_gradients(self._vmap(graph, len(others)))
         stacked = (torch.stack([e[0] for e in examples])[torch.arange(self.width) % len(examples)], *others)
         try:
@@ -147,4 +147,30 @@ class Density:
             return z.new_full((), torch.nan)
 
 
-__all__: list[Any] = ["Batches", "CaptureError", "Density", "with_gradients"]
+def side_by_side(call: Callable[..., tuple[Tensor, ...]], width: int, count: int) -> Callable[..., tuple[Tensor, ...]]:
+    """`width` independent calls of a random function of `count` tensors at once: every output has them on its first axis.
+
+    The function must be a graph. Each call has random numbers of its own.
+    """
+    lanes = torch.zeros(width)
+    many = torch.vmap(lambda _, *inputs: call(*inputs), in_dims=(0, *[None] * count), randomness="different")
+
+    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+        with quiet_vmap(), torch.no_grad():
+            return many(lanes, *inputs)
+
+    return run
+
+
+@contextmanager
+def quiet_vmap() -> Iterator[None]:
+    """Without PyTorch's remark that gradients of gamma and Dirichlet draws are batched by a loop."""
+    switch = getattr(torch._C._functorch, "_set_vmap_fallback_warning_enabled", lambda on: None)
+    switch(False)
+    try:
+        yield
+    finally:
+        switch(True)
+
+
+__all__: list[str] = ["Batches", "Density", "side_by_side", "with_gradients"]

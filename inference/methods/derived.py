@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -161,10 +162,11 @@ class DerivedTarget:
         ValueError
             The data are impossible at every try.
         """
+        rows = self.rows(None if self.batches.size is None else self.batches.next())
         z, points = self.best_try()
-        candidates = [(z, points, torch.full_like(z, 0.1), None)]
-        if self.batches.size is None:
-            candidates += [(*at, *self.curvature(*at)) for at in self.uphill(z, points)]
+        candidates: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = [(z, points, torch.full_like(z, 0.1), None)]
+        if not self.axes:
+            candidates += [(*at, *self.curvature(*at, *rows)) for at in self.uphill(z, points, *rows)]
         guides = []
         for at, fixed, scale, factor in candidates:
             leaves = self.family.start(at, scale, factor) if self.size else {}
@@ -187,13 +189,13 @@ class DerivedTarget:
             raise ValueError(self.impossible(*tries[0]))
         return best
 
-    def uphill(self, z: Tensor, points: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def uphill(self, z: Tensor, points: Tensor, *rows: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Points along an ascent of the log density by L-BFGS (the idea of Pathfinder: Zhang et al., JMLR 2022)."""
         like, size, path = torch.cat([z, points]), len(z), []
 
         def negative(q: np.ndarray) -> tuple[float, np.ndarray]:
             at = torch.from_numpy(q).to(like)
-            value, by_z, by_points = self.density.at(at[:size], at[size:])
+            value, by_z, by_points = self.density.at(at[:size], at[size:], *rows)
             gradient = torch.cat([by_z, by_points])
             if not (value.isfinite() and gradient.isfinite().all()):
                 return 1e300, np.zeros_like(q)
@@ -208,14 +210,14 @@ class DerivedTarget:
         found = [torch.from_numpy(path[i]).to(like) for i in sorted(chosen)]
         return [(q[:size], q[size:]) for q in found]
 
-    def curvature(self, z: Tensor, points: Tensor) -> tuple[Tensor, Tensor | None]:
+    def curvature(self, z: Tensor, points: Tensor, *rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scales and Cholesky factor of the Gaussian with the curvature of the log density at z."""
         plain = torch.full_like(z, 0.1)
         if not 0 < self.size <= CURVATURE:
             return plain, None
         step = 1e-4 if z.dtype == torch.float64 else 1e-2
         moved = step * torch.eye(self.size, dtype=z.dtype, device=z.device)
-        ends = [torch.stack([self.density.at(z + sign * m, points)[1] for m in moved]) for sign in (1.0, -1.0)]
+        ends = [torch.stack([self.density.at(z + sign * m, points, *rows)[1] for m in moved]) for sign in (1.0, -1.0)]
         precision = -(ends[0] - ends[1]) / (2 * step)
         if not bool(precision.isfinite().all()):
             return plain, None
@@ -301,6 +303,10 @@ class DerivedTarget:
         latents = [b.name for b in self.joint.blocks if not b.param]
         return ratio - log_q[: len(ratio)], {n: constrained[n] for n in latents}
 
+    def outside(self, leaves: Leaves) -> str | None:
+        """A parameter of the guide that is not finite."""
+        return next((n for n, v in leaves.items() if not bool(v.isfinite().all())), None)
+
     def blame(self, leaves: Leaves, gradients: Leaves) -> tuple[str | None, str]:
         """The latent whose part of the guide is not finite, and the site that made it so."""
         latent, text = None, ""
@@ -319,7 +325,8 @@ class DerivedTarget:
     def culprit(self, leaves: Leaves) -> str | None:
         """The site whose log density, or its gradient, is not finite at the centre of the guide."""
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pyro's about the very NaN that is looked for
                 flat = self.centre(leaves).requires_grad_()
                 for factor in self.joint.factors(Unconstrained(self.joint.blocks, flat)):
                     if not bool(factor.value.isfinite().all()):

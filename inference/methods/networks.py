@@ -42,7 +42,9 @@ class Networks:
         """What `call()` returns with these weights in place of the networks' own."""
         if not weights:
             return call()
-        return functional_call(self.holder, dict(weights), (call,))
+        # Pyro passes over weights without gradients, and says so.
+        trained = {n: v if v.requires_grad else v.detach().requires_grad_() for n, v in weights.items()}
+        return functional_call(self.holder, trained, (call,))
 
     def write(self, weights: Mapping[str, Tensor]) -> None:
         """Make these the networks' own."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,16 +17,19 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
-from ..capture import capture
+from ..capture import capture, reason_of
 from ..handlers import MissingCells, ScaleRows, Substitute, unwrap
 from ..joint import LogJoint
 from ..problem import Problem
+from ..recorder import pure_graph
 from .ascent import Leaves
-from .batches import Batches
+from .batches import Batches, side_by_side
 from .networks import Networks
 
+#: Draws a step where the story has to be run for each.
+EAGER_PARTICLES = 2
 #: Step size of a network's weights relative to that of other parameters.
-NETWORK_RATE = 0.1
+NETWORK_RATE = 0.25
 
 
 @dataclass(frozen=True)
@@ -38,16 +42,20 @@ class Parameter:
 
 
 class Watch(Messenger):
-    """Note the parameters that a program asks for, outside of networks."""
+    """Note the parameters that a program asks for, and by which names it knows the weights of networks."""
 
-    def __init__(self, plate: str | None, rows: int, weights: set[int]) -> None:
+    def __init__(self, plate: str | None, rows: int, weights: dict[int, str]) -> None:
         super().__init__()
         self.plate, self.rows, self.weights = plate, rows, weights
         self.found: dict[str, Parameter] = {}
+        self.known: dict[str, str] = {}
 
     def _pyro_post_param(self, msg: dict) -> None:
         free = pyro.get_param_store()._params.get(msg["name"])
-        if free is None or id(free) in self.weights:
+        if free is None:
+            return
+        if id(free) in self.weights:
+            self.known[self.weights[id(free)]] = msg["name"]
             return
         inside = any(frame.name == self.plate for frame in msg["cond_indep_stack"])
         value = msg["value"]
@@ -75,6 +83,7 @@ class PairTarget:
         self.networks = Networks(problem.story, problem.model, problem.guide)
         self.filled = {n: without_holes(v) for n, v in problem.kwargs.items()}
         self.parameters: dict[str, Parameter] = {}
+        self.names: dict[str, str] = {}
         first = self.start()
         if not first:
             raise ValueError("the guide has no parameters and the story learns none: there is nothing to optimise")
@@ -86,6 +95,7 @@ class PairTarget:
         self.follows = all(trace.nodes[n]["fn"].has_rsample for n in self.sites)
         self.mode, self.reason = "eager", "the guide has latents whose draws have no gradient (score function estimator)"
         self.call: Callable[..., Any] = self.by_score
+        self.lanes = False  # whether one call takes all particles side by side
         if self.follows:
             self.call = self.capture(first)
 
@@ -94,14 +104,15 @@ class PairTarget:
     def start(self) -> Leaves:
         """Free parameters as guide and model start them, and copies of the networks' weights."""
         pyro.clear_param_store()
-        watch = Watch(self.plate, self.batches.rows, {id(p) for p in self.networks.weights.values()})
+        watch = Watch(self.plate, self.batches.rows, {id(p): n for n, p in self.networks.weights.items()})
         with torch.no_grad(), poutine.block(), watch:
             guide = poutine.trace(self.guide).get_trace(**self.filled)
             poutine.replay(MissingCells()(self.problem.model), trace=guide)(**self.problem.kwargs)
         self.parameters = watch.found
+        self.names = {watch.known.get(n, n): n for n in self.networks.weights}
         store = pyro.get_param_store()
         leaves = {n: store._params[n].detach().clone() for n in watch.found}
-        return leaves | {n: p.detach().clone() for n, p in self.networks.weights.items()}
+        return leaves | {n: self.networks.weights[own].detach().clone() for n, own in self.names.items()}
 
     def rate(self, name: str) -> float:
         """Networks take smaller steps."""
@@ -138,7 +149,8 @@ class PairTarget:
             )
 
     def weights(self, leaves: Leaves) -> Leaves:
-        return {n: v for n, v in leaves.items() if n not in self.parameters}
+        """Weights of networks by their own names."""
+        return {own: leaves[n] for n, own in self.names.items()}
 
     def log_ratio(self, leaves: Leaves, rows: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """log p(data, u) - log q(u) at one draw u of the guide, and u."""
@@ -160,7 +172,8 @@ class PairTarget:
     def objective(self, leaves: Leaves) -> tuple[Tensor, Leaves]:
         """An estimate of the ELBO on a batch, and of its gradient."""
         rows = () if self.batches.size is None else (self.batches.next(),)
-        parts = [self.call(*leaves.values(), *rows) for _ in range(self.particles)]
+        calls = 1 if self.lanes else self.particles
+        parts = [self.call(*leaves.values(), *rows) for _ in range(calls)]
         means = [torch.stack(part).mean(0) for part in zip(*parts)]
         return means[0], dict(zip(leaves, means[1:]))
 
@@ -183,11 +196,22 @@ class PairTarget:
         moved = tuple(e + 0.01 if e.is_floating_point() else e for e in example)
         found = capture(by_path, example, points=[moved], random=True)
         self.mode, self.reason = found.mode, found.reason
+        if self.mode == "eager":
+            self.particles = min(self.particles, EAGER_PARTICLES)
+        elif self.particles > 1:
+            many = side_by_side(found.call, self.particles, len(example))
+            try:
+                wide = pure_graph(lambda *inputs: tuple(part.mean(0) for part in many(*inputs)), example, random=True)
+            except (RuntimeError, NotImplementedError) as error:  # an operation without a batching rule
+                self.reason = f"draws are evaluated one by one: {reason_of(error)}"
+            else:
+                self.lanes = True
+                return wide
         return found.call
 
     def by_score(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The same through Pyro, for guides that enumerate or need score functions."""
-        names = list(self.parameters) + [n for n in self.networks.weights]
+        names = [*self.parameters, *self.names]
         rows = inputs[len(names)] if len(inputs) > len(names) else None
         free = [t.detach().requires_grad_() for t in inputs[: len(names)]]
         leaves = dict(zip(names, free))
@@ -199,8 +223,12 @@ class PairTarget:
         def guide(**kwargs: Any) -> Any:
             return self.guide(**self.arguments(rows, filled=True))
 
-        parts = [Substitute(given)(config_enumerate(part, "parallel") if finite else part) for part in (self.problem.model, guide)]
-        model, pair = (ScaleRows(self.plate, scale)(part) for part in (MissingCells(self.joint.holes)(parts[0]), parts[1]))
+        programs: list[Callable[..., Any]] = [self.problem.model, guide]
+        if finite:
+            programs = [config_enumerate(program, "parallel") for program in programs]
+        programs = [Substitute(given)(program) for program in programs]
+        programs[0] = MissingCells(self.joint.holes)(programs[0])
+        model, pair = (ScaleRows(self.plate, scale)(program) for program in programs)
         with torch.enable_grad(), pyro.validation_enabled(False), poutine.block():
             loss = self.networks.run(
                 self.weights(leaves), lambda: elbo.differentiable_loss(model, pair, **self.arguments(rows))
@@ -249,8 +277,16 @@ class PairTarget:
             return (ratio, *(values[n].clone() for n in self.latents))
 
         inputs = tuple(leaves.values())
-        call = capture(one, inputs, random=True).call
-        return self.repeated(lambda: call(*inputs), count, seconds)
+        found = capture(one, inputs, random=True)
+        width = max(1, min(100, count, int(2e7 / max(1, self.problem.structure.data_bytes))))
+        if found.mode == "graph" and width > 1:
+            many = side_by_side(found.call, width, len(inputs))
+            try:
+                parts = self.repeated(lambda: many(*inputs), -(-count // width), seconds)
+                return parts[0].flatten(0, 1)[:count], {n: v.flatten(0, 1)[:count] for n, v in parts[1].items()}
+            except (RuntimeError, NotImplementedError):
+                pass  # an operation without a batching rule
+        return self.repeated(lambda: found.call(*inputs), count, seconds)
 
     def repeated(self, call: Callable[[], tuple[Tensor, ...]], count: int, seconds: float) -> tuple[Tensor, dict[str, Tensor]]:
         rows, began = [], time.perf_counter()
@@ -285,17 +321,26 @@ class PairTarget:
     def blame(self, leaves: Leaves, gradients: Leaves) -> tuple[str | None, str]:
         """The parameter whose gradient is not finite, and the site that made it so."""
         name = next((n for n, g in gradients.items() if not bool(g.isfinite().all())), None)
-        name = name or next((n for n, v in self.values(leaves).items() if not bool(v.isfinite().all())), None)
+        name = name or self.outside(leaves)
         text = f"first at parameter {name!r}" if name else ""
         site = self.culprit(leaves)
         if site:
             text += f"{', from' if text else 'first at'} site {site!r}"
         return site or name, text or "no single site is at fault"
 
+    def outside(self, leaves: Leaves) -> str | None:
+        """A parameter that is not finite or not in its range."""
+        for name, value in self.values(leaves).items():
+            constraint = self.parameters[name].constraint if name in self.parameters else constraints.real
+            if not bool(value.isfinite().all() and constraint.check(value).all()):
+                return name
+        return None
+
     def culprit(self, leaves: Leaves) -> str | None:
         """The site with a value, a log density or a gradient that is not finite."""
         try:
-            with pyro.validation_enabled(False), torch.enable_grad():
+            with pyro.validation_enabled(False), torch.enable_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pyro's about the very NaN that is looked for
                 free = {n: v.detach().requires_grad_() for n, v in leaves.items()}
                 trace = self.guide_trace(free)
                 trace.compute_log_prob()
@@ -309,7 +354,11 @@ class PairTarget:
                         return factor.name
                     if factor.value.requires_grad:
                         slopes = torch.autograd.grad(
-                            factor.value.sum(), list(free.values()), allow_unused=True, materialize_grads=True, retain_graph=True
+                            factor.value.sum(),
+                            list(free.values()),
+                            allow_unused=True,
+                            materialize_grads=True,
+                            retain_graph=True,
                         )
                         if not all(bool(s.isfinite().all()) for s in slopes):
                             return factor.name
@@ -318,7 +367,7 @@ class PairTarget:
         return None
 
 
-def is_latent(site: dict) -> bool:
+def is_latent(site: Any) -> bool:
     """A draw of the guide, as opposed to parameters, plates and deterministic sites."""
     return (
         site["type"] == "sample"

@@ -1,7 +1,8 @@
 """Stochastic variational inference: a tractable distribution is fitted to the posterior by climbing the ELBO.
 
-Derived guides are Gaussians in unconstrained space (Kucukelbir et al., *Automatic differentiation variational
-inference*, JMLR 2017); a story's own guide runs beside its model through Pyro's ELBO.
+Derived guides are Gaussians in unconstrained space (Kucukelbir et al., *Automatic differentiation variational inference*,
+JMLR 2017); a story's own guide runs beside its model. k-hat tells how far the answer can be trusted (Yao, Vehtari, Simpson
+and Gelman, *Yes, but did it work?*, ICML 2018).
 """
 
 from __future__ import annotations
@@ -9,10 +10,9 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,23 +22,19 @@ if TYPE_CHECKING:
     from ..posterior import Posterior
     from ..problem import Problem
     from ..structure import Structure
+    from .ascent import Ascent, Leaves
 
 GUIDES = ("auto", "story", "mean_field", "low_rank", "full_rank")
-#: Steps in one window of the convergence rule.
-WINDOW = 100
 #: Unknowns up to which "auto" affords a full covariance.
 FULL_RANK = 50
-
-
-class Target(Protocol):
-    """Something whose ELBO can be climbed: a derived guide or the story's own."""
-
-    def parameters(self) -> list[Tensor]: ...
-    def names(self) -> list[str]: ...
-    def loss(self) -> Tensor: ...
-    def state(self) -> Any: ...
-    def restore(self, state: Any) -> None: ...
-    def values(self) -> dict[str, Tensor]: ...
+#: Share of the steps that every start may take before the best goes on.
+SHORT = 0.15
+#: Bytes that draws of latents may take; with a latent a row there are fewer draws.
+DRAW_BYTES = 200e6
+#: Effective share of the draws above which importance weights count as equal.
+EQUAL_WEIGHTS = 0.99
+#: Rows of which a bad k-hat is put down to chance.
+BAD_ROWS = 0.1
 
 
 @dataclass(frozen=True)
@@ -48,10 +44,11 @@ class SVI:
     Parameters
     ----------
     guide
-        "story" (the story's own), or a Gaussian in unconstrained space: "mean_field", "low_rank", "full_rank". "auto"
-        takes the story's guide where there is one, else full rank up to 50 unknowns and mean field beyond.
+        "story" (the story's own), or a Gaussian in unconstrained space: "mean_field", "low_rank" (rank sqrt of the
+        unknowns), "full_rank". "auto" takes the story's guide where there is one, else full rank up to 50 unknowns, else mean
+        field.
     steps, lr
-        Most steps of Adam, and its first step size; it halves whenever the ELBO stops rising.
+        Most steps of Adam, and its first step size (a quarter of it for networks); it falls whenever the ELBO stops rising.
     batch_size
         Rows a step; None takes all.
     particles
@@ -59,23 +56,22 @@ class SVI:
     starts
         Short runs from different starts, the best of which goes on.
     tol
-        A window of 100 steps has stopped rising when its mean ELBO exceeds the last one's by less than two standard
-        errors, or by less than `tol` nats a row.
+        The ELBO has stopped rising when it rises by less than two standard errors, or by less than `tol` of its size.
     patience
-        Halvings of the step size before the run has converged.
+        Falls of the step size without a gain before the run has converged.
     draws
         Draws of the fitted guide.
     """
 
     name: ClassVar[str] = "svi"
     guide: str = "auto"
-    steps: int = 5000
-    lr: float = 0.05
+    steps: int = 3000
+    lr: float = 0.02
     batch_size: int | None = None
     particles: int = 8
     starts: int = 3
     tol: float = 1e-5
-    patience: int = 5
+    patience: int = 2
     draws: int = 1000
 
     def __post_init__(self) -> None:
@@ -94,7 +90,8 @@ class SVI:
         if structure.has_guide:
             return "story"
         size = sum(math.prod(s.shape) for s in structure.latents if s.continuous)
-        return "full_rank" if size <= FULL_RANK else "mean_field"
+        cut = self.batch_size is not None and bool(structure.continuous_locals)
+        return "full_rank" if size <= FULL_RANK and not cut else "mean_field"
 
     def check(self, structure: Structure) -> Verdict:
         """Valid where a density exists and every discrete latent can be summed out."""
@@ -102,158 +99,169 @@ class SVI:
         if objection:
             return Verdict(False, objection)
         family = self.family(structure)
-        if not any(s.continuous for s in structure.latents) and not structure.learned:
-            return Verdict(False, "no latent is continuous: enumeration is exact, use EM")
         if family == "story" and not structure.has_guide:
             return Verdict(False, "SVI(guide='story') needs a guide: give the story a `guide` method or pass fit(guide=...)")
         if family != "story" and structure.has_modules:
-            return Verdict(False, "the story learns networks and has no guide; pass one with fit(guide=...)")
-        if self.batch_size and structure.continuous_locals and family != "story":
-            site = structure.continuous_locals[0].name
-            return Verdict(
-                False, f"latent {site!r} has a value a row: batches need an amortised guide (fit(guide=...)), or batch_size=None"
-            )
-        text = "the story's guide" if family == "story" else f"a derived {family.replace('_', '-')} guide"
-        summed = ", ".join(s.name for s in structure.finite[:4]) + (", ..." if len(structure.finite) > 4 else "")
-        return Verdict(True, f"approximate posterior by {text}" + (f"; {summed} summed out" if summed else ""))
+            return Verdict(False, "the story learns networks and has no guide; give it a `guide` or pass fit(guide=...)")
+        if family != "story" and not any(s.continuous for s in structure.latents) and not structure.learned:
+            return Verdict(False, "no latent is continuous and nothing is learned: enumeration is exact, use EM")
+        text = "the story's guide" if family == "story" else f"a derived {family.replace('_', '-')} Gaussian guide"
+        if structure.finite:
+            names = ", ".join(s.name for s in structure.finite[:4]) + (", ..." if len(structure.finite) > 4 else "")
+            text += f"; {names} summed out" if family != "story" else f"; {names} summed out unless the guide has them"
+        if self.batch_size:
+            text += f"; batches of {self.batch_size} rows"
+        if any(s.improper for s in structure.latents):
+            text += "; a prior is improper, so that the evidence is undefined and the ELBO known up to a constant"
+        return Verdict(True, f"approximate posterior by {text}")
 
     def run(self, problem: Problem) -> Posterior:
         """Several short runs, the best to its end, then draws and their k-hat."""
         from ..meter import Meter
         from ..posterior import Posterior
+        from .paired import PairTarget
 
         with Meter() as meter:
             family = self.family(problem.structure)
             target = self.target(problem, family)
             meter.mark("setup")
-            climb = Climb(self, problem, target)
-            climb.best_of_starts()
-            climb.to_the_end()
+            began = time.perf_counter()
+            ascent, warnings = self.climb(problem, target)
+            leaves = ascent.best()
+            seconds = max(5.0, 0.2 * (time.perf_counter() - began))
+            draws, found, doubts = self.answer(problem, target, leaves, seconds)
+            if isinstance(target, PairTarget):
+                target.networks.write(target.weights(leaves))
             meter.mark("run")
-            answer = target.answer(self.draws)
-        warnings = climb.warnings + answer["warnings"]
-        if any(s.improper for s in problem.structure.latents):
-            warnings.append("a prior is improper: the ELBO is no bound on an evidence")
-        n = problem.structure.num_rows
-        if self.batch_size and n and self.batch_size > n:
-            warnings.append(f"batch_size={self.batch_size} exceeds the {n} rows: all rows are used in every step")
+        point = not draws or (isinstance(target, PairTarget) and target.points)
+        learned = [s.name for s in problem.structure.learned]
+        values = {n: v.detach().cpu() for n, v in target.values(leaves).items()}
+        count = len(next(iter(draws.values()))) if draws else 1
+        draws |= {n: values[n].expand(count, *values[n].shape) for n in learned}
         return Posterior(
-            kind="variational", method=self, problem=problem, draws=answer["draws"], history=climb.history,
-            diagnostics={"guide": family, "steps": len(climb.history), **climb.described(), **answer["diagnostics"]},
-            warnings=warnings, timings=meter.timings, converged=climb.converged, extra=answer["extra"],
+            kind="point" if point else "variational",
+            method=self,
+            problem=problem,
+            draws=draws,
+            history=ascent.history,
+            diagnostics={
+                "guide": family,
+                "mode": target.mode,
+                "reason": target.reason,
+                "steps": len(ascent.history),
+                "elbo_slope": ascent.slope,
+                "elbo_noise": ascent.noise,
+                **found,
+            },
+            warnings=self.notes(problem) + warnings + doubts,
+            timings=meter.timings,
+            converged=ascent.converged or not (ascent.rising or warnings),
+            extra={"guide_params": values if family == "story" else {n: v.cpu() for n, v in leaves.items()}},
         )
 
     def target(self, problem: Problem, family: str) -> Any:
         """Derived guide or the story's own."""
-        from .elbo import DerivedTarget, StoryTarget
+        from .derived import DerivedTarget
+        from .paired import PairTarget
 
-        kind = StoryTarget if family == "story" else DerivedTarget
-        return kind(problem, family, self.particles, self.batch_size)
+        if family == "story":
+            return PairTarget(problem, self.particles, self.batch_size)
+        return DerivedTarget(problem, family, self.particles, self.batch_size)
 
-
-class Climb:
-    """One optimisation: fused Adam, windows of the ELBO, halving step sizes, divergence told apart from noise."""
-
-    def __init__(self, method: SVI, problem: Problem, target: Any) -> None:
-        self.method, self.problem, self.target = method, problem, target
-        self.history: list[float] = []
-        self.warnings: list[str] = []
-        self.converged = False
-        self.start_elbos: list[float] = []
-        self.deadline = time.perf_counter() + problem.budget if problem.budget else math.inf
-        self.rows = max(1, problem.structure.num_rows or 1)
-
-    def best_of_starts(self) -> None:
-        """Short runs from different starts; the best state goes on."""
-        if self.method.starts == 1:
-            self.target.restart()
-            return
-        short = max(1, min(300, self.method.steps // 10))
-        best: tuple[float, Any] | None = None
-        for _ in range(self.method.starts):
-            self.target.restart()
-            values = self.steps(self.adam(self.method.lr), short, 0)
-            elbo = float(np.mean(values[-max(1, short // 3) :]))
-            self.start_elbos.append(elbo)
-            if best is None or elbo > best[0]:
-                best = elbo, self.target.state()
-        assert best is not None
-        self.target.restore(best[1])
-
-    def adam(self, lr: float) -> torch.optim.Optimizer:
-        """One optimiser for everything."""
-        return torch.optim.Adam(self.target.parameters(), lr=lr, betas=(0.9, 0.99))
-
-    def steps(self, optimiser: torch.optim.Optimizer, count: int, done: int) -> list[float]:
-        """Some steps; ELBO of each."""
-        values: list[Tensor] = []
-        good = self.target.state()
-        parameters = self.target.parameters()
-        for i in range(count):
-            optimiser.zero_grad()
-            loss = self.target.loss()
-            if loss.requires_grad:
-                loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(parameters, 1e3 * math.sqrt(len(parameters)) * self.rows)
-            if not bool(torch.isfinite(loss)) or not bool(torch.isfinite(norm)):
-                self.diverged(done + i, loss, good)
-            values.append(-loss.detach())
-            if i % 25 == 0:
-                good = self.target.state()
-            optimiser.step()
-        return torch.stack(values).tolist()
-
-    def diverged(self, step: int, loss: Tensor, good: Any) -> None:
-        """Stop with the step, the parameter and the last finite state."""
+    def climb(self, problem: Problem, target: Any) -> tuple[Ascent, list[str]]:
+        """The best of several short ascents, taken to its end, and what there is to say about it."""
         from ..errors import DivergenceError
+        from .ascent import Ascent
 
-        bad = [n for n, p in zip(self.target.names(), self.target.parameters()) if p.grad is not None and not bool(p.grad.isfinite().all())]
-        bad = bad or [n for n, p in zip(self.target.names(), self.target.parameters()) if not bool(p.isfinite().all())]
-        self.target.restore(good)
-        what = f"the loss is {loss.item():g}" if not bool(torch.isfinite(loss)) else "the gradient is not finite"
-        site = bad[0] if bad else None
-        where = f", first in parameter {site!r}" if site else ""
-        raise DivergenceError(
-            f"SVI diverged at step {step}: {what}{where}. The last finite state is attached; lower lr (now {self.method.lr:g}) "
-            f"or standardise the data",
-            state=self.target.values(), step=step, site=site,
-        )
+        deadline = time.perf_counter() + problem.budget if problem.budget else math.inf
+        short = max(1, int(SHORT * self.steps))
+        ascents: list[Ascent] = []
+        dropped: list[DivergenceError] = []
+        warnings: list[str] = []
+        total = self.steps + (self.starts - 1) * short
+        with tqdm(total=total, desc="SVI", disable=not problem.progress, leave=False) as bar:
 
-    def to_the_end(self) -> None:
-        """Windows until the ELBO has stopped rising at ever smaller steps, or steps, budget or patience end."""
-        lr, stalls, last = self.method.lr, 0, None
-        optimiser = self.adam(lr)
-        bar = tqdm(total=self.method.steps, desc="SVI", disable=not self.problem.progress, leave=False)
-        try:
-            while len(self.history) < self.method.steps:
-                values = self.steps(optimiser, min(WINDOW, self.method.steps - len(self.history)), len(self.history))
-                self.history += values
-                bar.update(len(values))
-                bar.set_postfix(elbo=f"{np.mean(values):.4g}", lr=f"{lr:.2g}")
-                now = np.array(values)
-                if last is not None:
-                    error = math.sqrt(now.var() / len(now) + last.var() / len(last))
-                    if now.mean() - last.mean() < max(2 * error, self.method.tol * self.rows):
-                        stalls += 1
-                        if stalls > self.method.patience:
-                            self.converged = True
-                            break
-                        lr /= 2
-                        for group in optimiser.param_groups:
-                            group["lr"] = lr
-                last = now
-                if time.perf_counter() > self.deadline:
-                    self.warnings.append(f"the budget of {self.problem.budget:g} s is used up: SVI has not converged")
-                    return
-            if not self.converged:
-                self.warnings.append(f"SVI did not converge in {self.method.steps} steps: the ELBO was still rising; raise steps")
-        except KeyboardInterrupt:
-            self.warnings.append(f"interrupted after {len(self.history)} steps: SVI has not converged")
-        finally:
-            bar.close()
+            def watch(elbo: float, lr: float) -> None:
+                bar.update()
+                if bar.n % 20 == 0:
+                    bar.set_postfix(elbo=f"{elbo:.5g}", lr=f"{lr:.2g}", refresh=False)
 
-    def described(self) -> dict[str, Any]:
-        """Numbers about the climb."""
-        tail = np.array(self.history[-2 * WINDOW :])
-        slope = float(np.polyfit(np.arange(len(tail)), tail, 1)[0]) if len(tail) > 2 else math.nan
-        return {"elbo_slope": slope, "start_elbos": self.start_elbos}
+            try:
+                for _ in range(self.starts):
+                    ascent = Ascent(target, target.start(), self.lr, self.steps, self.tol, self.patience)
+                    ascents.append(ascent)
+                    try:
+                        ascent.run(short if self.starts > 1 else self.steps, deadline, watch)
+                    except DivergenceError as error:
+                        dropped.append(error)
+                        ascents.pop()
+                    if time.perf_counter() > deadline:
+                        break
+                if not ascents:
+                    raise dropped[0]
+                ascents.sort(key=lambda a: -a.recent())
+                ascents[0].run(self.steps, deadline, watch)
+            except KeyboardInterrupt:
+                if not ascents or not ascents[-1].history:
+                    raise
+                warnings.append("interrupted: the best state so far is returned")
+        best = max(ascents, key=lambda a: a.recent())
+        best.conclude()
+        if dropped:
+            warnings.append(f"{len(dropped)} of {self.starts} starts were dropped: {dropped[0]}")
+        if best.converged or warnings[:1] == ["interrupted: the best state so far is returned"]:
+            return best, warnings
+        if time.perf_counter() > deadline:
+            warnings.append(f"the budget of {problem.budget:g} s is used up: the best state so far is returned")
+        elif best.rising:
+            warnings.append(f"SVI did not converge in {self.steps} steps: the ELBO was still rising; raise steps or lr")
+        return best, warnings
+
+    def answer(
+        self, problem: Problem, target: Any, leaves: Leaves, seconds: float
+    ) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
+        """Draws of the fitted guide, the ELBO again with its error, k-hat, and what they say."""
+        from ..diagnostics import KHAT_LIMIT, pareto_khat
+
+        cells = sum(math.prod(s.shape) for s in problem.structure.latents if s.continuous)
+        count = max(25, min(self.draws, int(DRAW_BYTES / 8 / max(1, cells))))
+        log_ratio, draws = target.draws(leaves, count, seconds)
+        draws = {n: v[: self.draws].detach().cpu() for n, v in draws.items()}
+        weights = log_ratio.detach().double().cpu().numpy()
+        error = float(weights.std() / math.sqrt(len(weights))) if len(weights) > 1 else 0.0
+        found: dict[str, Any] = {"elbo": float(weights.mean()), "elbo_error": error}
+        warnings: list[str] = []
+        if not draws or getattr(target, "points", False):
+            return {n: v[:1] for n, v in draws.items()}, found, warnings
+        by_row = target.row_ratios(leaves, 200, seconds) if hasattr(target, "row_ratios") else None
+        if by_row is not None:
+            khats = np.array([pareto_khat(row) for row in by_row.detach().double().cpu().numpy().T])
+            bad = float((khats > KHAT_LIMIT).mean())
+            found |= {"khat": float(np.median(khats)), "khat_bad_rows": bad}
+            if bad > BAD_ROWS:
+                warnings.append(
+                    f"k-hat exceeds {KHAT_LIMIT} in {bad:.0%} of the rows: there the guide misses a part of the posterior, and "
+                    f"what it says about spread is not to be trusted"
+                )
+            return draws, found, warnings
+        ratio = np.exp(weights - weights.max())
+        # Where all weights are nearly equal, the shape of their tail does no harm.
+        share = float(ratio.sum() ** 2 / (ratio**2).sum() / len(ratio))
+        found |= {"khat": pareto_khat(weights), "weight_ess": share}
+        if found["khat"] > KHAT_LIMIT and not share > EQUAL_WEIGHTS:
+            warnings.append(
+                f"k-hat is {found['khat']:.2f} > {KHAT_LIMIT}: the guide misses a part of the posterior, and what it says "
+                f"about spread is not to be trusted; try guide='full_rank', or NUTS"
+            )
+        return draws, found, warnings
+
+    def notes(self, problem: Problem) -> list[str]:
+        """What holds before the first step."""
+        notes, rows = [], problem.structure.num_rows
+        if self.batch_size and rows and self.batch_size > rows:
+            notes.append(f"batch_size={self.batch_size} exceeds the {rows} rows: all rows are used in every step")
+        improper = [s.name for s in problem.structure.latents if s.improper]
+        if improper:
+            names = ", ".join(improper)
+            notes.append(f"the prior of {names} is improper: the evidence is undefined and the ELBO bounds nothing")
+        return notes

@@ -1,4 +1,4 @@
 """What the `zoo` command needs besides the two packages: stories by name or file, arguments, errors.
 
-Nothing here knows of `inference`; `zoo/__main__.py` joins the two.
+With `zoo/__main__.py` it is the one place that knows both stories and inference.
 """

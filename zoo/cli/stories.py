@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FunctionType, ModuleType, SimpleNamespace
+from types import FunctionType, ModuleType
 from typing import Any
 
 from .faults import CommandError, UsageError
@@ -30,20 +30,28 @@ class FoundStory:
         Keyword arguments of the program that are not data (for classes they went into the constructor).
     example
         Data that a story of the zoo brings along, by argument; None for a user's own story.
+    guide
+        The function `guide` beside a function `model` in the user's file, as Pyro's own examples have it.
     file
-        The user's file, to tell their errors from ours.
+        The user's file; None for a story of the zoo.
     """
 
     label: str
     story: Any
     settings: Mapping[str, Any] = field(default_factory=dict)
     example: Mapping[str, Any] | None = None
+    guide: Callable | None = None
     file: Path | None = None
 
     @property
     def model(self) -> Callable:
         """The Pyro program itself."""
         return getattr(self.story, "model", self.story)
+
+    @property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """What the program takes by name."""
+        return _parameters(self.model)
 
     @property
     def arguments(self) -> dict[str, bool]:
@@ -53,16 +61,14 @@ class FoundStory:
         """
         return {
             name: p.default is p.empty
-            for name, p in _parameters(self.model).items()
-            if (p.default is None or p.default is p.empty)
-            and name not in self.settings
-            and not name.startswith("num_")
+            for name, p in self.parameters.items()
+            if (p.default is None or p.default is p.empty) and name not in self.settings and not name.startswith("num_")
         }
 
     @property
     def text(self) -> str:
         """The docstring that tells the story: of its module in the zoo, of the object in a user's file."""
-        own = self.model if isinstance(self.story, (FunctionType, SimpleNamespace)) else type(self.story)
+        own = self.model if isinstance(self.story, FunctionType) else type(self.story)
         module = inspect.getmodule(own)
         texts = [inspect.getdoc(own), inspect.getdoc(self.model), inspect.getdoc(module) if module else None]
         if self.file is None:
@@ -77,7 +83,7 @@ def file_of(text: str) -> Path | None:
     return Path(match["file"]).resolve() if match else None
 
 
-def parse_settings(words: Sequence[str]) -> dict[str, Any]:
+def parse_settings(words: Sequence[str] | None) -> dict[str, Any]:
     """`["num_components=3", "covariance=diag"]` to `{"num_components": 3, "covariance": "diag"}`.
 
     Raises
@@ -86,7 +92,7 @@ def parse_settings(words: Sequence[str]) -> dict[str, Any]:
         A word is not of the form key=value, or a key comes twice.
     """
     settings: dict[str, Any] = {}
-    for word in words:
+    for word in words or ():
         key, equals, value = word.partition("=")
         if not equals or not key.isidentifier():
             raise UsageError(f"--set {word}: expected key=value, such as --set num_components=3")
@@ -96,9 +102,7 @@ def parse_settings(words: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def find_story(
-    text: str, settings: Mapping[str, Any] | None = None, *, example_settings: bool = False
-) -> FoundStory:
+def find_story(text: str, settings: Mapping[str, Any] | None = None, *, example_settings: bool = False) -> FoundStory:
     """The story called `text`.
 
     Parameters
@@ -150,13 +154,10 @@ def _from_file(text: str, path: Path, name: str | None, settings: dict[str, Any]
     stories = _stories(module)
     if name is None:
         if not stories:
-            raise CommandError(
-                f"{path} holds no story: a function that calls pyro.sample, or a class with a model"
-            )
+            raise CommandError(f"{path} holds no story: a function that calls pyro.sample, or a class with a model")
         if len(stories) > 1:
             raise UsageError(
-                f"{path} holds {len(stories)} stories: {', '.join(stories)}. "
-                f"Name one: {path}:{next(iter(stories))}"
+                f"{path} holds {len(stories)} stories: {', '.join(stories)}. Name one: {path}:{next(iter(stories))}"
             )
         name = next(iter(stories))
     if not hasattr(module, name):
@@ -166,13 +167,12 @@ def _from_file(text: str, path: Path, name: str | None, settings: dict[str, Any]
     if inspect.isclass(found):
         return FoundStory(text, _checked(_construct(found, settings, name), name), file=file)
     _checked(found, name)
-    guide = getattr(module, "guide", None)
-    story = SimpleNamespace(model=found, guide=guide) if name == "model" and callable(guide) else found
-    unknown = [key for key in settings if key not in _parameters(getattr(found, "model", found))]
+    guide = getattr(module, "guide", None) if name == "model" else None
+    story = FoundStory(text, found, settings=settings, guide=guide, file=file)
+    unknown = [key for key in settings if key not in story.parameters]
     if unknown:
-        have_parameters = list(_parameters(getattr(found, "model", found)))
-        raise UsageError(f"{name} has no {unknown[0]!r} to --set; its arguments are {have_parameters}")
-    return FoundStory(text, story, settings=settings, file=file)
+        raise UsageError(f"{name} has no {unknown[0]!r} to --set; its arguments are {list(story.parameters)}")
+    return story
 
 
 def run_file(path: Path) -> ModuleType:

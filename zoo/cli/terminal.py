@@ -56,11 +56,11 @@ def print_catalog() -> None:
     from ..data import datasets
 
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
-    table = Table("chapter", "story", "what it tells", "latents", "methods", box=None, padding=(0, 2, 0, 0))
+    table = Table("chapter", "story", "what it tells", "methods", box=None, padding=(0, 2, 0, 0))
     chapter = None
     for entry in catalog():
         first = "" if entry.chapter == chapter else entry.chapter
-        table.add_row(first, entry.name, entry.description, entry.symbols, entry.methods)
+        table.add_row(first, entry.name, entry.description, entry.methods)
         chapter = entry.chapter
     console.print("Stories", style="bold")
     console.print(table)
