@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from .score import rows_by_draw
-from .session import isolated
 
 if TYPE_CHECKING:
     from .posterior import Posterior
@@ -79,7 +78,7 @@ def log_likelihood(posterior: Posterior) -> Tensor:
     joint, kwargs = posterior.joint, posterior.problem.kwargs
     indices = list(range(posterior.num_draws))
     local = {b.name for b in joint.blocks if b.local}
-    with isolated(posterior.seed, posterior.problem.dtype), torch.no_grad():
+    with posterior.problem.scope(posterior.seed), torch.no_grad():
         if not local:
             return rows_by_draw(posterior, indices, kwargs)
         rows = []

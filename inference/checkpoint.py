@@ -19,8 +19,6 @@ import pyro
 import torch
 from torch import Tensor
 
-from .session import isolated
-
 if TYPE_CHECKING:
     from .posterior import Posterior
 
@@ -224,7 +222,7 @@ def load(path: str | Path, story: Any) -> Posterior:
     method = METHODS.get(card["method"])
     if method is None:
         raise CheckpointError(f"{path}: method {card['method']!r} is unknown here; known are {list(METHODS)}")
-    with isolated(card["seed"], problem.dtype):
+    with problem.scope(card["seed"]):
         return Posterior(
             kind=card["kind"],
             method=method,

@@ -13,7 +13,6 @@ from .methods import resolve
 from .methods.base import Method, one_of, positive_float, positive_int
 from .posterior import Posterior
 from .problem import Problem, prepare
-from .session import isolated
 
 #: Seconds that NUTS may be expected to take before `auto` prefers SVI, where no budget is given.
 PATIENCE = 300.0
@@ -115,7 +114,7 @@ def pilot(problem: Problem) -> tuple[float, str]:
     """Seconds that NUTS would need, from three gradients of the eager log joint."""
     from .joint import LogJoint
 
-    with isolated(problem.seed, problem.dtype):
+    with problem.scope(problem.seed):
         joint = LogJoint(problem)
         times = []
         for _ in range(3):
@@ -135,7 +134,7 @@ def pilot(problem: Problem) -> tuple[float, str]:
 def run(problem: Problem, choice: Choice, setup: float = 0.0) -> Posterior:
     """Run the chosen method in a scope of its own and complete the answer."""
     start = time.perf_counter()
-    with isolated(problem.seed, problem.dtype):
+    with problem.scope(problem.seed):
         posterior = choice.method.run(problem)
         posterior = replace(posterior, choice=choice)
         posterior = posterior.finished()

@@ -17,7 +17,6 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from .joint import LogJoint
-from .session import isolated
 
 if TYPE_CHECKING:
     from .posterior import Posterior
@@ -46,7 +45,7 @@ def exchangeable_axes(joint: LogJoint) -> Axes:
         combinations = sorted(
             itertools.islice(itertools.product(*options), 4096), key=lambda c: (-sum(map(bool, c)), sum(map(len, c)))
         )
-        with isolated(12345, joint.problem.dtype), torch.no_grad():
+        with joint.problem.scope(12345), torch.no_grad():
             point = joint.prior_draw()
             before = density_or_nan(joint, point)
             order = torch.roll(torch.arange(size), 1)
@@ -123,7 +122,7 @@ def match_labels(posterior: Posterior) -> tuple[dict[str, Tensor], Axes]:
         return posterior.draws, {}
     draws = {n: v for n, v in posterior.draws.items()}
     found = features(draws, axes)
-    if len(found) > 1:
+    if len(found) > 1 and posterior.kind != "variational":  # a guide has one numbering throughout
         reference = found[len(found) // 2]
         pooled = found.reshape(-1, found.shape[-1]).std(0) + 1e-9
         centre, spread = reference, np.broadcast_to(pooled, reference.shape)

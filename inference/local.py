@@ -19,7 +19,6 @@ from torch import Tensor
 
 from .handlers import Substitute
 from .joint import Block, LogJoint
-from .session import isolated
 from .transforms import unconstrain_to
 
 if TYPE_CHECKING:
@@ -50,13 +49,13 @@ def local_posterior(posterior: Posterior, site: str, data: Any, draws: int) -> T
     if structure[site].continuous:
         if data is None and site in posterior.draws:
             return posterior.draws[site]
-        with isolated(posterior.seed, posterior.problem.dtype):
+        with posterior.problem.scope(posterior.seed):
             chosen = posterior.some_draws(min(draws, GLOBAL_DRAWS))
             found = [RowIntegral(posterior.joint, posterior.draw(i), kwargs).resample(site) for i in chosen]
         return torch.cat(found)
     if structure.continuous_locals:
         return _beside_continuous(posterior, site, kwargs, draws, fitted=data is None)
-    with isolated(posterior.seed, posterior.problem.dtype):
+    with posterior.problem.scope(posterior.seed):
         indices = posterior.some_draws(draws)
         total = sum(posterior.joint.local_probabilities(site, posterior.draw(i), kwargs) for i in indices)
     return total / len(indices)  # type: ignore[return-value]
@@ -66,7 +65,7 @@ def _beside_continuous(posterior: Posterior, site: str, kwargs: dict[str, Any], 
     """A finite latent whose row also has continuous ones: average over draws of those as well."""
     joint, total, count = posterior.joint, torch.zeros(()), 0
     names = [b.name for b in joint.blocks if b.local]
-    with isolated(posterior.seed, posterior.problem.dtype):
+    with posterior.problem.scope(posterior.seed):
         for i in posterior.some_draws(draws if fitted else GLOBAL_DRAWS):
             values = posterior.draw(i)
             if not fitted:
@@ -215,7 +214,7 @@ def integrated_rows(posterior: Posterior, kwargs: dict[str, Any], draws: int) ->
     from .score import Score
 
     values, relative = [], []
-    with isolated(posterior.seed, posterior.problem.dtype):
+    with posterior.problem.scope(posterior.seed):
         indices = posterior.some_draws(min(draws, GLOBAL_DRAWS))
         proposals = PROPOSALS if len(indices) > 1 else POINT_PROPOSALS
         for i in indices:

@@ -14,6 +14,7 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from .handlers import FlatStart
 from .plates_algebra import Apply, Expr, Index, Number, Opaque, Ref, Watch, rebuilt, references, renamed
 from .plates_record import ARGUMENT, Recorder, family_arguments
 from .plates_replay import (
@@ -109,6 +110,7 @@ class Reading:
         with isolated(seed=0), _buffers_kept(self.networks), ExitStack() as stack:
             pyro.get_param_store().set_state(self.store)
             stack.enter_context(poutine.block())
+            stack.enter_context(FlatStart())
             if watch is not None:
                 stack.enter_context(watch)
                 args = [_mark(watch, v, k) for (k, _), v in zip(self.positional, args, strict=True)]

@@ -14,7 +14,6 @@ from torch import Tensor
 from .joint import LogJoint
 from .methods.base import positive_int
 from .problem import Problem
-from .session import isolated
 
 if TYPE_CHECKING:
     from .choose import Choice
@@ -88,7 +87,7 @@ class Posterior:
     @cached_property
     def joint(self) -> LogJoint:
         """Log joint density of the story and the fitted data."""
-        with isolated(self.seed, self.problem.dtype):
+        with self.problem.scope(self.seed):
             return LogJoint(self.problem)
 
     def why(self) -> str:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .handlers import Substitute, unwrap
 from .local import RowIntegral
-from .session import isolated
 
 if TYPE_CHECKING:
     from .posterior import Posterior
@@ -60,7 +59,7 @@ def sample_rows(posterior: Posterior, num: int, seed: int | None) -> dict[str, T
             "the story has no rows to draw anew (no data plate whose size an argument sets); use predict()"
         )
     parts: list[dict[str, Tensor]] = []
-    with isolated(posterior.seed + 1 if seed is None else seed, posterior.problem.dtype):
+    with posterior.problem.scope(posterior.seed + 1 if seed is None else seed):
         indices = posterior.some_draws(min(SAMPLE_DRAWS, num))
         for k, i in enumerate(indices):
             size = num // len(indices) + (k < num % len(indices))
@@ -96,7 +95,7 @@ def predict(posterior: Posterior, data: Any, draws: int, seed: int | None) -> di
     kwargs = {n: v.nan_to_num(0.0) if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in kwargs.items()}
     fitted = data is None
     kept: dict[str, list[Tensor]] = {s.name: [] for s in structure.observed}
-    with isolated(posterior.seed + 1 if seed is None else seed, problem.dtype):
+    with problem.scope(posterior.seed + 1 if seed is None else seed):
         for i in spread_draws(posterior, draws):
             values = posterior.draw(i) if fitted else global_values(posterior, i)
             trace = run_forward(posterior, values, kwargs)
@@ -190,7 +189,7 @@ def impute(posterior: Posterior, data: Any, draws: int, seed: int | None) -> Imp
     value = kwargs[name]
     holes = value.isnan()
     found = []
-    with isolated(posterior.seed + 1 if seed is None else seed, problem.dtype), torch.no_grad():
+    with problem.scope(posterior.seed + 1 if seed is None else seed), torch.no_grad():
         for i in spread_draws(posterior, draws):
             found.append(complete(posterior, i, kwargs, name, fitted=data is None)[holes])
     table = torch.stack(found)

@@ -3,6 +3,7 @@
 import inspect as signatures
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +19,8 @@ from .structure import Structure, build, find_data_plate, pair, row_arguments
 
 #: Runs of a quick story that are compared with the first: each could take another branch.
 MORE_RUNS = 5
+#: Numbers in the data, or in the largest table of an enumeration, up to which one thread is fastest.
+SMALL = 100_000
 #: Rows that are enough to see which site depends on which.
 FEW_ROWS = 40
 
@@ -63,6 +66,16 @@ class Problem:
         n = self.structure.num_rows
         by_row = self.structure.continuous_locals or any(s.local or n in s.shape for s in self.structure.learned)
         return self.kwargs if by_row or not self.few else self.few
+
+    @property
+    def small(self) -> bool:
+        """Whether waking a second thread costs more than the arithmetic it would share."""
+        elements = self.structure.data_bytes / self.structure.itemsize
+        return max(elements, self.structure.enumeration_elements()) < SMALL
+
+    def scope(self, seed: int | None = None) -> AbstractContextManager[None]:
+        """Everything that runs the story runs in here: see `isolated`; small problems on one thread."""
+        return isolated(seed, self.dtype, threads=1 if self.small else None)
 
     def with_data(self, data: Any) -> dict[str, Any]:
         """Checked arguments for other data of the same story (new rows).

@@ -151,9 +151,10 @@ class _Recorder(TorchDispatchMode):
         pure = getattr(getattr(aten, name.rstrip("_"), None), func._overloadname, None)
         written = [a for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
         target = args[0] if args else None
-        known = isinstance(target, Tensor) and id(target) in self._nodes
-        users = self._users[_place(target)] if known else []
-        whole = known and all(_geometry(user) == _geometry(target) for user in users)
+        if not isinstance(target, Tensor) or id(target) not in self._nodes:
+            raise _Written
+        users = self._users[_place(target)]
+        whole = all(_geometry(user) == _geometry(target) for user in users)
         if pure is None or not name.endswith("_") or len(written) != 1 or not whole:
             raise _Written
         node = self.graph.call_function(pure, tree_map(self._name, args), tree_map(self._name, kwargs))

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .session import isolated
-
 if TYPE_CHECKING:
     from .posterior import Posterior
 
@@ -60,7 +58,7 @@ def score(posterior: Posterior, data: Any, draws: int) -> Score:
         from .local import integrated_rows
 
         return integrated_rows(posterior, kwargs, draws)
-    with isolated(posterior.seed, posterior.problem.dtype), torch.no_grad():
+    with posterior.problem.scope(posterior.seed), torch.no_grad():
         table = rows_by_draw(posterior, posterior.some_draws(draws), kwargs)
     return average(table, posterior.kind)
 

@@ -22,7 +22,9 @@ def fresh_seed() -> int:
 
 
 @contextmanager
-def isolated(seed: int | None = None, dtype: torch.dtype | None = None) -> Iterator[None]:
+def isolated(
+    seed: int | None = None, dtype: torch.dtype | None = None, threads: int | None = None
+) -> Iterator[None]:
     """Everything a story may change is put back afterwards, also after an exception.
 
     Parameters
@@ -31,6 +33,8 @@ def isolated(seed: int | None = None, dtype: torch.dtype | None = None) -> Itera
         Seed of torch, NumPy and `random` inside; None keeps the current streams (still restored afterwards).
     dtype
         Default floating dtype inside.
+    threads
+        Threads of one tensor operation inside; None leaves them.
 
     Raises
     ------
@@ -44,6 +48,7 @@ def isolated(seed: int | None = None, dtype: torch.dtype | None = None) -> Itera
         )
     torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    old_threads = torch.get_num_threads()
     old_dtype, depth = torch.get_default_dtype(), len(_PYRO_STACK)
     try:
         with pyro.get_param_store().scope(), warnings.catch_warnings():
@@ -51,12 +56,16 @@ def isolated(seed: int | None = None, dtype: torch.dtype | None = None) -> Itera
             warnings.filterwarnings("ignore", message="Singular sample detected")
             if dtype is not None:
                 torch.set_default_dtype(dtype)
+            if threads is not None:
+                torch.set_num_threads(threads)
             if seed is not None:
                 pyro.set_rng_seed(seed)
             yield
     finally:
         del _PYRO_STACK[depth:]
         torch.set_default_dtype(old_dtype)
+        if torch.get_num_threads() != old_threads:
+            torch.set_num_threads(old_threads)
         torch.set_rng_state(torch_state)
         np.random.set_state(numpy_state)
         random.setstate(python_state)

@@ -205,13 +205,16 @@ def test_sample_writes_the_rows_it_was_asked_for(capsys, folder):
     """Globals among the rows, a wrong number of rows, draws that a seed does not repeat."""
     import pandas as pd
 
-    for _ in range(2):
-        code, out, _ = run(capsys, "sample", "coin.py", "--num-data", "7", "--seed", "3", "-o", "rows.csv")
-        assert code == 0 and "7 rows" in out
-        rows = pd.read_csv("rows.csv")
-        assert list(rows.columns) == ["x"] and len(rows) == 7
-        again = rows.copy()
-    assert rows.equals(again)
+    tables = []
+    for seed in ("3", "3", "4"):
+        code, out, _ = run(capsys, "sample", "coin.py", "--num-data", "40", "--seed", seed, "-o", "rows.csv")
+        assert code == 0 and "40 rows" in out
+        tables.append(pd.read_csv("rows.csv"))
+        assert list(tables[-1].columns) == ["x"] and len(tables[-1]) == 40
+    assert tables[0].equals(tables[1]) and not tables[0].equals(tables[2])
+    code, out, _ = run(capsys, "sample", "two.py:line", "--data", "points.csv")
+    assert code == 0 and out.startswith("y\n") and len(out.split()) == 13
+    assert run(capsys, "sample", "two.py:line")[0] == USAGE
     code, out, _ = run(capsys, "sample", "GMM", "--num-data", "5", "--seed", "0")
     header, *lines = out.split()
     assert code == 0 and len(lines) == 5 and header.startswith("z,x_1,x_2")
@@ -268,6 +271,47 @@ def test_interrupt_ends_with_130(capsys, monkeypatch):
 
     monkeypatch.setattr(zoo.cli.terminal, "print_catalog", press)
     assert run(capsys, "list")[0] == 130
+
+
+def test_interrupted_run_that_still_answers_ends_with_130(capsys, monkeypatch):
+    """An answer from half a run that a script takes for a whole one."""
+    import os
+    import signal
+
+    import zoo.cli.terminal
+
+    def press():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        except KeyboardInterrupt:
+            print("so far")
+
+    monkeypatch.setattr(zoo.cli.terminal, "print_catalog", press)
+    before = signal.getsignal(signal.SIGINT)
+    code, out, _ = run(capsys, "list")
+    assert code == 130 and "so far" in out
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_guide_beside_a_model_is_used(capsys, folder):
+    """Pyro's usual pair of functions, with the guide forgotten: a guide that cannot move must be what answers."""
+    Path("pair.py").write_text(
+        "import torch, pyro\nimport pyro.distributions as dist\n"
+        "def model(x=None):\n"
+        "    m = pyro.sample('m', dist.Normal(0.0, 10.0))\n"
+        "    with pyro.plate('data', 9 if x is None else len(x)):\n"
+        "        pyro.sample('x', dist.Normal(m, 1.0), obs=x)\n"
+        "def guide(x=None):\n"
+        "    loc = pyro.param('m.loc', torch.tensor(0.0))\n"
+        "    pyro.sample('m', dist.Normal(0 * loc + 5.0, 0.01))\n"
+    )
+    found = find_story("pair.py")
+    assert found.guide.__name__ == "guide" and found.story.__name__ == "model"
+    code, out, err = run(capsys, "fit", "pair.py", "--data", "tosses.csv", "--method", "svi", "--quiet")
+    assert code == 0, err
+    mean = next(line.split()[1] for line in out.splitlines() if line.startswith("m "))
+    assert abs(float(mean) - 5.0) < 0.01
 
 
 def test_story_file_leaves_no_byte_code_and_shadows_nothing(folder):

@@ -3,6 +3,7 @@
 Commands import what they need when they run, so that `zoo --help` answers at once.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from . import __version__
 from .cli.bridge import check_methods, dream_rows, fill_arguments, load_rows, require_arguments
 from .cli.faults import FAULT, INTERRUPTED, USAGE, describe
 from .cli.stories import file_of, find_story, parse_settings
-from .cli.terminal import check_writable, terse_warnings
+from .cli.terminal import check_writable, counting_interrupts, terse_warnings
 
 app = App(
     name="zoo",
@@ -66,8 +67,7 @@ def show(story: str, /, *, data: Data = None, columns: Columns = None, set_: Set
     seen = data is not None or found.example is not None
     arguments = fill_arguments(found, data, columns) if seen else dict(found.settings)
     require_arguments(found, list(arguments))
-    print(found.label, "\n" + found.text if found.text else "", sep="\n")
-    print("\nAs it runs\n")
+    print(*filter(None, [found.label, found.text, "As it runs"]), sep="\n\n", end="\n\n")
     print(story_text(found.story, **arguments))
     if seen:
         print()
@@ -243,7 +243,7 @@ def _launch(
     debug: Annotated[bool, Parameter(help="Show where an error came from.")] = False,
 ) -> int:
     try:
-        with terse_warnings():
+        with terse_warnings(), counting_interrupts() as interrupts:
             app(words, exit_on_error=False, result_action="return_value")
     except CycloptsError:
         return USAGE  # cyclopts has said what is wrong
@@ -251,7 +251,8 @@ def _launch(
         print("\nzoo: stopped", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        sys.stderr.close()  # the reader went away, as in `zoo list | head`: nothing left to say
+        # The reader went away, as in `zoo sample ... | head`; the last flush must not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
         if debug:
@@ -261,7 +262,7 @@ def _launch(
         file = next(filter(None, map(file_of, words)), None)
         print(f"zoo: {describe(error, file)}", file=sys.stderr)
         return getattr(error, "exit_code", FAULT)
-    return 0
+    return INTERRUPTED if interrupts else 0
 
 
 def main(words: Sequence[str] | None = None) -> int:

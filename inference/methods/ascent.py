@@ -89,8 +89,8 @@ class Ascent:
     def __post_init__(self) -> None:
         self.names = list(self.leaves)
         self.parameters = [self.leaves[n] for n in self.names]
-        groups = [{"params": [p], "lr": self.lr * self.target.rate(n)} for n, p in zip(self.names, self.parameters)]
-        self.rates = [g["lr"] for g in groups]
+        self.rates = [self.lr * self.target.rate(n) for n in self.names]
+        groups = [{"params": [p], "lr": rate} for p, rate in zip(self.parameters, self.rates)]
         fused = all(p.is_floating_point() for p in self.parameters)
         self.optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99), maximize=True, fused=fused)
         self.before = [p.clone() for p in self.parameters]

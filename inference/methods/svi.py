@@ -31,6 +31,8 @@ FULL_RANK = 50
 SHORT = 0.15
 #: Bytes that draws of latents may take; with a latent a row there are fewer draws.
 DRAW_BYTES = 200e6
+SPENT = "the budget"
+INTERRUPTED = "interrupted: the best state so far is returned"
 #: Effective share of the draws above which importance weights count as equal.
 EQUAL_WEIGHTS = 0.99
 #: Rows of which a bad k-hat is put down to chance.
@@ -133,6 +135,7 @@ class SVI:
             if isinstance(target, PairTarget):
                 target.networks.write(target.weights(leaves))
             meter.mark("run")
+        ended = any(w.startswith((INTERRUPTED, SPENT)) for w in warnings)
         point = not draws or (isinstance(target, PairTarget) and target.points)
         learned = [s.name for s in problem.structure.learned]
         values = {n: v.detach().cpu() for n, v in target.values(leaves).items()}
@@ -155,7 +158,7 @@ class SVI:
             },
             warnings=self.notes(problem) + warnings + doubts,
             timings=meter.timings,
-            converged=ascent.converged or not (ascent.rising or warnings),
+            converged=ascent.converged or not (ascent.rising or ended),
             extra={"guide_params": values if family == "story" else {n: v.cpu() for n, v in leaves.items()}},
         )
 
@@ -202,17 +205,17 @@ class SVI:
                 ascents.sort(key=lambda a: -a.recent())
                 ascents[0].run(self.steps, deadline, watch)
             except KeyboardInterrupt:
-                if not ascents or not ascents[-1].history:
+                if not any(ascent.history for ascent in ascents):
                     raise
-                warnings.append("interrupted: the best state so far is returned")
+                warnings.append(INTERRUPTED)
         best = max(ascents, key=lambda a: a.recent())
         best.conclude()
         if dropped:
             warnings.append(f"{len(dropped)} of {self.starts} starts were dropped: {dropped[0]}")
-        if best.converged or warnings[:1] == ["interrupted: the best state so far is returned"]:
+        if best.converged or INTERRUPTED in warnings:
             return best, warnings
         if time.perf_counter() > deadline:
-            warnings.append(f"the budget of {problem.budget:g} s is used up: the best state so far is returned")
+            warnings.append(f"{SPENT} of {problem.budget:g} s is used up: the best state so far is returned")
         elif best.rising:
             warnings.append(f"SVI did not converge in {self.steps} steps: the ELBO was still rising; raise steps or lr")
         return best, warnings

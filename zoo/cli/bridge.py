@@ -1,5 +1,6 @@
 """Where a story from the command line meets inference: its data, its methods, its rows."""
 
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def dream_rows(found: FoundStory, num_data: int | None, covariates: str | None, 
     covariates
         File or data set with what the story conditions on and does not sample.
     seed
-        Of the draw.
+        Of the draw; None takes one from the operating system and says which.
 
     Returns
     -------
@@ -125,6 +126,9 @@ def dream_rows(found: FoundStory, num_data: int | None, covariates: str | None, 
         given = fill_arguments(found, covariates, None)
         arguments |= {name: given[name] for name, needed in found.arguments.items() if needed and name in given}
     require_arguments(found, list(arguments))
+    if seed is None:  # a fresh process would draw the same rows every time
+        seed = secrets.randbelow(2**31)
+        note(f"seed {seed}")
     draw = simulate(found.story, seed=seed, **arguments)
     seen = {name: draw[name] for name in found.arguments if name in draw}
     if not seen:

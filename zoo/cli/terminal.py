@@ -1,11 +1,14 @@
 """What the command prints around the answers, and the checks that spare a long run a sad end."""
 
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .faults import CommandError, UsageError
 
@@ -24,6 +27,27 @@ def terse_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *rest, **options: note(f"warning: {message}")
         yield
+
+
+@contextmanager
+def counting_interrupts() -> Iterator[list[int]]:
+    """Ctrl-C as ever, and counted: a method that stops early with what it has must still not look finished."""
+    seen: list[int] = []
+    usual = signal.getsignal(signal.SIGINT)
+
+    def count(number: int, frame: Any) -> None:
+        seen.append(number)
+        signal.default_int_handler(number, frame)
+
+    # Elsewhere than in the main thread, or where Ctrl-C is ignored, there is nothing to count.
+    mine = usual is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if mine:
+        signal.signal(signal.SIGINT, count)
+    try:
+        yield seen
+    finally:
+        if mine:
+            signal.signal(signal.SIGINT, usual)
 
 
 def check_writable(path: Path, suffixes: tuple[str, ...] = ()) -> None:
