@@ -189,8 +189,9 @@ class ValueAndGrad:
         rows = torch.stack([self.points[i % len(self.points)] for i in range(width)])
         values, gradients = zip(*(self._one(row) for row in rows))
         wanted = torch.stack(values), torch.stack(gradients)
+        density: Any = self.density
         # The second is slower, and right where a derivative under vmap is not (select_scatter in torch 2.13).
-        for fn in (with_gradient(torch.vmap(self.density)), torch.vmap(self.single.call)):
+        for fn in (with_gradient(torch.vmap(density)), torch.vmap(self.single.call)):
             try:
                 wide = pure_graph(fn, (rows,))
                 if all(close(a, b) for a, b in zip(wanted, wide(rows), strict=True)):
@@ -237,7 +238,8 @@ def value_and_grad(joint: LogJoint) -> ValueAndGrad:
 
 def test_points(joint: LogJoint, eager: Callable[[Tensor], tuple[Tensor, Tensor]], count: int = 4) -> list[Tensor]:
     """Random vectors of finite density and gradient, as far as 20 tries find them."""
-    finite, other = [], []
+    finite: list[Tensor] = []
+    other: list[Tensor] = []
     for i in range(20):
         if i % 2:
             point = 4.0 * torch.rand(joint.dim, dtype=joint.problem.dtype, device=joint.problem.device) - 2.0

@@ -63,6 +63,9 @@ def write_atomically(path: Path, payload: bytes) -> None:
             file.write(payload)
             file.flush()
             os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # as any other new file; mkstemp's own are private
         os.replace(temporary, path)
     except OSError as error:
         Path(temporary).unlink(missing_ok=True)
@@ -212,7 +215,13 @@ def load(path: str | Path, story: Any) -> Posterior:
     path = Path(path)
     tensors, card = read(path)
     data = {n.removeprefix("data/"): v for n, v in tensors.items() if n.startswith("data/")}
-    problem = prepare(story, {**data, **card["arguments"]}, seed=card["seed"], want=card["want"])
+    try:
+        problem = prepare(story, {**data, **card["arguments"]}, seed=card["seed"], want=card["want"])
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} answers the story {card['story']['name']!r} {card['story']['settings']}; the one given cannot take its "
+            f"data: {error}"
+        ) from error
     check_story(path, card["story"], story_card(problem.story, problem.structure))
     extra: dict[str, Any] = {}
     for name, value in tensors.items():

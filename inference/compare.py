@@ -108,7 +108,8 @@ def cell(value: Any) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "n/a"
     if isinstance(value, float | np.floating):
-        return f"{value:.4g}" if abs(value) < 1e5 else f"{value:.3e}"
+        number = float(value)
+        return f"{number:.4g}" if abs(number) < 1e5 else f"{number:.3e}"
     return str(value)
 
 

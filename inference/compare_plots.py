@@ -9,7 +9,7 @@ import numpy as np
 
 from .agreement import shared
 from .plots import INK, PALETTE, tidy
-from .summary import entries, label
+from .summary import column, entries, label
 
 if TYPE_CHECKING:
     from .compare import Comparison
@@ -70,10 +70,10 @@ def forest(ax: Any, comparison: Comparison, colours: dict[str, str]) -> None:
     methods = list(draws)
     for row, entry in enumerate(chosen):
         name, index = places[entry]
-        base = draws[comparison.reference][name].numpy()[(slice(None), *index)]
+        base = column(draws[comparison.reference][name].numpy(), index)
         centre, unit = base.mean(), base.std(ddof=1) if len(base) > 1 else max(abs(base.mean()), 1e-12)
         for k, method in enumerate(methods):
-            value = (draws[method][name].numpy()[(slice(None), *index)] - centre) / unit
+            value = (column(draws[method][name].numpy(), index) - centre) / unit
             y = row + 0.22 * (k - (len(methods) - 1) / 2)
             if len(value) > 1:
                 low, high = np.quantile(value, [0.05, 0.95])

@@ -198,7 +198,7 @@ class LogJoint:
         rows, _ = sum_out(inside, set(self.finite), self._keep)
         return sum_out(outside, set())[0] + scale * rows.sum()
 
-    def rows(self, values: Mapping[str, Tensor], kwargs: Mapping[str, Any] | None = None) -> Tensor:
+    def rows(self, values: Mapping[str, Tensor] | Messenger, kwargs: Mapping[str, Any] | None = None) -> Tensor:
         """log p(x_n | values) for each row, finite locals summed out: (N,); (1,) where there is no data plate.
 
         Continuous locals must be among `values`; their prior density is part of the row, so that a row is
@@ -213,14 +213,14 @@ class LogJoint:
         plate = self.structure.data_plate
         return frozenset({plate}) if plate else frozenset()
 
-    def _row_factors(self, values: Mapping[str, Tensor], kwargs: Mapping[str, Any]) -> list[LogFactor]:
+    def _row_factors(self, values: Mapping[str, Tensor] | Messenger, kwargs: Mapping[str, Any]) -> list[LogFactor]:
         factors = self.factors(values, kwargs)
         if self.structure.data_plate:
             inside = [f for f in factors if self.structure.data_plate in f.plates]
             return inside + self._shared_factors(values)
         return [f for f in factors if self.structure[f.name].kind != "latent" or f.name in self.finite]
 
-    def _shared_factors(self, values: Mapping[str, Tensor]) -> list[LogFactor]:
+    def _shared_factors(self, values: Any) -> list[LogFactor]:
         """A finite latent shared by all rows enters a row with its posterior given the fitted data."""
         shared = [n for n in self.finite if not self.structure[n].local and n not in values]
         if not shared:

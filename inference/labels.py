@@ -1,8 +1,8 @@
 r"""Mixture components have no names: find out which sites share exchangeable components, and match them across draws.
 
 Whether components are exchangeable is a fact about the log joint: permuting their axis in every site leaves it as it
-was.  Draws are matched by assigning components to a reference, mean and variance of which are re-estimated from the
-matched draws (Stephens, *Dealing with label switching in mixture models*, JRSS B 2000, algorithm 2 with a normal loss).
+was.  Chains are matched by their means, then single draws by assigning components to a reference whose mean and variance
+are re-estimated (Stephens, *Dealing with label switching in mixture models*, JRSS B 2000, with a normal loss).
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from .posterior import Posterior
 
 Axes = dict[str, tuple[int, ...]]
+
+#: Nats that renumbering one draw must gain: overlapping components are not told apart by chance.
+SWAP = 10.0
 
 
 def exchangeable_axes(joint: LogJoint) -> Axes:
@@ -93,24 +96,41 @@ def features(draws: Mapping[str, Tensor], axes: Axes) -> np.ndarray:
     return np.concatenate(parts, -1)
 
 
-def assign(found: np.ndarray, centre: np.ndarray, spread: np.ndarray) -> np.ndarray:
-    """Permutation of components of every draw that suits the reference best: (draws, components)."""
+def costs(found: np.ndarray, centre: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    """Negative normal log density of component j in the place of component k: (draws, places, components)."""
     spread = np.maximum(spread, 1e-9 * (1 + np.abs(centre)))
     gap = (found[:, None, :, :] - centre[None, :, None, :]) / spread[None, :, None, :]
-    cost = 0.5 * (gap**2).sum(-1) + np.log(spread).sum(-1)[None, :, None]
-    return np.stack([linear_sum_assignment(c)[1] for c in cost])
+    return 0.5 * (gap**2).sum(-1) + np.log(spread).sum(-1)[None, :, None]
 
 
-def match_to(draws: Mapping[str, Tensor], axes: Axes, centre: np.ndarray, spread: np.ndarray) -> dict[str, Tensor]:
-    """Draws with their components in the order of the reference."""
-    orders = assign(features(draws, axes), centre, spread)
+def assign(found: np.ndarray, centre: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    """Permutation of components of every draw that suits the reference best: (draws, components)."""
+    return np.stack([linear_sum_assignment(c)[1] for c in costs(found, centre, spread)])
+
+
+def match_to(
+    draws: Mapping[str, Tensor], axes: Axes, centre: np.ndarray, spread: np.ndarray, gain: float = 0.0
+) -> dict[str, Tensor]:
+    """Draws with their components in the order of the reference, where that gains more than `gain` nats."""
     result = {name: value.clone() for name, value in draws.items()}
-    for s, order in enumerate(orders):
-        if (order != np.arange(len(order))).any():
+    for s, cost in enumerate(costs(features(draws, axes), centre, spread)):
+        order = linear_sum_assignment(cost)[1]
+        if np.trace(cost) - cost[np.arange(len(order)), order].sum() > gain:
             one = permute({n: draws[n][s] for n in axes}, axes, torch.from_numpy(order))
             for name in axes:
                 result[name][s] = one[name]
     return result
+
+
+def match_chains(draws: Mapping[str, Tensor], axes: Axes, chains: int) -> dict[str, Tensor]:
+    """One permutation for each chain, so that its means suit those of the first: chains rarely swap labels on the way."""
+    parts = [{n: v.reshape(chains, -1, *v.shape[1:])[c] for n, v in draws.items()} for c in range(chains)]
+    first = features(parts[0], axes)
+    centre, spread = first.mean(0), first.std(0)
+    for c in range(1, chains):
+        order = assign(features(parts[c], axes).mean(0, keepdims=True), centre, spread)[0]
+        parts[c] = permute(parts[c], axes, torch.from_numpy(order), lead=1)
+    return {n: torch.cat([p[n] for p in parts]) for n in draws}
 
 
 def match_labels(posterior: Posterior) -> tuple[dict[str, Tensor], Axes]:
@@ -120,20 +140,12 @@ def match_labels(posterior: Posterior) -> tuple[dict[str, Tensor], Axes]:
     axes = exchangeable_axes(posterior.joint)
     if not axes:
         return posterior.draws, {}
-    draws = {n: v for n, v in posterior.draws.items()}
-    found = features(draws, axes)
-    if len(found) > 1 and posterior.kind != "variational":  # a guide has one numbering throughout
-        reference = found[len(found) // 2]
-        pooled = found.reshape(-1, found.shape[-1]).std(0) + 1e-9
-        centre, spread = reference, np.broadcast_to(pooled, reference.shape)
-        for _ in range(5):
-            matched = match_to(draws, axes, centre, spread)
-            again = features(matched, axes)
-            centre, spread = again.mean(0), again.std(0)
-            stable = all(torch.equal(matched[n], draws[n]) for n in axes)
-            draws = matched
-            if stable:
-                break
+    draws = dict(posterior.draws)
+    if posterior.kind == "samples" and posterior.num_draws > 1:  # a guide has one numbering throughout
+        draws = match_chains(draws, axes, posterior.chains)
+        for _ in range(3):
+            found = features(draws, axes)
+            draws = match_to(draws, axes, found.mean(0), found.std(0), gain=SWAP)
     if posterior.extra.get("keep_labels"):
         return draws, axes
     order = torch.from_numpy(np.argsort(ordering_key(draws, axes), kind="stable"))

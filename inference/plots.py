@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .summary import entries, label
+from .summary import column, entries, label
 
 if TYPE_CHECKING:
     from .posterior import Posterior
@@ -85,7 +85,7 @@ def plot_density(posterior: Posterior, names: list[str] | None = None) -> Any:
     figure = Figure(figsize=(2.3 * columns, 1.7 * rows + 0.3), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for ax, (name, index) in zip(axes, shown):
-        draws = posterior.draws[name].double().cpu().numpy()[(slice(None), *index)]
+        draws = column(posterior.draws[name].double().cpu().numpy(), index)
         if len(draws) == 1 or draws.std() == 0:
             ax.axvline(draws[0], color=ACCENT, lw=1.6)
         else:

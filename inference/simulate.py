@@ -42,8 +42,8 @@ def simulate(
         n: torch.as_tensor(v) if hasattr(v, "__array__") and not isinstance(v, Tensor) else v
         for n, v in arguments.items()
     }
-    with isolated(seed, story_dtype(story) if fixed or seed is not None else None), torch.no_grad(), poutine.block():
-        fixed = {n: v.to(torch.get_default_dtype()) if v.is_floating_point() else v for n, v in fixed.items()}
+    with isolated(seed, story_dtype(story)), torch.no_grad(), poutine.block():
+        fixed, inputs = in_default_dtype(fixed), in_default_dtype(inputs)
         try:
             trace: Any = poutine.trace(pyro.condition(model, fixed)).get_trace(**inputs)
         except NotImplementedError as error:
@@ -57,3 +57,9 @@ def simulate(
     if improper:
         raise ValueError(f"the prior of {improper} is improper and has no draws; hold it fixed with given={{...}}")
     return {name: site["value"].detach() for name, site in sites.items()}
+
+
+def in_default_dtype(values: dict[str, Any]) -> dict[str, Any]:
+    """Floating tensors in the dtype in which the story draws."""
+    kind = torch.get_default_dtype()
+    return {n: v.to(kind) if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in values.items()}

@@ -43,6 +43,11 @@ def entries(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     return list(itertools.product(*(range(n) for n in shape)))
 
 
+def column(draws: np.ndarray, index: tuple[int, ...]) -> np.ndarray:
+    """All draws of one entry."""
+    return draws.reshape(len(draws), -1)[:, np.ravel_multi_index(index, draws.shape[1:]) if index else 0]
+
+
 def label(name: str, index: tuple[int, ...]) -> str:
     """mu[0,1]"""
     return f"{name}[{','.join(map(str, index))}]" if index else name
@@ -50,16 +55,17 @@ def label(name: str, index: tuple[int, ...]) -> str:
 
 def summarise(posterior: Posterior) -> Summary:
     """See `Posterior.summary`."""
-    rows, names = [], []
+    rows: list[dict[str, float]] = []
+    names: list[str] = []
     local = {b.name for b in posterior.joint.blocks if b.local}
     for name, value in posterior.draws.items():
         if name in local:
             continue
         array = value.double().cpu().numpy()
-        for index in entries(array.shape[1:]):
+        for index in entries(tuple(array.shape[1:])):
             if len(rows) == ROWS:
                 break
-            draws = array[(slice(None), *index)]
+            draws = column(array, index)
             names.append(label(name, index))
             if len(draws) == 1:
                 rows.append({"value": draws[0]})
@@ -92,5 +98,6 @@ def head_line(posterior: Posterior) -> str:
             f"; log joint {d['objective']:.3f}, log-likelihood {d['log_likelihood']:.3f}, no uncertainty of the globals"
         )
     elif posterior.kind == "samples":
-        text += f"; {posterior.chains} chains of {posterior.num_draws // posterior.chains} draws, R-hat at most {d.get('rhat', math.nan):.3f}"
+        each = posterior.num_draws // posterior.chains
+        text += f"; {posterior.chains} chains of {each} draws, R-hat at most {d.get('rhat', math.nan):.3f}"
     return text

@@ -51,3 +51,19 @@ def test_permuted_draws_are_matched():
     pooled = labels.features({"mu": clean}, axes)
     matched = labels.match_to({"mu": shuffled}, axes, pooled.mean(0), pooled.std(0))["mu"]
     np.testing.assert_allclose(matched, clean)
+
+
+def test_chains_in_other_numberings_and_swaps_on_the_way_are_matched():
+    """Three chains of overlapping components, one renumbered and one that swaps half-way: one mode comes out."""
+    rng = torch.Generator().manual_seed(0)
+    clean = torch.tensor([-1.5, 1.5], dtype=torch.float64) + 0.4 * torch.randn(3, 100, 2, generator=rng, dtype=torch.float64)
+    mixed = clean.clone()
+    mixed[1] = mixed[1].flip(-1)
+    axes = {"mu": (0,)}
+    chains = labels.match_chains({"mu": mixed.reshape(300, 2)}, axes, 3)["mu"]
+    np.testing.assert_array_equal(chains, clean.reshape(300, 2))
+    swapped = clean.reshape(300, 2).clone()
+    swapped[250:] = swapped[250:].flip(-1)
+    found = labels.features({"mu": clean.reshape(300, 2)}, axes)
+    again = labels.match_to({"mu": swapped}, axes, found.mean(0), found.std(0), gain=labels.SWAP)["mu"]
+    np.testing.assert_array_equal(again, clean.reshape(300, 2))

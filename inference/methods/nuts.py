@@ -181,7 +181,7 @@ def guide_draw(joint: LogJoint) -> dict[str, torch.Tensor] | None:
     """One draw of the story's untrained guide, or None where it lacks a latent."""
     problem = joint.problem
     with pyro.get_param_store().scope(), poutine.block(), torch.no_grad(), pyro.validation_enabled(False):
-        trace = poutine.trace(problem.guide).get_trace(**problem.kwargs)
+        trace: Any = poutine.trace(problem.guide).get_trace(**problem.kwargs)
     if any(b.name not in trace.nodes for b in joint.blocks):
         return None
     return {b.name: trace.nodes[b.name]["value"].detach() for b in joint.blocks}
@@ -285,7 +285,9 @@ def no_start(joint: LogJoint, tries: NDArray, values: NDArray, gradients: NDArra
     if not always:
         sites = list(dict.fromkeys(c[0] for c in found if c))
         at = f" at {listed(sites)}" if sites else ""
-        return ValueError(f"{what}: the log density is infinite or not a number{at}; tighten the priors or standardise the data")
+        return ValueError(
+            f"{what}: the log density is infinite or not a number{at}; tighten the priors or standardise the data"
+        )
     site, index, value = always[0]
     where = f"[{', '.join(map(str, index))}]" if index else ""
     return ValueError(
@@ -307,7 +309,7 @@ def impossible(joint: LogJoint, flat: torch.Tensor) -> tuple[str, tuple[int, ...
             continue
         plates = [d for d in factor.dims if d in factor.plates]
         states = tuple(i for i, d in enumerate(factor.dims) if d not in factor.plates)
-        best = factor.value.nan_to_num(nan=-math.inf, posinf=-math.inf)
+        best = factor.value.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
         best = best.amax(states) if states else best
         bad = ~best.isfinite()
         if bad.any():

@@ -31,6 +31,19 @@ class Wishart(dist.Wishart):
     Anderson, *An Introduction to Multivariate Statistical Analysis* (2003), section 7.2.
     """
 
+    def __init__(self, df: Tensor | float, *args: Any, **kwargs: Any) -> None:
+        # torch compares df with D as a number, which a traced program must not: the matrices set the shapes here.
+        given = torch.as_tensor(df)
+        size = next(m for m in (*args, *kwargs.values()) if isinstance(m, Tensor)).shape[-1]
+        super().__init__(torch.full_like(given, size + 2.0), *args, **kwargs)
+        self.df = given.expand(self.batch_shape)
+
+    def expand(self, batch_shape: Size | Sequence[int], _instance: Any = None) -> "Wishart":
+        """The same distribution over more batch dimensions."""
+        made = super().expand(Size(batch_shape), _instance=_instance or self.__new__(type(self)))
+        made.df = self.df.expand(made.batch_shape)
+        return made
+
     def rsample(self, sample_shape: Size | Sequence[int] = ()) -> Tensor:
         """Draws of shape (*sample_shape, *batch_shape, D, D)."""
         # Not `scale_tril`: it would be remembered as though the story had given it.
