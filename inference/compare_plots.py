@@ -96,8 +96,8 @@ def cost(ax: Any, comparison: Comparison) -> None:
     names = list(comparison.posteriors)
     table = comparison.table.loc[names]
     start = np.zeros(len(names))
-    for column, text, colour in parts:
-        width = table[column].astype(float).fillna(0.0).to_numpy()
+    for name, text, colour in parts:
+        width = table[name].astype(float).fillna(0.0).to_numpy()
         ax.barh(range(len(names)), width, left=start, color=colour, label=text, height=0.55)
         start = start + width
     for i, total in enumerate(start):
