@@ -156,19 +156,7 @@ def compare(
     problem = prepare(story, data, guide=guide, device=device, seed=seed)
     train, held, notes = split(problem, data, test, seed)
     show = sys.stderr.isatty() if progress is None else progress
-    posteriors: dict[str, Posterior] = {}
-    refused: dict[str, str] = {}
-    for label, method in tqdm(chosen.items(), desc="compare", disable=not show, leave=False):
-        try:
-            check_request(problem.structure, method)
-            posteriors[label] = fit(
-                story, train, method, guide=guide, seed=seed, device=device, budget=budget, progress=show
-            )
-        except (DivergenceError, ValueError) as error:
-            refused[label] = str(error)
-    if not posteriors:
-        reasons = "\n".join(f"  {label}: {reason}" for label, reason in refused.items())
-        raise ValueError(f"none of the methods can answer this story:\n{reasons}")
+    posteriors, refused = answers(problem, story, train, chosen, guide, seed, device, budget, show)
     reference = strongest(posteriors)
     agreements = {n: agree(p, posteriors[reference]) for n, p in posteriors.items() if n != reference}
     rows, heldout = {}, {}
@@ -195,6 +183,34 @@ def compare(
         seed,
         notes,
     )
+
+
+def answers(
+    problem: Any,
+    story: Any,
+    train: Any,
+    chosen: dict[str, Method],
+    guide: Any,
+    seed: int,
+    device: str,
+    budget: float | None,
+    show: bool,
+) -> tuple[dict[str, Posterior], dict[str, str]]:
+    """Every method's answer, or the reason why there is none."""
+    posteriors: dict[str, Posterior] = {}
+    refused: dict[str, str] = {}
+    for label, method in tqdm(chosen.items(), desc="compare", disable=not show, leave=False):
+        try:
+            check_request(problem.structure, method)
+            posteriors[label] = fit(
+                story, train, method, guide=guide, seed=seed, device=device, budget=budget, progress=show
+            )
+        except (DivergenceError, ValueError) as error:
+            refused[label] = str(error)
+    if not posteriors:
+        reasons = "\n".join(f"  {label}: {reason}" for label, reason in refused.items())
+        raise ValueError(f"none of the methods can answer this story:\n{reasons}")
+    return posteriors, refused
 
 
 def labelled(methods: Any) -> dict[str, Method]:

@@ -302,6 +302,16 @@ class LogJoint:
             trace: Any = poutine.trace(FlatStart()(self.problem.model)).get_trace(**self.problem.sketch)
         return {b.name: trace.nodes[b.name]["value"].detach().clone() for b in self.blocks}
 
+    def guide_draw(self) -> dict[str, Tensor] | None:
+        """One draw of every block from the story's guide as it starts; None where it has none or misses a latent."""
+        if self.problem.guide is None:
+            return None
+        with pyro.get_param_store().scope(), poutine.block(), torch.no_grad(), pyro.validation_enabled(False):
+            trace: Any = poutine.trace(self.problem.guide).get_trace(**self.problem.kwargs)
+        if any(b.name not in trace.nodes for b in self.blocks):
+            return None
+        return {b.name: trace.nodes[b.name]["value"].detach().clone() for b in self.blocks}
+
 
 def factor_weights(factors: list[LogFactor], finite: set[str]) -> tuple[Tensor, list[LogFactor], list[Tensor]]:
     """Log evidence, the same factors as leaves, and the gradient of the evidence with respect to each."""

@@ -173,9 +173,10 @@ def prepare(
     with isolated(0, dtype), torch.no_grad():
         from .provenance import dependencies
 
-        parents = see_through(dependencies(model, **runs.few), runs.full)
+        direct = dependencies(model, **runs.few)
+        parents = see_through(direct, runs.full)
     structure = build(
-        without_values(runs.full), runs.moving, kwargs, parents, has_guide=guide is not None, notes=tuple(notes)
+        without_values(runs.full), runs.moving, kwargs, parents, direct, has_guide=guide is not None, notes=tuple(notes)
     )
     structure = replace(structure, itemsize=torch.finfo(dtype).bits // 8)
     return Problem(

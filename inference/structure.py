@@ -34,8 +34,8 @@ class Site:
         Inside the data plate.
     argument, missing
         Argument of the story that is observed here, and how many of its cells are NaN.
-    parents
-        Sites that its distribution depends on, deterministic ones seen through.
+    parents, direct_parents
+        Sites that its distribution depends on: with deterministic ones seen through, and as the story wrote it.
     moving_support
         The support depends on a latent (the corner of a box): no gradient method is valid.
     improper
@@ -57,6 +57,7 @@ class Site:
     argument: str | None = None
     missing: int = 0
     parents: tuple[str, ...] = ()
+    direct_parents: tuple[str, ...] = ()
     support: str = ""
     moving_support: bool = False
     improper: bool = False
@@ -274,6 +275,7 @@ def build(
     moving: frozenset[str],
     kwargs: dict[str, Any],
     parents: dict[str, tuple[str, ...]],
+    direct: dict[str, tuple[str, ...]],
     *,
     has_guide: bool = False,
     notes: tuple[str, ...] = (),
@@ -301,6 +303,7 @@ def build(
                 argument=r.argument,
                 missing=r.missing,
                 parents=parents.get(name, ()),
+                direct_parents=tuple(n for n in direct.get(name, ()) if n in records),
                 support=r.support,
                 moving_support=name in moving,
                 improper=r.improper,

@@ -38,7 +38,7 @@ def test_mixture_structure(untouched):
 def test_deterministic_sites_are_seen_through():
     s = inspect(eight_schools, SCHOOLS)
     assert s["theta"].kind == "deterministic" and set(s["theta"].parents) == {"mu", "tau", "raw"}
-    assert set(s["y"].parents) == {"mu", "tau", "raw"}
+    assert set(s["y"].parents) == {"mu", "tau", "raw"} and set(s["y"].direct_parents) == {"theta"}
     assert s.data_plate == "schools" and s["raw"].local and not s["mu"].local
 
 

@@ -265,8 +265,12 @@ def test_same_seed_same_bits(guide):
 
 
 def test_nothing_is_left_behind(untouched):
+    """Neither by a story's guide nor by batches: the parameter store stays as it was, beside what the fixture checks."""
+    pyro.param("mine", torch.ones(1))
     fit(Clusters(), CLUSTERS, SVI(steps=30, draws=5), seed=0)
     fit(two_clusters, CLUSTERS, SVI(steps=30, draws=5, batch_size=20), seed=0)
+    assert list(pyro.get_param_store().keys()) == ["mine"]
+    pyro.clear_param_store()
 
 
 def test_too_few_steps_are_no_convergence():

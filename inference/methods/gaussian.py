@@ -67,6 +67,7 @@ def normal_log(noise: Tensor) -> Tensor:
 
 
 def start_mean_field(loc: Tensor, scale: Tensor, factor: Tensor | None) -> Leaves:
+    """Leaves of a diagonal normal: loc (n,) and log scale (n,)."""
     return {"loc": loc.clone(), "log_scale": scale.log()}
 
 
@@ -77,6 +78,7 @@ def place_mean_field(q: Leaves, noise: Tensor) -> Draws:
 
 
 def mean_field_gradients(q: Leaves, draws: Draws, path: Tensor) -> Leaves:
+    """Gradients of the ELBO by the path through the draws, with the entropy's in closed form."""
     scale = q["log_scale"].exp()
     return {"loc": path.mean(0), "log_scale": (path * draws.noise).mean(0) * scale}
 
@@ -85,6 +87,7 @@ def mean_field_gradients(q: Leaves, draws: Draws, path: Tensor) -> Leaves:
 
 
 def start_full_rank(loc: Tensor, scale: Tensor, factor: Tensor | None) -> Leaves:
+    """Leaves of a normal with a Cholesky factor: loc (n,), log diagonal (n,), strict lower triangle (n, n)."""
     if factor is None:
         return {"loc": loc.clone(), "log_scale": scale.log(), "lower": torch.zeros(len(loc), len(loc)).to(loc)}
     diagonal = factor.diagonal()
@@ -92,6 +95,7 @@ def start_full_rank(loc: Tensor, scale: Tensor, factor: Tensor | None) -> Leaves
 
 
 def place_full_rank(q: Leaves, noise: Tensor) -> Draws:
+    """Draws (S, n) of a full-rank normal from standard noise."""
     scale, lower = q["log_scale"].exp(), q["lower"].tril(-1)
     z = q["loc"] + scale * (noise + noise @ lower.mT)
     unit = lower + torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
@@ -100,6 +104,7 @@ def place_full_rank(q: Leaves, noise: Tensor) -> Draws:
 
 
 def full_rank_gradients(q: Leaves, draws: Draws, path: Tensor) -> Leaves:
+    """Gradients of the ELBO by the path through the draws, with the entropy's in closed form."""
     scaled = path * q["log_scale"].exp()
     lower = (scaled.mT @ draws.noise / len(path)).tril(-1)
     return {"loc": path.mean(0), "log_scale": (path * (draws.z - q["loc"])).mean(0), "lower": lower}
@@ -114,12 +119,14 @@ def rank_of(size: int) -> int:
 
 
 def start_low_rank(loc: Tensor, scale: Tensor, factor: Tensor | None) -> Leaves:
+    """Leaves of a diagonal-plus-factor normal: loc (n,), log scale (n,), factor (n, rank)."""
     # Not zero, where the gradient with respect to W vanishes.
     directions = 0.01 * torch.randn(len(loc), rank_of(len(loc)), dtype=loc.dtype, device=loc.device)
     return {"loc": loc.clone(), "log_scale": scale.log(), "directions": directions}
 
 
 def place_low_rank(q: Leaves, noise: Tensor) -> Draws:
+    """Draws (S, n) of a low-rank normal from standard noise."""
     scale, W = q["log_scale"].exp(), q["directions"]
     own, shared = noise[:, : len(scale)], noise[:, len(scale) :]
     y = own + shared @ W.mT
@@ -132,6 +139,7 @@ def place_low_rank(q: Leaves, noise: Tensor) -> Draws:
 
 
 def low_rank_gradients(q: Leaves, draws: Draws, path: Tensor) -> Leaves:
+    """Gradients of the ELBO by the path through the draws, with the entropy's in closed form."""
     scaled = path * q["log_scale"].exp()
     shared = draws.noise[:, path.shape[1] :]
     return {

@@ -278,12 +278,13 @@ def drive(
 
     Chains run at their own pace. The batch keeps its width to the end, so that no chain's rounding depends on another.
     """
-    wanted = np.stack([next(c) for c in chains])
-    running = list(range(len(chains)))
-    while running and not stop():
-        values, gradients = evaluate(wanted)
-        for i in list(running):
-            try:
-                wanted[i] = chains[i].send((float(values[i]), gradients[i]))
-            except StopIteration:
-                running.remove(i)
+    with np.errstate(over="ignore", invalid="ignore"):  # far out all is infinite: such a state is never accepted
+        wanted = np.stack([next(c) for c in chains])
+        running = list(range(len(chains)))
+        while running and not stop():
+            values, gradients = evaluate(wanted)
+            for i in list(running):
+                try:
+                    wanted[i] = chains[i].send((float(values[i]), gradients[i]))
+                except StopIteration:
+                    running.remove(i)

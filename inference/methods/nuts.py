@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import pyro
 import torch
 from numpy.typing import NDArray
-from pyro import poutine
 from tqdm import tqdm
 
 from .base import Verdict, density_objection, gradient_objection, positive_float, positive_int
@@ -162,7 +160,7 @@ def starting_points(
 ) -> NDArray[np.float64]:
     """Tries of one chain, (count, dim): from the guide, the prior and Uniform(-2, 2) in turn."""
     torch.manual_seed(int(seed.generate_state(1)[0]))
-    sources = [joint.prior_draw] if joint.problem.guide is None else [lambda: guide_draw(joint), joint.prior_draw]
+    sources = [joint.prior_draw] if joint.problem.guide is None else [joint.guide_draw, joint.prior_draw]
     points = []
     for i in range(count):
         point = rng.uniform(-2.0, 2.0, joint.dim)
@@ -175,16 +173,6 @@ def starting_points(
                 pass  # a draw of a covariance may be singular in rounding
         points.append(point)
     return np.stack(points)
-
-
-def guide_draw(joint: LogJoint) -> dict[str, torch.Tensor] | None:
-    """One draw of the story's untrained guide, or None where it lacks a latent."""
-    problem = joint.problem
-    with pyro.get_param_store().scope(), poutine.block(), torch.no_grad(), pyro.validation_enabled(False):
-        trace: Any = poutine.trace(problem.guide).get_trace(**problem.kwargs)
-    if any(b.name not in trace.nodes for b in joint.blocks):
-        return None
-    return {b.name: trace.nodes[b.name]["value"].detach() for b in joint.blocks}
 
 
 class Watch:

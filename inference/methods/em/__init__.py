@@ -157,10 +157,10 @@ class EM:
         from .mixture import MixtureKernel
         from .mstep import MStep
         from .plan import compile_plan
-        from .start import clusters, expectation_at, guide_draw
+        from .start import clusters, expectation_at
 
         torch.manual_seed(seed)
-        guess = guide_draw(joint) if restart % 2 == 0 else None
+        guess = joint.guide_draw() if restart % 2 == 0 else None
         theta = fixed or guess or joint.prior_draw()
         plan = compile_plan(joint, theta, self.estimate)
         parts = make_parts(joint)

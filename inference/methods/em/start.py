@@ -107,15 +107,3 @@ def weight_of(like: Tensor, dims: tuple[str, ...], labels: Clusters, plate: str,
                 soft = soft.mean(0)
             weight = weight * soft.reshape(shape)
     return weight
-
-
-def guide_draw(joint: LogJoint) -> dict[str, Tensor] | None:
-    """One draw of the story's guide for every unknown, or None where it has none or does not cover them."""
-    problem = joint.problem
-    if problem.guide is None:
-        return None
-    with poutine.block(), torch.no_grad(), pyro.validation_enabled(False):
-        trace: Any = poutine.trace(problem.guide).get_trace(**problem.kwargs)
-    if any(b.name not in trace.nodes for b in joint.blocks):
-        return None
-    return {b.name: trace.nodes[b.name]["value"].detach().clone() for b in joint.blocks}
