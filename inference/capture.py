@@ -1,9 +1,8 @@
 """Run a Pyro program a few times, keep its arithmetic: one pure graph of tensor operations serves from then on.
 
-The function is traced with its gradient by `make_fx`, freed of mutation, its factorisations made safe (a matrix that
-is not positive definite gives NaN, never an exception) and everything that does not depend on the inputs computed
-once. A graph is trusted only after it agrees with the function that it came from; where that fails, the function itself
-serves, with the reason kept.
+The log density is recorded once (`recorder.py`), its gradient is recorded from that graph, and the gradient of many
+vectors at once from the same graph under `vmap`. A graph is trusted only after it agrees with the program that it came
+from; where that fails, the program itself serves, with the reason kept.
 """
 
 from __future__ import annotations

@@ -225,7 +225,10 @@ def pair(story: Any) -> tuple[Callable, Callable | None]:
 
 
 def find_data_plate(records: dict[str, Record], kwargs: dict[str, Any]) -> str | None:
-    """The plate whose members are the rows: named "data", or else the outermost that every observed site lies in."""
+    """The plate whose members are the rows: named "data", or else the outermost that every observed site lies in.
+
+    Without one, the outermost plate of the first observed site that is as long as an argument.
+    """
     seen = [r for r in records.values() if r.kind == "observed"]
     if not seen:
         return None
@@ -235,8 +238,8 @@ def find_data_plate(records: dict[str, Record], kwargs: dict[str, Any]) -> str |
     sizes = {p: n for r in seen for p, n in zip(r.plates, r.plate_sizes)}
     lengths = {len(v) for v in kwargs.values() if isinstance(v, Tensor) and v.ndim}
     common = [p for p in seen[0].plates if all(p in r.plates for r in seen)]
-    by_length = [p for p in common if sizes[p] in lengths]
-    return next(iter(by_length + common), None)
+    by_length = [p for p in seen[0].plates if sizes[p] in lengths]
+    return next(iter(common + by_length), None)
 
 
 def row_arguments(records: dict[str, Record], kwargs: dict[str, Any], data_plate: str | None) -> tuple[str, ...]:

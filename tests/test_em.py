@@ -266,6 +266,15 @@ def test_missing_cells_leave_the_likelihood():
     assert np.diff(posterior.history).min() > -1e-8
 
 
+def test_one_component_is_the_posterior_mode_of_a_normal():
+    """K = 1: the only weight is 1, and the precision is the mode under its Wishart prior."""
+    x = DATA["iris"]
+    d = fit(GMM(1), x, "em", seed=0).draw(0)
+    scatter = (x - d["mu"][0].numpy()).T @ (x - d["mu"][0].numpy()) + 2 / 9 * np.eye(4)
+    assert abs(float(d["pi"][0]) - 1.0) < 1e-12
+    np.testing.assert_allclose(np.linalg.inv(d["Lambda"][0].numpy()), scatter / (len(x) + 1), rtol=1e-6)
+
+
 @pytest.mark.parametrize("estimate", ["map", "mle"])
 def test_more_components_than_rows_and_equal_rows(estimate):
     """K > N and rows that are all equal run without division by zero or NaN."""

@@ -72,6 +72,21 @@ def test_rows_are_found_whatever_the_plate_is_called():
     assert s.data_plate == "rows" and s.row_arguments == ("b", "c", "k")
 
 
+def test_the_outermost_plate_holds_the_rows():
+    """Documents x words with the words on the first axis: the rows are still the documents."""
+
+    def topics(w):
+        phi = pyro.sample("phi", dist.Dirichlet(torch.ones(2, 5)).to_event(1))
+        with pyro.plate("documents", w.shape[1]):
+            theta = pyro.sample("theta", dist.Dirichlet(torch.ones(2)))
+            with pyro.plate("words", w.shape[0]):
+                z = pyro.sample("z", dist.Categorical(theta))
+                pyro.sample("w", dist.Categorical(phi[z]), obs=w)
+
+    s = inspect(topics, torch.zeros(8, 6, dtype=torch.long))
+    assert s.data_plate == "documents" and s["theta"].local and s.row_arguments == ()
+
+
 def normal(y):
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     with pyro.plate("data", 5):

@@ -214,7 +214,11 @@ def compile_plan(joint: LogJoint, theta: dict[str, Tensor], estimate: str) -> Pl
         prior_users = prior_dependencies(trace, leaves)
     priors = {n: trace.nodes[n]["fn"] for n in theta if trace.nodes[n]["type"] == "sample"}
     tiers, reasons, conjugates = {}, {}, {}
+    certain = {b.name for b in joint.blocks if b.start == b.stop}
     for name in theta:
+        if name in certain:
+            tiers[name], reasons[name] = UNUSED, "it has one possible value"
+            continue
         tiers[name], reasons[name], found = decide(name, terms, priors.get(name), prior_users, theta, estimate)
         if found is not None:
             conjugates[name] = found
