@@ -20,7 +20,7 @@ ESS_PER_CHAIN = 100
 EBFMI_LIMIT = 0.3
 KHAT_LIMIT = 0.7
 #: Draws a chain below which neither R-hat nor an effective sample size can be computed.
-FEWEST_DRAWS = 4
+FEWEST_DRAWS = 8
 
 
 def rhat_ess(draws: Mapping[str, NDArray]) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def rhat_ess(draws: Mapping[str, NDArray]) -> dict[str, Any]:
     -------
     dict
         "rhat" (largest), "ess_bulk", "ess_tail" (smallest), "rhat_by_site", "ess_bulk_by_site", "ess_tail_by_site" and
-        "worst_site" (largest R-hat). NaN where there are fewer than four draws a chain.
+        "worst_site" (largest R-hat). NaN where there are fewer than eight draws a chain.
     """
     tables: dict[str, dict[str, float]] = {"rhat": {}, "ess_bulk": {}, "ess_tail": {}}
     for name, value in draws.items():
@@ -61,6 +61,8 @@ def _entries(value: NDArray) -> dict[str, NDArray]:
     size = flat.shape[-1]
     if count < FEWEST_DRAWS:
         return {name: np.full(min(size, 1), math.nan) for name in ("rhat", "ess_bulk", "ess_tail")}
+    if chains == 1:  # its halves have to agree at least
+        flat = flat[:, : count - count % 2].reshape(2, count // 2, size)
     stuck = (flat == flat[:, :1]).all(1).any(0) | ~np.isfinite(flat).all((0, 1))
     rhat, bulk, tail = np.full(size, math.inf), np.ones(size), np.ones(size)
     if (~stuck).any():
@@ -88,16 +90,17 @@ def rhat_warnings(draws: Mapping[str, NDArray], convergence: Mapping[str, Any]) 
     chains, count = next(iter(draws.values())).shape[:2]
     if count < FEWEST_DRAWS:
         return [f"{count} draws a chain are too few to judge convergence: R-hat and ESS are unknown"]
-    warnings = []
+    warnings = ["one chain cannot show whether others would find another answer; run several"] if chains == 1 else []
     if not convergence["rhat"] <= RHAT_LIMIT:
         site = convergence["worst_site"]
         entry, means = _most_apart(np.asarray(draws[site], dtype=np.float64))
         shown = ", ".join(f"{m:.4g}" for m in means)
+        apart = "the chains do not agree" if chains > 1 else "the halves of the chain do not agree"
         which = f"{site}[{', '.join(map(str, entry))}]" if entry else site
         others = [n for n, r in convergence["rhat_by_site"].items() if not r <= RHAT_LIMIT and n != site]
         also = f" (also above: {', '.join(others[:4])}{', ...' if len(others) > 4 else ''})" if others else ""
         warnings.append(
-            f"R-hat of {site} is {convergence['rhat']:.3f} > {RHAT_LIMIT}{also}: the chains do not agree, pooled numbers "
+            f"R-hat of {site} is {convergence['rhat']:.3f} > {RHAT_LIMIT}{also}: {apart}, pooled numbers "
             f"are not to be trusted; means of {which} by chain: {shown}"
         )
     least = ESS_PER_CHAIN * chains

@@ -11,7 +11,7 @@ import torch
 from stories import SCHOOLS, beta_bernoulli, box, normal_mixture, poisson_latent
 
 from inference import EM, NUTS, SVI, NoMethodError, fit
-from inference.diagnostics import pareto_khat, rhat_ess
+from inference.diagnostics import pareto_khat, rhat_ess, rhat_warnings
 from zoo import GMM, load
 
 SHORT = NUTS(chains=2, warmup=200, draws=300)
@@ -134,6 +134,78 @@ def test_impossible_observations_and_invalid_stories_are_named(untouched):
 
     with pytest.raises(NoMethodError, match="learns w as a point"):
         fit(learned, torch.tensor(0.0), "nuts")
+
+
+def location_scale(x):
+    """Flat priors on a location and a scale."""
+    mu = pyro.sample("mu", dist.ImproperUniform(dist.constraints.real, (), ()))
+    sigma = pyro.sample("sigma", dist.ImproperUniform(dist.constraints.positive, (), ()))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mu, sigma), obs=x)
+
+
+@pytest.mark.parametrize("dense_mass", [False, True])
+def test_flat_priors_give_students_t(dense_mass):
+    """Location and scale under flat priors: mu | x is Student's t with n - 2 degrees of freedom, in closed form."""
+    from scipy import stats
+
+    x = torch.tensor([1.2, 0.3, 2.2, -0.5, 1.9, 0.8, 1.1, 0.1, 2.5, 1.4, 0.6, -0.2], dtype=torch.float64)
+    posterior = fit(location_scale, x, NUTS(warmup=400, draws=1500, dense_mass=dense_mass), seed=2)
+    mu, n = posterior.draws["mu"].numpy(), len(x)
+    scale = math.sqrt(((x - x.mean()) ** 2).sum().item() / (n * (n - 2)))
+    exact = stats.t(n - 2, x.mean().item(), scale)
+    assert posterior.diagnostics["rhat"] < 1.01
+    error = 4 * exact.std() / math.sqrt(posterior.diagnostics["ess_bulk"])
+    assert abs(mu.mean() - exact.mean()) < error
+    for q in (0.05, 0.25, 0.75, 0.95):
+        assert abs((mu <= exact.ppf(q)).mean() - q) < 4 * math.sqrt(q * (1 - q) / posterior.diagnostics["ess_tail"]) + 0.005
+
+
+@pytest.mark.parametrize(("calls", "draws"), [(20, 1), (200, 1), (1500, None)])
+def test_ctrl_c_returns_what_there_is(monkeypatch, untouched, calls, draws):
+    """Interrupted in the tries, the warm-up or the draws: a flagged answer where there is one."""
+    from inference.capture import ValueAndGrad
+
+    left, evaluate = [calls], ValueAndGrad.numpy
+
+    def interrupted(self, flat):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return evaluate(self, flat)
+
+    monkeypatch.setattr(ValueAndGrad, "numpy", interrupted)
+    posterior = fit(location_scale, torch.linspace(-1, 1, 20), NUTS(chains=2, warmup=200, draws=400), seed=0)
+    assert not posterior.converged and any("interrupted" in w for w in posterior.warnings)
+    kept = len(posterior.draws["mu"]) // 2
+    assert kept == draws if draws else 1 < kept < 400
+    assert posterior.sample_stats["lp"].shape == (2, kept)
+
+
+def test_a_gradient_that_is_no_number_names_its_latent(untouched):
+    def story(x):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(b + (0 * a).sqrt(), 1.0), obs=x)
+
+    with pytest.raises(ValueError, match="with respect to a is not a number"):
+        fit(story, torch.tensor(1.0), SHORT, seed=0)
+
+
+def test_a_density_that_is_random_is_refused(untouched):
+    def story(x):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(m + torch.randn(()), 1.0), obs=x)
+
+    with pytest.raises(ValueError, match="differs from call to call"):
+        fit(story, torch.tensor(1.0), SHORT, seed=0)
+
+
+def test_one_chain_is_judged_by_its_halves():
+    drift = np.linspace(0.0, 3.0, 200)[None] + np.random.default_rng(0).normal(size=(1, 200))
+    still = np.random.default_rng(0).normal(size=(1, 200))
+    assert rhat_ess({"a": drift})["rhat"] > 1.2 > 1.05 > rhat_ess({"a": still})["rhat"]
+    assert "one chain" in rhat_warnings({"a": still}, rhat_ess({"a": still}))[0]
 
 
 @pytest.mark.parametrize(

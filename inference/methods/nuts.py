@@ -85,7 +85,8 @@ class NUTS:
         Raises
         ------
         ValueError
-            No starting point has a finite density and gradient; the site and the value are named.
+            No starting point has a finite density and gradient (the site and the value are named), or the log density
+            is random.
         DivergenceError
             No step size suits a chain.
         """
@@ -99,6 +100,12 @@ class NUTS:
         with Meter() as meter:
             joint = LogJoint(problem)
             potential = value_and_grad(joint)
+            if potential.random:
+                raise ValueError(
+                    "the log density of the story differs from call to call at one and the same point: it draws random "
+                    "numbers outside its sample sites (torch.randn, dropout, a plate with subsample_size); make them latent "
+                    "sites or fix them, or use method='svi'"
+                )
             seeds = np.random.SeedSequence(problem.seed).spawn(self.chains)
             records, chains = self.begin(joint, potential, seeds)
             meter.mark("setup")
@@ -119,11 +126,6 @@ class NUTS:
         found["gradient"] = potential.mode + (f": {potential.reason}" if potential.reason else "")
         if potential.notice:
             found["gradient"] += f"; {potential.notice}"
-        if potential.random:
-            notes.append(
-                "the story draws random numbers outside its sample sites: its log density differs from call to call and the "
-                "draws are not from the posterior; make them latent sites"
-            )
         return Posterior(
             kind="samples", method=self, problem=problem, draws=draws, chains=self.chains, diagnostics=found,
             warnings=notes + sampling_warnings(found, stats["lp"].size), timings={"warmup": 0.0, **meter.timings},
