@@ -288,10 +288,15 @@ def test_interrupted_run_that_still_answers_ends_with_130(capsys, monkeypatch):
             print("so far")
 
     monkeypatch.setattr(zoo.cli.terminal, "print_catalog", press)
-    before = signal.getsignal(signal.SIGINT)
-    code, out, _ = run(capsys, "list")
-    assert code == 130 and "so far" in out
-    assert signal.getsignal(signal.SIGINT) is before
+    inherited = signal.getsignal(signal.SIGINT)
+    before = signal.default_int_handler  # a shell starts background jobs with the signal ignored
+    signal.signal(signal.SIGINT, before)
+    try:
+        code, out, _ = run(capsys, "list")
+        assert code == 130 and "so far" in out
+        assert signal.getsignal(signal.SIGINT) is before
+    finally:
+        signal.signal(signal.SIGINT, inherited)
 
 
 def test_guide_beside_a_model_is_used(capsys, folder):

@@ -163,7 +163,7 @@ def test_flat_priors_give_students_t(dense_mass):
 
 @pytest.mark.parametrize(("calls", "draws"), [(20, 1), (200, 1), (1500, None)])
 def test_ctrl_c_returns_what_there_is(monkeypatch, untouched, calls, draws):
-    """Interrupted in the tries, the warm-up or the draws: a flagged answer where there is one."""
+    """Interrupted at the start, in the warm-up or in the draws: what there is comes back, flagged."""
     from inference.capture import ValueAndGrad
 
     left, evaluate = [calls], ValueAndGrad.numpy
