@@ -41,8 +41,8 @@ class Substitute(Messenger):
 
     def _pyro_sample(self, msg: dict) -> None:
         if msg["name"] in self.values and not msg["is_observed"]:
+            # Not marked as done: Pyro's enumeration still has to note which dimensions its parameters bring.
             msg["value"] = self.values[msg["name"]]
-            msg["done"] = True
             msg["infer"] = {**(msg["infer"] or {}), "enumerate": None, "was_substituted": True}
 
     def _pyro_param(self, msg: dict) -> None:

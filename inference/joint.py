@@ -68,8 +68,7 @@ class Unconstrained(Messenger):
             self.local_log_det = self.local_log_det + log_det
         else:
             self.log_det = self.log_det + log_det
-        self.values[msg["name"]] = msg["value"] = value
-        msg["done"] = True
+        self.values[msg["name"]] = msg["value"] = value  # not marked as done: see `Substitute`
         msg["infer"] = {**(msg["infer"] or {}), "enumerate": None}
 
     def _pyro_param(self, msg: dict) -> None:
