@@ -99,6 +99,7 @@ class MissingCells(Messenger):
             )
         event_dims = fn.event_dim
         if isinstance(unwrap(fn), torch.distributions.MultivariateNormal):
+            msg["infer"] = {**(msg["infer"] or {}), "_complete": (fn, value)}
             msg["fn"] = marginal_normal(fn, ~missing)
             msg["value"] = torch.where(missing, torch.zeros_like(value), value)
             return

@@ -177,15 +177,16 @@ def test_objective_never_falls(story):
 
 
 def test_statistics_and_data_tiers_agree():
-    """The same mixture through sufficient statistics and through its rows (a mask hides the family)."""
+    """The same mixture through sufficient statistics and through its rows (a weight hides the family)."""
 
-    def masked(x):
+    def weighted(x):
         with pyro.plate("components", 2):
             mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
             sigma = pyro.sample("sigma", dist.HalfNormal(2.0))
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Categorical(torch.ones(2)))
-            pyro.sample("x", dist.Normal(mu[z], sigma[z]).mask(True), obs=x)
+            with pyro.poutine.scale(scale=torch.tensor(1.0)):
+                pyro.sample("x", dist.Normal(mu[z], sigma[z]), obs=x)
 
     def plain(x):
         with pyro.plate("components", 2):
@@ -197,7 +198,7 @@ def test_statistics_and_data_tiers_agree():
 
     x = torch.cat([torch.randn(60) - 3, torch.randn(40) * 0.5 + 2])
     start = {"mu": [-1.0, 1.0], "sigma": [1.0, 1.0]}
-    by_rows, by_sums = (fit(s, x, EM(start=start, tol=1e-12), seed=0) for s in (masked, plain))
+    by_rows, by_sums = (fit(s, x, EM(start=start, tol=1e-12), seed=0) for s in (weighted, plain))
     assert "on data" in by_rows.diagnostics["plan"] and "on statistics" in by_sums.diagnostics["plan"]
     for site in ("mu", "sigma"):
         torch.testing.assert_close(by_rows.draws[site], by_sums.draws[site], atol=1e-5, rtol=0)

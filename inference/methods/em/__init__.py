@@ -1,4 +1,4 @@
-"""Expectation maximisation for any story whose latents are finite: exact posteriors of the latents, points for the rest.
+"""Expectation maximisation for stories whose rows can be summed or integrated exactly: exact locals, points for the rest.
 
 Dempster, Laird and Rubin, *Maximum likelihood from incomplete data via the EM algorithm*, JRSS B 1977; ECM: Meng and
 Rubin, Biometrika 1993.
@@ -6,15 +6,13 @@ Rubin, Biometrika 1993.
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..base import Verdict, density_objection, gradient_objection, one_of, positive_float, positive_int
 
@@ -23,28 +21,41 @@ if TYPE_CHECKING:
     from ...posterior import Posterior
     from ...problem import Problem
     from ...structure import Structure
-    from .plan import Plan
+
+DRIVERS = ("auto", "batch", "incremental", "stepwise")
+#: Rows from which "auto" improves the unknowns after every block instead of after every pass.
+MANY_ROWS = 200_000
 
 
 @dataclass(frozen=True)
 class EM:
-    """Enumeration EM.
+    """EM derived from the story: exact E-steps, closed-form M-steps where there are any.
 
     Parameters
     ----------
     restarts
-        Starts from different k-means++ clusterings (or draws of guide and prior); the best objective wins.
+        Starts from different k-means++ clusterings (or draws of guide and prior); the best objective wins. Where the
+        structure allows, all are climbed in one batch.
     estimate
         "map": the mode of the globals under the story's priors. "mle": the priors of the globals are left out.
     max_iter, tol
-        Stop when the objective rises by less than `tol` a row, at the latest after `max_iter` iterations.
+        Stop when the objective rises by less than `tol` a row, at the latest after `max_iter` passes over the rows.
     ridge
-        Floor added to variances without a prior, as a share of the data's mean variance (scikit-learn's `reg_covar`
+        Floor added to variances without a prior, as a share of each column's own variance (scikit-learn's `reg_covar`
         is the same in data units). Not used where the prior is proper.
-    start
-        Values of the unknowns (site name -> array) to start from instead; then there are no restarts.
+    driver
+        "batch": one M-step a pass. "incremental": one after every block of rows, monotone in the free energy. "stepwise":
+        running averages over blocks, for rows that keep coming. "auto": incremental for large mixtures, else batch.
+    batch_size
+        Rows of a block; None: a twentieth of the rows, 8,192 at least.
     kernels
         Use matrix-product kernels where the story's structure is recognised; False forces the contraction.
+    start
+        Values of the unknowns (site name -> array), or a `Posterior`, to start from instead; then there are no
+        restarts. From a stepwise answer, stepwise EM goes on with its running averages.
+    checkpoint
+        File in which the state is kept while climbing; an unfinished run of the same fit goes on from there, to the
+        same bits.
     callback
         Called as callback(iteration, objective, values) after every iteration of every restart.
     """
@@ -55,8 +66,11 @@ class EM:
     max_iter: int = 500
     tol: float = 1e-6
     ridge: float = 1e-6
+    driver: str = "auto"
+    batch_size: int | None = None
     kernels: bool = True
-    start: Mapping[str, Any] | None = field(default=None, compare=False)
+    start: Mapping[str, Any] | Posterior | None = field(default=None, compare=False)
+    checkpoint: str | Path | None = field(default=None, compare=False)
     callback: Callable[[int, float, dict[str, Tensor]], None] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -65,211 +79,93 @@ class EM:
         positive_float("EM", "tol", self.tol, zero=True)
         positive_float("EM", "ridge", self.ridge, zero=True)
         one_of("EM", "estimate", self.estimate, ("map", "mle"))
+        one_of("EM", "driver", self.driver, DRIVERS)
+        if self.batch_size is not None:
+            positive_int("EM", "batch_size", self.batch_size)
 
     def check(self, structure: Structure) -> Verdict:
-        """Valid where every latent inside the data plate is finite: then the E-step is an exact sum."""
+        """Valid where every latent inside the data plate is finite or Gaussian: then the E-step is exact."""
         objection = density_objection(structure) or gradient_objection(structure)
         if objection:
             return Verdict(False, objection)
+        if structure.has_modules:
+            return Verdict(False, "the story learns networks; their M-step is what SVI does")
         if structure.continuous_locals:
             site = structure.continuous_locals[0]
             return Verdict(
                 False, f"local latent {site.name!r} ({site.family}) is continuous: the E-step is an integral, not a sum"
             )
-        if structure.has_modules:
-            return Verdict(False, "the story learns networks; their M-step is what SVI does")
         if structure.finite:
             names = ", ".join(s.name for s in structure.finite[:4]) + (", ..." if len(structure.finite) > 4 else "")
             return Verdict(True, f"{names} can be summed out exactly; points for the globals")
         return Verdict(True, "no latent to sum out: EM is one M-step, a point estimate of the globals")
 
+    def plan(self, story: Any, data: Any) -> str:
+        """How EM would run: every unknown's update and every latent's sum, each with its reason and cost.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As for `fit`; `NoMethodError` where EM is not valid for the story.
+        """
+        from ...choose import check_request
+        from ...joint import LogJoint
+        from ...problem import prepare
+
+        problem = prepare(story, data, seed=0)
+        check_request(problem.structure, self)
+        with problem.scope(0):
+            return self.engine(LogJoint(problem), None).plan_text
+
+    def engine(self, joint: LogJoint, theta: dict[str, Tensor] | None) -> Any:
+        """What climbs this story."""
+        from .engine import Enumeration
+
+        return Enumeration(joint, self.estimate, self.ridge, self.kernels, theta)
+
     def run(self, problem: Problem) -> Posterior:
         """Climb from every start and keep the best."""
         from ...joint import LogJoint
         from ...meter import Meter
-        from ...posterior import Posterior
+        from .climb import begin
+        from .contest import Contest
 
         with Meter() as meter:
             joint = LogJoint(problem)
-            fixed = self.starting_point(joint)
-            runs: list[Run] = []
-            stopped, plan = "", None
-            deadline = time.perf_counter() + problem.budget if problem.budget else math.inf
-            count = 1 if fixed or not joint.blocks else self.restarts
+            theta = self.starting_point(joint)
+            engine = self.engine(joint, theta)
+            count = 1 if theta or not joint.blocks else self.restarts
+            contest = Contest(self, engine, joint, count)
             meter.mark("setup")
-            for restart in tqdm(
-                range(count), desc="EM restarts", disable=not problem.progress or count == 1, leave=False
-            ):
-                try:
-                    run, plan = self.climb(joint, fixed, problem.seed + restart, restart, deadline, runs)
-                except KeyboardInterrupt:
-                    stopped = "interrupted: the best state so far is returned"
-                    if not runs:
-                        raise
-                    break
-                runs.append(run)
-                if time.perf_counter() > deadline:
-                    stopped = f"the budget of {problem.budget:g} s is used up: the best state so far is returned"
-                    break
+            if theta is not None or not joint.blocks:
+                contest.climb(begin(theta or {}, 1), self.running(engine))
+            else:
+                contest.climb_all()
             meter.mark("run")
-        best = max(runs, key=lambda r: r.objective)
-        return Posterior(
-            kind="point" if joint.blocks else "exact",
-            method=self,
-            problem=problem,
-            draws={n: v.detach().cpu().unsqueeze(0) for n, v in best.theta.items()},
-            history=best.history,
-            diagnostics=self.describe(best, runs, plan),
-            timings=meter.timings,
-            warnings=self.distrust(best, runs, stopped, problem),
-            converged=best.converged and not stopped,
-            extra={"keep_labels": fixed is not None},
-        )
+        return contest.answer(problem, meter.timings)
 
     def starting_point(self, joint: LogJoint) -> dict[str, Tensor] | None:
-        """The user's start, checked."""
+        """The user's start, checked, with a leading dimension of one run."""
         if self.start is None:
             return None
+        given = self.start if isinstance(self.start, Mapping) else self.start.draw(0)
         wanted = {b.name: b for b in joint.blocks}
-        if set(self.start) != set(wanted):
-            raise ValueError(f"EM(start=...) has {sorted(self.start)}; it needs a value for each of {sorted(wanted)}")
+        if set(given) != set(wanted):
+            raise ValueError(f"EM(start=...) has {sorted(given)}; it needs a value for each of {sorted(wanted)}")
         values = {}
         for name, block in wanted.items():
-            value = torch.as_tensor(self.start[name]).to(joint.problem.dtype)
+            value = torch.as_tensor(given[name]).to(joint.problem.device, joint.problem.dtype)
             if tuple(value.shape) != block.shape:
                 raise ValueError(
                     f"EM(start={{{name!r}: ...}}) has shape {tuple(value.shape)}; the site has {block.shape}"
                 )
-            values[name] = value
+            values[name] = value[None]
         return values
 
-    def climb(
-        self,
-        joint: LogJoint,
-        fixed: dict[str, Tensor] | None,
-        seed: int,
-        restart: int,
-        deadline: float,
-        done: list[Run],
-    ) -> tuple[Run, Plan]:
-        """One run from one start."""
-        from .estep import expectation, make_parts
-        from .mixture import MixtureKernel
-        from .mstep import MStep
-        from .plan import compile_plan
-        from .start import clusters, expectation_at
-
-        torch.manual_seed(seed)
-        guess = joint.guide_draw() if restart % 2 == 0 else None
-        theta = fixed or guess or joint.prior_draw()
-        plan = compile_plan(joint, theta, self.estimate)
-        parts = make_parts(joint)
-        kernel = MixtureKernel.recognise(joint, plan, theta, parts) if self.kernels else None
-        step = MStep(joint, plan, self.ridge * data_variance(joint))
-        if fixed is None:
-            labels = clusters(joint, seed) if joint.finite else None
-            if labels is not None:
-                e = expectation_at(joint, plan, theta, parts, labels)
-                for _ in range(2):  # spreads depend on the means of the same labels
-                    theta = step(theta, e)
-            elif guess is None:
-                theta = best_prior_draw(joint, theta)
-        run = Run(theta, -math.inf, -math.inf, [], [], False)
-        n = max(1, joint.structure.num_rows or 1)
-        for iteration in range(self.max_iter):
-            e = kernel(theta, parts) if kernel else expectation(joint, plan, theta, parts)
-            if not math.isfinite(e.objective):
-                self.refuse(joint, theta, run, e)
-                break
-            rise = e.objective - run.objective
-            run.theta, run.objective, run.log_likelihood = theta, e.objective, e.log_likelihood
-            run.history.append(e.objective)
-            run.likelihoods.append(e.log_likelihood)
-            if self.callback is not None:
-                self.callback(iteration, e.objective, theta)
-            if abs(rise) < self.tol * n or not joint.blocks:
-                run.converged = True
-                break
-            if time.perf_counter() > deadline:
-                break
-            theta = step(theta, e)
-        return run, plan
-
-    def refuse(self, joint: LogJoint, theta: dict[str, Tensor], run: Run, e: Any) -> None:
-        """A start of density 0 or a step out of the finite numbers."""
-        from ...errors import DivergenceError
-
-        if not run.history:
-            factors = joint.factors(theta)
-            bad = next((f for f in factors if not bool(f.value.isfinite().any())), None)
-            where = f"site {bad.name!r}" if bad else "the story"
-            raise ValueError(
-                f"{where} gives the data the density {e.objective} at the start: an observation is impossible under every "
-                f"state of the latents, or the prior is far from the data's scale; check both"
-            )
-        raise DivergenceError(
-            f"EM left the finite numbers at iteration {len(run.history)}: the objective is {e.objective}. The last finite "
-            f"state is attached; standardise the data or give the globals proper priors",
-            state=run.theta,
-            step=len(run.history),
-        )
-
-    def describe(self, best: Run, runs: list[Run], plan: Plan | None) -> dict[str, Any]:
-        """Numbers about the runs."""
-        return {
-            "objective": best.objective,
-            "log_likelihood": best.log_likelihood,
-            "iterations": len(best.history),
-            "log_likelihoods": best.likelihoods,
-            "restart_objectives": [r.objective for r in runs],
-            "plan": str(plan) if plan else "",
-        }
-
-    def distrust(self, best: Run, runs: list[Run], stopped: str, problem: Problem) -> list[str]:
-        """What the user should know before using the answer."""
-        warnings = [stopped] if stopped else []
-        if not best.converged and not stopped:
-            warnings.append(f"EM did not converge in {self.max_iter} iterations; raise max_iter or tol")
-        falls = [b - a for a, b in zip(best.history, best.history[1:])]
-        if falls and min(falls) < -1e-6 * (1 + abs(best.objective)):
-            warnings.append(
-                f"the objective fell by {-min(falls):.3g} in one iteration: an M-step was not exact (see ridge)"
-            )
-        if problem.want == "posterior":
-            warnings.append("EM gives points for the globals: it says nothing about their uncertainty")
-        return warnings
-
-
-@dataclass
-class Run:
-    """One climb."""
-
-    theta: dict[str, Tensor]
-    objective: float
-    log_likelihood: float
-    history: list[float]
-    likelihoods: list[float]
-    converged: bool
-
-
-def best_prior_draw(joint: LogJoint, first: dict[str, Tensor], tries: int = 20) -> dict[str, Tensor]:
-    """The draw of highest log joint density among several."""
-    draws = [first] + [joint.prior_draw() for _ in range(tries - 1)]
-    with torch.no_grad():
-        values = torch.stack([joint.density(d).nan_to_num(-math.inf) for d in draws])
-    return draws[int(values.argmax())]
-
-
-def data_variance(joint: LogJoint) -> float:
-    """Mean variance of the observed columns: the scale of the ridge."""
-    found = []
-    for site in joint.structure.observed:
-        value = joint.problem.kwargs.get(site.argument or "")
-        if isinstance(value, Tensor) and value.is_floating_point() and len(value) > 1 and not site.discrete:
-            rows = value.reshape(len(value), -1)
-            centred = (rows - rows.nanmean(0)).nan_to_num(0.0)
-            found.append((centred**2).mean().item())
-    return sum(found) / len(found) if found else 1.0
-
+    def running(self, engine: Any) -> dict[str, Tensor]:
+        """Running averages of an earlier stepwise answer, if that is the start."""
+        if self.start is None or isinstance(self.start, Mapping) or self.driver != "stepwise":
+            return {}
+        return {n: v.clone() for n, v in self.start.extra.get("stepwise", {}).items()}
 
 __all__ = ["EM"]

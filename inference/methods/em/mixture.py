@@ -1,36 +1,46 @@
-r"""The E-step of a one-latent mixture as two matrix products.
+r"""The E-step of a one-latent mixture as two matrix products, for all runs at once.
 
 Every row becomes a column of features :math:`\phi_n` (a one, and the sufficient statistics of all its sites); every
-component becomes a row of natural parameters W.  Then the log joint of all rows and components is :math:`W\phi`, and the
-expected sufficient statistics are :math:`r\phi^\top`: one product each, whatever the families are.  Second moments enter
-as the upper triangle only.  Features are made chunk by chunk, column-major, so that memory stays bounded.
+component of every run becomes a row of natural parameters W.  Then the log joint of all rows and components is
+:math:`W\phi`, and the expected sufficient statistics are :math:`r\phi^\top`: one product each, whatever the families are.
+Second moments enter as the upper triangle only; a statistic whose coefficient all components share (a tied covariance)
+enters as its total over the rows, and squares under one variance (spherical) as their sum.  Features are made block by
+block, column-major, from the data as they lie in memory or on disk, so that memory stays bounded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...data import take_rows
+from ...handlers import unwrap
 from ...joint import LogJoint
-from .estep import Expectation, Part, expectation, slots_now
+from .estep import Expectation, Part, expectation, few_rows, slots_now
 from .families import Statistics
-from .plan import Plan, Term, parameters, values_of
+from .plan import Plan
+from .start import softened
+from .terms import Term, mask_of, parameters
 
-#: Rows whose features are made and used at once: small enough for the cache.
-COLUMNS = 4096
+#: Entries of a block's features, and of its table of components x rows: they should stay in the cache.
+FEATURES, TABLE = 640_000, 200_000
 #: Feature entries that are kept between iterations instead of being made again.
-KEEP = 4_000_000
+KEEP = 1_000_000
 #: Rows on which the kernel is held against the contraction before it is used.
 TRIAL = 64
 
 
 @dataclass
 class Layout:
-    """Where a statistic of a term lies among the features: rows start:stop, its own shape."""
+    """Where a statistic of a term lies among the features: rows start:stop; `shape` is its own.
+
+    `triangle`: the upper triangle of an outer product. `pooled`: summed over the entries of an event. `shared`: its
+    coefficient is that of all components, so that it is no feature and only its total over the rows matters.
+    """
 
     term: str
     key: str
@@ -38,6 +48,17 @@ class Layout:
     stop: int
     shape: tuple[int, ...]
     triangle: bool = False
+    pooled: bool = False
+    shared: bool = False
+
+
+@dataclass
+class Column:
+    """Values of one site for some rows, (rows, ...event), and what its statistics need."""
+
+    value: Tensor
+    fn: Any
+    mask: Tensor | None = None
 
 
 @dataclass
@@ -48,38 +69,45 @@ class MixtureKernel:
     ----------
     joint, plan
         The story and its plan.
-    latent
-        Name of the finite latent.
+    latent, states
+        Name of the finite latent and its number of states, K.
     """
 
     joint: LogJoint
     plan: Plan
     latent: str
+    states: int
+    dtype: torch.dtype = torch.float64
+    rows: int = 0
     layout: list[Layout] = field(default_factory=list)
-    columns: list[dict[str, Statistics]] = field(default_factory=list)
+    columns: dict[str, Column] = field(default_factory=dict)
+    totals: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     base: float = 0.0
-    kept: list[Tensor] | None = None
+    kept: Tensor | None = None
+    scratch: dict[str, Tensor] = field(default_factory=dict)
+
+    # -- recognition -------------------------------------------------------------------------------------------------
 
     @classmethod
     def recognise(
         cls, joint: LogJoint, plan: Plan, theta: dict[str, Tensor], parts: list[Part]
     ) -> MixtureKernel | None:
-        """The kernel for a story that has this structure, or None."""
+        """The kernel for a story that has this structure, or None. `theta` is that of one run, without R."""
         plate = joint.structure.data_plate
         if len(joint.finite) != 1 or plate is None:
             return None
         latent = joint.finite[0]
         for term in plan.terms.values():
             family, site = term.family, joint.structure[term.name]
-            if family is None or family.natural is None or site.plates != (plate,):
+            if family is None or family.natural is None or site.plates != (plate,) or term.missing:
                 return None
-            if term.name == latent and (family.name != "Categorical" or term.dims or term.extra):
+            if term.name == latent and (family.name != "Categorical" or term.dims or term.extra or term.masked):
                 return None
             if term.name != latent and term.dims != (latent,):
                 return None
         if latent not in plan.terms or len(plan.terms) < 2 or (joint.structure.num_rows or 0) < 2:
             return None
-        kernel = cls(joint, plan, latent)
+        kernel = cls(joint, plan, latent, joint.structure[latent].states or 1)
         if not kernel.agrees(theta, parts):
             return None
         kernel.collect(theta, parts)
@@ -87,163 +115,299 @@ class MixtureKernel:
 
     def agrees(self, theta: dict[str, Tensor], parts: list[Part]) -> bool:
         """Trusted only after it gives what the contraction gives, on some rows."""
-        kwargs, rows = parts[0].kwargs, self.joint.structure.row_arguments
-        some = [Part(take_rows(kwargs, rows, slice(0, TRIAL))) if rows else Part(kwargs)]
-        trial = MixtureKernel(self.joint, self.plan, self.latent)
+        some = [Part(few_rows(self.joint, parts[0].kwargs, TRIAL))]
+        trial = MixtureKernel(self.joint, self.plan, self.latent, self.states)
         trial.collect(theta, some)
-        found, wanted = trial(theta, some), expectation(self.joint, self.plan, theta, some)
-        close = abs(found.objective - wanted.objective) <= 1e-9 * (1 + abs(wanted.objective))
-        return close and all(
-            torch.allclose(found.stats[t][k], wanted.stats[t][k], rtol=1e-7, atol=1e-7)
-            for t in wanted.stats
-            for k in wanted.stats[t]
-        )
+        wanted = expectation(self.joint, self.plan, theta, some)
+        found = trial({n: v[None] for n, v in theta.items()}, [Part(some[0].kwargs)])
+        loose = 1.0 if trial.dtype == self.joint.problem.dtype else 1e5
+        close = [(found.objective - wanted.objective).abs() <= loose * 1e-9 * (1 + wanted.objective.abs())]
+        for place in trial.layout:
+            value = wanted.stats[place.term][place.key]
+            away = ([1] if place.shared else []) + (list(range(2, value.dim())) if place.pooled else [])
+            value = value.mean(away, keepdim=True).expand_as(value) if away else value
+            atol = loose * 1e-7 * (1 + float(value.abs().max()))
+            close.append(torch.isclose(found.stats[place.term][place.key], value, rtol=0, atol=atol).all())
+        return all(bool(c.all()) for c in close)
+
+    def observed(self) -> list[Term]:
+        """All terms but the latent's own."""
+        return [t for t in self.plan.terms.values() if t.name != self.latent]
 
     def collect(self, theta: dict[str, Tensor], parts: list[Part]) -> None:
-        """Statistics of every row once, as columns; they are views of the data where the family allows."""
-        start = 1
+        """Find the values of every site: the data as they lie, or what the story makes of them."""
+        self.rows = sum(self.rows_of(p) for p in parts)
         with torch.no_grad():
-            for i, part in enumerate(parts):
-                trace, names = self.joint.trace(theta, part.kwargs)
-                column = {}
-                for term in self.observed():
-                    node = trace.nodes[term.name]
-                    values = {k: v for k, (v, _) in values_of(term, node, names).items()}
-                    rows = self.rows_of(part)
-                    column[term.name] = {k: v.reshape(rows, -1).T for k, v in values.items() if k != "n"}
-                    assert term.family is not None
-                    if term.family.base is not None:
-                        base_dims = node["value"].to(torch.get_default_dtype())
-                        self.base += float(term.family.base(base_dims).sum())
-                    if i == 0:
-                        start = self.place(term, values, start)
-                self.columns.append(column)
+            few = few_rows(self.joint, parts[0].kwargs, TRIAL)
+            trace, _ = self.joint.trace(theta, few)
+            plain = [t.name for t in self.observed() if self.is_argument(t, trace.nodes[t.name], few)]
+            whole = parts if len(plain) < len(self.observed()) else []
+            nodes = [self.joint.trace(theta, p.kwargs)[0].nodes for p in whole]
+            for term in self.observed():
+                node = trace.nodes[term.name]
+                if term.name in plain:
+                    argument = self.joint.structure[term.name].argument or ""
+                    values, masks = [p.kwargs[argument] for p in parts], [None]
+                    whole_value = self.joint.problem.kwargs[argument]
+                    value = whole_value if len(whole_value) == self.rows else torch.cat(values)
+                else:
+                    value = torch.cat([self.by_row(n[term.name]["value"], p) for n, p in zip(nodes, parts)])
+                    masks = [self.mask_by_row(term, n[term.name], p) for n, p in zip(nodes, parts)]
+                mask = None if any(m is None for m in masks) else torch.cat(masks)  # type: ignore[arg-type]
+                self.columns[term.name] = Column(value, unwrap(node["fn"]), mask)
+            floats = [c.value.dtype for c in self.columns.values() if c.value.is_floating_point()]
+            single = bool(floats) and all(kind == torch.float32 for kind in floats)
+            self.dtype = torch.float32 if single else self.joint.problem.dtype
+            self.place()
+            self.add_up()
+
+    def is_argument(self, term: Term, node: dict, kwargs: dict[str, Any]) -> bool:
+        """Whether the site observes an argument as it is, row by row, so that the story need not hand it over."""
+        given = kwargs.get(self.joint.structure[term.name].argument or "")
+        value = node["value"]
+        same = isinstance(given, Tensor) and given.shape == value.shape and given.data_ptr() == value.data_ptr()
+        return same and not term.masked and bool(self.joint.structure.row_arguments)
 
     def rows_of(self, part: Part) -> int:
         """Rows of one chunk."""
         name = self.joint.structure.row_arguments[0] if self.joint.structure.row_arguments else None
         return len(part.kwargs[name]) if name else int(self.joint.structure.num_rows or 1)
 
-    def observed(self) -> list[Term]:
-        """All terms but the latent's own."""
-        return [t for t in self.plan.terms.values() if t.name != self.latent]
+    def by_row(self, value: Tensor, part: Part) -> Tensor:
+        """A value with one entry a row (Pyro's batch dimensions of size 1 dropped)."""
+        return value.reshape(self.rows_of(part), *value.shape[value.dim() - self.event(value, part) :])
 
-    def place(self, term: Term, values: Statistics, start: int) -> int:
-        """Reserve feature rows for the statistics of a term."""
+    def event(self, value: Tensor, part: Part) -> int:
+        """Dimensions after that of the rows."""
+        return value.dim() - 1 - next(i for i, n in enumerate(value.shape) if n == self.rows_of(part))
+
+    def mask_by_row(self, term: Term, node: dict, part: Part) -> Tensor | None:
+        """Which entries count, in the shape of the value without the family's own dimensions."""
         assert term.family is not None
-        for key, value in values.items():
-            if key == "n":
-                continue
-            shape = tuple(value.shape[1:])
-            matrix = key == "xx" and term.family.event_dims == 1
-            width = shape[-1] if shape else 1
-            size = (width * (width + 1) // 2 if matrix else 1) * (value[0].numel() // (width if matrix else 1))
-            self.layout.append(Layout(term.name, key, start, start + size, shape, matrix))
-            start += size
-        return start
+        if not term.masked:
+            return None
+        shape = self.by_row(node["value"], part).shape
+        shape = shape[: len(shape) - term.family.event_dims]
+        mask = mask_of(node, term.family.event_dims)
+        return torch.ones(shape, dtype=torch.bool) if mask is None else mask.expand(shape)
 
-    def features(self, column: dict[str, Statistics], rows: slice) -> Tensor:
-        """(features, rows): ones, then every statistic."""
-        count = next(iter(next(iter(column.values())).values())).shape[1]
-        n = len(range(*rows.indices(count)))
-        out = torch.empty(self.layout[-1].stop, n, dtype=self.joint.problem.dtype, device=self.joint.problem.device)
-        out[0] = 1.0
-        for place in self.layout:
-            value = column[place.term][place.key][:, rows]
-            if not place.triangle:
-                out[place.start : place.stop] = value
+    # -- features ----------------------------------------------------------------------------------------------------
+
+    def place(self) -> None:
+        """Reserve feature rows for the statistics of every term."""
+        start = 1
+        for term in self.observed():
+            family = term.family
+            assert family is not None
+            for key, value in self.statistics(term, slice(0, 1)).items():
+                shape = tuple(value.shape[1:])
+                triangle = key == "xx" and family.event_dims == 1
+                shared = key == "xx" and self.latent not in term.slot_dims["spread"] and not term.masked
+                pooled = key == "xx" and not triangle and not shared and self.one_variance(term)
+                size = 1 if pooled else math.prod(shape)
+                if triangle:
+                    size = size * (shape[-1] + 1) // 2
+                size = 0 if shared else size
+                self.layout.append(Layout(term.name, key, start, start + size, shape, triangle, pooled, shared))
+                start += size
+
+    def one_variance(self, term: Term) -> bool:
+        """Whether all entries of an event have the same unknown variance, and all of them always count."""
+        gather = term.gathers.get("spread")
+        if gather is None or not term.extra or term.masked:
+            return False
+        return gather.index.shape[gather.index.dim() - term.extra :].numel() == 1
+
+    def statistics(self, term: Term, rows: slice | Tensor) -> Statistics:
+        """Sufficient statistics of some rows; the count only where some values do not count."""
+        assert term.family is not None
+        column = self.columns[term.name]
+        value = column.value[rows]
+        if term.shift is not None:
+            value = value.to(self.dtype) - term.shift.to(self.dtype)
+        stats = term.family.statistics(value, column.fn)
+        if column.mask is None:
+            stats.pop("n", None)
+            return stats
+        mask = column.mask[rows]
+        return {k: s * mask.reshape([*mask.shape, *[1] * (s.dim() - mask.dim())]).to(s) for k, s in stats.items()}
+
+    def add_up(self) -> None:
+        """Totals that no iteration changes: of shared statistics, and of log h(x)."""
+        shared = {p.term for p in self.layout if p.shared}
+        for term in self.observed():
+            column, family = self.columns[term.name], term.family
+            assert family is not None
+            if term.name not in shared and family.base is None:
                 continue
-            width, at = place.shape[-1], place.start
-            for block in value.reshape(-1, width, n):
-                for i in range(width):
-                    torch.mul(block[i:], block[i], out=out[at : at + width - i])
-                    at += width - i
+            for rows in self.blocks(1):
+                if family.base is not None:
+                    base = family.base(column.value[rows].to(torch.get_default_dtype()))
+                    self.base += float((base if column.mask is None else base * column.mask[rows]).sum())
+                if term.name in shared:
+                    xx = self.statistics(term, rows)["xx"].double()
+                    total = torch.einsum("n...i,n...j->...ij", xx, xx) if family.event_dims else xx.sum(0)
+                    self.totals[term.name, "xx"] = self.totals.get((term.name, "xx"), 0.0) + total
+
+    def blocks(self, runs: int) -> list[slice]:
+        """Rows whose features are made and used at once."""
+        width = max(1, self.layout[-1].stop if self.layout else 1)
+        step = min(FEATURES // width, TABLE // (runs * self.states))
+        step = max(256, step)
+        return [slice(a, min(a + step, self.rows)) for a in range(0, self.rows, step)]
+
+    def features(self, rows: slice | Tensor) -> Tensor:
+        """(features, rows): ones, then every statistic."""
+        n = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+        out = self.spare("features", self.layout[-1].stop, n)
+        out[0] = 1.0
+        for term in self.observed():
+            stats = self.statistics(term, rows)
+            for place in (p for p in self.layout if p.term == term.name and not p.shared):
+                value = stats[place.key].reshape(n, -1).T
+                if place.pooled:
+                    torch.sum(value, 0, dtype=out.dtype, out=out[place.start])
+                elif not place.triangle:
+                    out[place.start : place.stop] = value
+                else:
+                    self.triangle(out, place)
         return out
 
-    def blocks(self) -> list[Tensor]:
-        """Feature blocks of all rows, kept where they are few."""
-        if self.kept is not None:
-            return self.kept
-        made = []
-        total = 0
-        for column in self.columns:
-            count = next(iter(next(iter(column.values())).values())).shape[1]
-            total += count
-            if total * self.layout[-1].stop > KEEP:
-                return []
-            made += [self.features(column, slice(a, a + COLUMNS)) for a in range(0, count, COLUMNS)]
-        self.kept = made
-        return made
+    def triangle(self, out: Tensor, place: Layout) -> None:
+        """Products of the entries of x, which already lie among the features (or are their own statistic)."""
+        first = next(p for p in self.layout if p.term == place.term and p.key == "x")
+        width, at = place.shape[-1], place.start
+        for block in out[first.start : first.stop].split(width):
+            for i in range(width):
+                torch.mul(block[i:], block[i], out=out[at : at + width - i])
+                at += width - i
 
-    def weights(self, theta: dict[str, Tensor], slots: dict) -> Tensor:
-        """Natural parameters of every component: (states, features)."""
-        states = self.joint.structure[self.latent].states or 1
+    def spare(self, name: str, height: int, n: int) -> Tensor:
+        """A table that is used again and again: fresh memory costs more than the arithmetic in it."""
+        old = self.scratch.get(name)
+        if old is None or old.shape[0] != height or old.shape[1] < n:
+            device = self.joint.problem.device
+            old = self.scratch[name] = torch.empty(height, n, dtype=self.dtype, device=device)
+        return old if old.shape[1] == n else old[:, :n]
+
+    # -- one iteration -----------------------------------------------------------------------------------------------
+
+    def weights(self, slots: dict, runs: int) -> tuple[Tensor, Tensor]:
+        """Natural parameters, (R, K, features), and the log density that all components share, (R,)."""
         own = self.plan.terms[self.latent]
         assert own.family is not None and own.family.natural is not None
-        W = torch.zeros(states, self.layout[-1].stop, dtype=self.joint.problem.dtype, device=self.joint.problem.device)
-        W[:, 0] = own.family.natural(parameters(own, slots[own.name]))["counts"]
+        first = own.family.natural(parameters(own, slots[own.name]))["counts"]
+        kind = {"dtype": self.joint.problem.dtype, "device": self.joint.problem.device}
+        W = torch.zeros(runs, self.states, self.layout[-1].stop, **kind)
+        W[:, :, 0] = first
+        both = torch.zeros(runs, **kind)
         for term in self.observed():
             assert term.family is not None and term.family.natural is not None
             natural = term.family.natural(parameters(term, slots[term.name]))
-            if "n" in natural:
-                W[:, 0] += natural["n"].reshape(states, -1).sum(1)
+            if "n" in natural and self.columns[term.name].mask is None:
+                n = natural["n"]
+                per = n.reshape(len(n), n.shape[1], -1)
+                entries = math.prod(self.layout_shape(term)) if per.shape[2] == 1 else 1
+                W[:, :, 0] += per.sum(2) * entries
             for place in (p for p in self.layout if p.term == term.name):
                 value = natural[place.key]
+                if place.shared:
+                    value = value[:, :1].squeeze(1)
+                    total = self.totals[place.term, place.key].to(value)
+                    both = both + (value * total).reshape(len(value), -1).sum(1)
+                    continue
                 if place.triangle:
-                    width = place.shape[-1]
-                    i, j = torch.triu_indices(width, width, device=value.device)
-                    double = torch.where(i == j, 1.0, 2.0).to(value)
-                    value = value[..., i, j] * double
-                W[:, place.start : place.stop] = value.reshape(states, -1)
-        return W
+                    i, j = torch.triu_indices(place.shape[-1], place.shape[-1], device=value.device)
+                    value = value[..., i, j] * torch.where(i == j, 1.0, 2.0).to(value)
+                if place.pooled:
+                    value = value.reshape(*value.shape[:2], -1)[..., :1]
+                if not place.triangle and not place.pooled:
+                    value = value.expand(*value.shape[:2], *place.shape)
+                W[:, :, place.start : place.stop] = value.reshape(*value.shape[:2], -1)
+        return W, both
+
+    def layout_shape(self, term: Term) -> tuple[int, ...]:
+        """Extra dimensions of an event, those that `Independent` added."""
+        return next(p.shape for p in self.layout if p.term == term.name)[: term.extra]
+
+    def sweep(self, W: Tensor, rows: list[slice]) -> tuple[Tensor, Tensor]:
+        """Expected features (R, K, features) and log-likelihood (R,) of some rows, the shared part left out."""
+        runs = len(W)
+        flat = W.reshape(-1, W.shape[-1]).to(self.dtype)
+        S, total = torch.zeros_like(flat, dtype=W.dtype), W.new_zeros(runs)
+        for block in rows:
+            phi = self.block(block)
+            n = phi.shape[1]
+            logits = torch.mm(flat, phi, out=self.spare("table", len(flat), n) if n == block.stop - block.start else None)
+            table = logits.view(runs, self.states, n)
+            top = table.amax(1, keepdim=True)
+            top = torch.where(top.isfinite(), top, torch.zeros_like(top))
+            table.sub_(top).exp_()
+            norm = table.sum(1, keepdim=True)
+            table.div_(norm)
+            total += norm.log_().add_(top).sum((1, 2), dtype=W.dtype)
+            S += logits @ phi.T
+        return S.reshape(W.shape), total
+
+    def block(self, rows: slice) -> Tensor:
+        """Features of a block; those of small data are kept."""
+        if self.rows * self.layout[-1].stop > KEEP:
+            return self.features(rows)
+        if self.kept is None:
+            self.kept = self.features(slice(0, self.rows)).clone()
+        return self.kept[:, rows]
 
     def __call__(self, theta: dict[str, Tensor], parts: list[Part]) -> Expectation:
-        """Weights, log-likelihood and expected statistics at theta."""
+        """Weights, log-likelihood and expected statistics of every run at theta (R first)."""
         slots, prior = slots_now(self.joint, self.plan, theta, parts)
         with torch.no_grad():
-            W = self.weights(theta, slots)
-            S, total = torch.zeros_like(W), 0.0
-            kept = self.blocks()
-            for phi in kept or self.stream():
-                logits = W @ phi
-                top = logits.amax(0, keepdim=True)
-                top = torch.where(top.isfinite(), top, torch.zeros_like(top))
-                logits.sub_(top).exp_()
-                norm = logits.sum(0, keepdim=True)
-                total += float((norm.log() + top).sum())
-                logits.div_(norm)
-                S += logits @ phi.T
-        likelihood = total + self.base
-        objective = likelihood + (prior if self.plan.estimate == "map" else 0.0)
+            W, both = self.weights(slots, len(prior))
+            S, total = self.sweep(W, self.blocks(len(W)))
+        return self.expectation(S, total + both + self.base, prior, slots, parts)
+
+    def expectation(self, S: Tensor, likelihood: Tensor, prior: Tensor, slots: dict, parts: list[Part]) -> Expectation:
+        """Expected features as the E-step's answer."""
+        objective = likelihood + prior if self.plan.estimate == "map" else likelihood
         return Expectation(objective, likelihood, self.unpack(S), slots, parts)
 
-    def stream(self) -> Iterator[Tensor]:
-        """Feature blocks made one at a time."""
-        for column in self.columns:
-            count = next(iter(next(iter(column.values())).values())).shape[1]
-            for a in range(0, count, COLUMNS):
-                yield self.features(column, slice(a, a + COLUMNS))
+    def of_labels(self, labels: Tensor, rows: Tensor) -> Tensor:
+        """Expected features (R, K, features) if the rows (n,) had the labels (R, n)."""
+        phi = self.features(rows)
+        hot = softened(labels, self.states).to(phi).transpose(1, 2)
+        return (hot.reshape(-1, len(rows)) @ phi.T).reshape(len(labels), self.states, -1).to(self.joint.problem.dtype)
 
     def unpack(self, S: Tensor) -> dict[str, Statistics]:
-        """Expected statistics of every term in its own shapes."""
-        count = S[:, 0]
+        """Expected statistics of every term in its own shapes; what is only known as a sum is shared out evenly."""
+        count = S[:, :, 0]
         stats: dict[str, Statistics] = {self.latent: {"counts": count}}
         for place in self.layout:
-            value = S[:, place.start : place.stop]
-            if place.triangle:
-                width = place.shape[-1]
-                i, j = torch.triu_indices(width, width, device=S.device)
-                flat = value.reshape(len(S), -1, len(i))
-                full = S.new_empty(*flat.shape[:2], width, width)
-                full[..., i, j] = flat
-                full[..., j, i] = flat
-                value = full.reshape(len(S), *place.shape[:-1], width, width)
+            value = S[:, :, place.start : place.stop]
+            lead = value.shape[:2]
+            if place.shared:
+                total = self.totals[place.term, place.key].to(S) / self.states
+                share = count.sum(1) / self.rows  # of the rows, where only some have been seen
+                value = (share.reshape(-1, *[1] * total.dim()) * total).unsqueeze(1).expand(*lead, *total.shape)
+            elif place.triangle:
+                value = square(value, place.shape[-1]).reshape(*lead, *place.shape, place.shape[-1])
+            elif place.pooled:
+                value = (value / math.prod(place.shape)).reshape(*lead, *[1] * len(place.shape))
+                value = value.expand(*lead, *place.shape)
             else:
-                value = value.reshape(len(S), *place.shape)
+                value = value.reshape(*lead, *place.shape)
             stats.setdefault(place.term, {})[place.key] = value
         for term in self.observed():
             assert term.family is not None
-            if "n" in term.family.trailing:
-                shape = stats[term.name]["x"].shape[1 : 1 + term.extra]
-                stats[term.name]["n"] = count.reshape(-1, *[1] * len(shape)).expand(len(S), *shape)
+            if "n" in term.family.trailing and "n" not in stats[term.name]:
+                shape = self.layout_shape(term)
+                stats[term.name]["n"] = count.reshape(*count.shape, *[1] * len(shape)).expand(*count.shape, *shape)
         return stats
+
+
+def square(upper: Tensor, width: int) -> Tensor:
+    """Symmetric matrices from their upper triangles: (..., blocks * triangle) -> (..., blocks, width, width)."""
+    i, j = torch.triu_indices(width, width, device=upper.device)
+    flat = upper.reshape(*upper.shape[:-1], -1, len(i))
+    full = upper.new_empty(*flat.shape[:-1], width, width)
+    full[..., i, j] = flat
+    full[..., j, i] = flat
+    return full

@@ -1,4 +1,7 @@
-"""M-step: closed forms on sufficient statistics first, then L-BFGS for what has none."""
+"""M-step: closed forms on sufficient statistics for all runs at once, then L-BFGS for what has none.
+
+Unknowns and statistics carry a leading dimension of R runs.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,16 @@ from torch import Tensor
 
 from ...handlers import Substitute
 from ...joint import Block, LogJoint, Unconstrained
-from .estep import Expectation
-from .families import covariance, scatter, variance
-from .plan import Plan, Term, parameters, slots_of, spread_out
+from .estep import Expectation, few_rows
+from .families import Statistics, covariance, scatter, variance
+from .plan import Plan
 from .priors import Conjugate
-from .recognise import Gather
+from .terms import RUNS, Term, over_value, parameters, prior_statistics, slots_of, spread_out
 
 #: L-BFGS iterations in one M-step; generalised EM needs an ascent, not the maximum.
 CLIMB = 30
+
+Theta = dict[str, Tensor]
 
 
 @dataclass
@@ -29,46 +34,57 @@ class MStep:
     joint, plan
         The story and how its unknowns are updated.
     ridge
-        Added to variances whose prior is flat, in data units: the floor below which a component has collapsed.
+        Share of the data's own variance that is added to variances whose prior is flat: the floor below which a
+        component has collapsed.
     """
 
     joint: LogJoint
     plan: Plan
     ridge: float
 
-    def __call__(self, theta: dict[str, Tensor], e: Expectation) -> dict[str, Tensor]:
+    def __call__(self, theta: Theta, e: Expectation) -> Theta:
         """theta that improves the expected complete log joint (ECM: locations, then spreads, then the rest)."""
         new = dict(theta)
         order = {"loc": 0, "spread": 2}
         closed = sorted(self.plan.closed, key=lambda n: order.get(self.plan.users(n)[0][1], 1))
         for name in closed:
             value = self.closed_form(name, new, e)
-            if bool(value.isfinite().all()):
-                new[name] = value
+            good = value.isfinite().reshape(len(value), -1).all(1)
+            new[name] = torch.where(good.reshape([-1, *[1] * (value.dim() - 1)]), value, new[name])
         if self.plan.climbed:
-            new = self.climb(new, e)
+            if len(next(iter(theta.values()))) != 1:
+                raise AssertionError("unknowns without a closed form are climbed one run at a time")
+            new = {n: v[None] for n, v in self.climb({n: v[0] for n, v in new.items()}, e).items()}
         return new
 
     # -- closed forms ------------------------------------------------------------------------------------------------
 
-    def closed_form(self, name: str, theta: dict[str, Tensor], e: Expectation) -> Tensor:
+    def statistics(self, term: Term, theta: Theta, e: Expectation) -> Statistics:
+        """Of a site from the E-step; of a prior from the unknown's current value."""
+        if self.plan.prior_terms.get(term.name) is term:
+            return prior_statistics(term, theta[term.name])
+        return e.stats[term.name]
+
+    def closed_form(self, name: str, theta: Theta, e: Expectation) -> Tensor:
         """The maximiser in one unknown, the others held where they are."""
         users = self.plan.users(name)
         slot, prior, old = users[0][1], self.plan.priors[name], theta[name]
-        role = users[0][0].roles[slot]
-        block = users[0][0].family.blocks.get(slot, 0) if users[0][0].family else 0
+        family = users[0][0].family
+        assert family is not None
+        role, block = users[0][0].roles[slot], family.blocks.get(slot, 0)
         if slot == "loc":
-            return self.location(users, prior, theta, e, old, block)
+            return self.location(name, users, theta, e, block)
         if slot == "spread":
             return self.spread(users, prior, theta, e, old, role, block)
+        stats = [(t, self.statistics(t, theta, e)) for t, _ in users]
         if block == 1:
-            counts: Any = sum(pull(t, slot, e.stats[t.name]["counts"]) for t, _ in users) + prior.total
+            counts: Any = sum(t.pull(slot, s["counts"]) for t, s in stats) + prior.total
             counts = counts.clamp_min(0)
             total = counts.sum(-1, keepdim=True)
             return torch.where(total > 0, counts / total.clamp_min(1e-300), old)
-        n: Any = sum(pull(t, slot, e.stats[t.name]["n"]) for t, _ in users)
-        x: Any = sum(pull(t, slot, e.stats[t.name]["x"]) for t, _ in users)
-        if users[0][0].family is not None and users[0][0].family.name == "Exponential":
+        n: Any = sum(t.pull(slot, s["n"]) for t, s in stats)
+        x: Any = sum(t.pull(slot, s["x"]) for t, s in stats)
+        if family.name == "Exponential":
             x, n = n + prior.total, x + prior.count
         else:
             x, n = x + prior.total, n + prior.count
@@ -76,43 +92,60 @@ class MStep:
         tiny = torch.finfo(value.dtype).tiny
         return value.clamp(1e-12, 1 - 1e-12) if slot == "probs" else value.clamp_min(tiny)
 
-    def location(
-        self, users: list[tuple[Term, str]], prior: Conjugate, theta: dict, e: Expectation, old: Tensor, block: int
-    ) -> Tensor:
+    def location(self, name: str, users: list[tuple[Term, str]], theta: Theta, e: Expectation, block: int) -> Tensor:
         """Means of normals: precision-weighted averages with the prior's pseudo-observations."""
         weight: Any = 0.0
         total: Any = 0.0
+        old = theta[name]
         for term, slot in users:
-            s, p = e.stats[term.name], self.current(term, theta, e)
+            s, p = self.statistics(term, theta, e), self.current(term, theta, e)
             x = s["x"]
             if term.shift is not None:
                 x = x + (s["n"].unsqueeze(-1) if block else s["n"]) * term.shift
             if block:
                 inverse = torch.linalg.inv(covariance(*p["spread"]))
-                weight = weight + pull(term, slot, s["n"][..., None, None] * inverse)
-                total = total + pull(term, slot, (inverse @ x.unsqueeze(-1)).squeeze(-1))
+                weight = weight + term.pull(slot, s["n"][..., None, None] * inverse)
+                total = total + term.pull(slot, (inverse @ x.unsqueeze(-1)).squeeze(-1))
             else:
                 precision = 1 / variance(*p["spread"])
-                weight = weight + pull(term, slot, s["n"] * precision)
-                total = total + pull(term, slot, x * precision)
-        if prior.precision is not None and prior.mean is not None:
-            matrix = prior.precision
-            if block and matrix.dim() == old.dim():
-                matrix = torch.diag_embed(matrix)
-            pseudo = (matrix @ prior.mean.unsqueeze(-1)).squeeze(-1) if block else matrix * prior.mean
+                weight = weight + term.pull(slot, s["n"] * precision)
+                total = total + term.pull(slot, x * precision)
+        matrix, pseudo = self.location_prior(name, theta, e, block)
+        if matrix is not None:
             weight, total = weight + matrix, total + pseudo
         if not block:
             return torch.where(weight > 0, total / weight.clamp_min(1e-300), old)
         empty = weight.diagonal(dim1=-2, dim2=-1).amin(-1, keepdim=True) <= 1e-300
         eye = torch.eye(weight.shape[-1], dtype=weight.dtype, device=weight.device)
-        solved = torch.linalg.solve(torch.where(empty.unsqueeze(-1), eye, weight), total.unsqueeze(-1)).squeeze(-1)
+        factor, bad = torch.linalg.cholesky_ex(torch.where(empty.unsqueeze(-1), eye, weight))
+        empty = empty | (bad > 0).unsqueeze(-1)
+        solved = torch.cholesky_solve(total.unsqueeze(-1), factor).squeeze(-1)
         return torch.where(empty, old, solved)
+
+    def location_prior(self, name: str, theta: Theta, e: Expectation, block: int) -> tuple[Any, Any]:
+        """Precision of a mean's normal prior, and that precision times its centre; (None, None) where it is flat."""
+        term, prior, old = self.plan.prior_terms.get(name), self.plan.priors[name], theta[name]
+        if term is not None and self.plan.estimate == "map":
+            p, runs = self.current(term, theta, e), len(old)
+            wide = term.family is not None and term.family.event_dims == 1
+            inverse = torch.linalg.inv(covariance(*p["spread"])) if wide else 1 / variance(*p["spread"])
+            matrix = over_value(term, inverse, runs, 2 * wide).reshape([*old.shape, *old.shape[-1:] * wide])
+            centre = over_value(term, p["loc"][1], runs, 1 * wide).reshape(old.shape)
+            if block and not wide:
+                matrix = torch.diag_embed(matrix)
+        elif prior.precision is not None and prior.mean is not None:
+            matrix, centre = prior.precision, prior.mean
+            if block and matrix.dim() == centre.dim():
+                matrix = torch.diag_embed(matrix)
+        else:
+            return None, None
+        return matrix, (matrix @ centre.unsqueeze(-1)).squeeze(-1) if block else matrix * centre
 
     def spread(
         self,
         users: list[tuple[Term, str]],
         prior: Conjugate,
-        theta: dict,
+        theta: Theta,
         e: Expectation,
         old: Tensor,
         role: str,
@@ -121,36 +154,49 @@ class MStep:
         """Variances, precisions and covariances from the scatter around the updated means."""
         n: Any = 0.0
         around: Any = 0.0
+        floor: Any = 0.0
         for term, slot in users:
-            s, p = e.stats[term.name], self.current(term, theta, e)
+            s, p = self.statistics(term, theta, e), self.current(term, theta, e)
             m = p["loc"][1]
-            if block:
-                gap = scatter(s, m)
-            else:
-                gap = s["xx"] - 2 * m * s["x"] + s["n"] * m * m
-            around = around + pull(term, slot, gap)
-            n = n + pull(term, slot, s["n"].expand(gap.shape[: gap.dim() - block]))
+            gap = scatter(s, m) if block else s["xx"] - 2 * m * s["x"] + s["n"] * m * m
+            if (factor := term.scale(slot)) is not None:  # the spread is a multiple of the unknown
+                factor = factor.reshape([*factor.shape, *[1] * block])
+                power = {"scale": -2, "scale_tril": -2, "variance": -1, "covariance_matrix": -1}.get(role, 1)
+                gap = gap * factor**power
+            count = s["n"].expand(gap.shape[: gap.dim() - block])
+            around = around + term.pull(slot, gap)
+            n = n + term.pull(slot, count)
+            if term.floor is not None:
+                floor = floor + self.floor_of(term, slot, count, block)
+        floor = self.ridge * floor / n.clamp_min(1e-300).unsqueeze(-1) if block else self.ridge * floor / n.clamp_min(1e-300)
         n, around = n + prior.count, around + prior.total
         flat = prior.text in ("no prior", "flat prior")
         if block:
-            return self.matrix_spread(n, around, old, role, flat)
-        value = (around.clamp_min(0) / n.clamp_min(1e-300)) + (self.ridge if flat else 0.0)
+            return self.matrix_spread(n, around, old, role, floor if flat else None)
+        value = (around.clamp_min(0) / n.clamp_min(1e-300)) + (floor if flat else 0.0)
         value = value.clamp_min(torch.finfo(value.dtype).tiny)
         value = {"variance": value, "precision": 1 / value, "scale": value.sqrt()}[role]
         return torch.where(n > 1e-12, value, old)
 
-    def matrix_spread(self, n: Tensor, around: Tensor, old: Tensor, role: str, flat: bool) -> Tensor:
+    def floor_of(self, term: Term, slot: str, count: Tensor, block: int) -> Tensor:
+        """Variances of the data summed as the scatter is, one for each entry of the diagonal."""
+        assert term.floor is not None
+        if not block:
+            return term.pull(slot, count * term.floor)
+        return term.pull(slot, count.unsqueeze(-1) * term.floor)
+
+    def matrix_spread(self, n: Tensor, around: Tensor, old: Tensor, role: str, floor: Tensor | None) -> Tensor:
         """Covariance (or its inverse or factor); directions without spread are lifted to the floor, never raised."""
         cov = around / n.clamp_min(1e-300)[..., None, None]
-        if flat:
-            cov = cov + self.ridge * torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
+        if floor is not None:
+            cov = cov + torch.diag_embed(floor)
         factor, bad = torch.linalg.cholesky_ex(cov)
         if bool((bad > 0).any()):
-            values, vectors = torch.linalg.eigh(cov)
-            floor = torch.maximum(values.amax(-1, keepdim=True) * 1e-10, torch.full_like(values[..., :1], 1e-12))
-            lifted = (vectors * values.clamp_min(floor).unsqueeze(-2)) @ vectors.mT
+            values, vectors = torch.linalg.eigh(cov.nan_to_num(0.0))
+            least = torch.maximum(values.amax(-1, keepdim=True) * 1e-10, torch.full_like(values[..., :1], 1e-12))
+            lifted = (vectors * values.clamp_min(least).unsqueeze(-2)) @ vectors.mT
             cov = torch.where((bad > 0)[..., None, None], lifted, cov)
-            factor = torch.linalg.cholesky(cov)
+            factor, _ = torch.linalg.cholesky_ex(cov)
         value = {
             "covariance_matrix": lambda: cov,
             "precision_matrix": lambda: torch.cholesky_inverse(factor),
@@ -158,12 +204,11 @@ class MStep:
         }[role]()
         return torch.where((n > 1e-12)[..., None, None], value, old)
 
-    def current(self, term: Term, theta: dict[str, Tensor], e: Expectation) -> dict[str, tuple[str, Tensor]]:
+    def current(self, term: Term, theta: Theta, e: Expectation) -> dict[str, tuple[str, Tensor]]:
         """Parameters of a term at `theta`: copies are read off directly, the others from the E-step's run."""
         slots = dict(e.slots[term.name])
         for slot, gather in term.gathers.items():
-            _, dims = slots[slot]
-            slots[slot] = (gather.push(theta[gather.theta]), dims)
+            slots[slot] = (gather.push(theta[gather.theta]), (RUNS, *term.slot_dims[slot]))
         return parameters(term, slots)
 
     # -- gradient ----------------------------------------------------------------------------------------------------
@@ -197,6 +242,9 @@ class MStep:
             optimiser.zero_grad()
             value = -scale * self.expected(tuple(blocks), flat, fixed, e)
             value.backward()
+            if not bool(value.isfinite() & flat.grad.isfinite().all()):  # type: ignore[union-attr]
+                flat.grad = torch.zeros_like(flat)  # a step too far: high and flat, so that the line search turns back
+                return value.new_tensor(1e30)
             return value
 
         def cost() -> float:
@@ -220,7 +268,8 @@ class MStep:
         total: Any = 0.0
         data_terms = [t for t in self.plan.terms.values() if t.family is None and t.depends & names]
         for i, part in enumerate(e.parts if data_terms else e.parts[:1]):
-            trace, symbols = self.joint.trace(Both(Unconstrained(blocks, flat), fixed), part.kwargs)
+            kwargs = part.kwargs if data_terms else few_rows(self.joint, part.kwargs)
+            trace, symbols = self.joint.trace(Both(Unconstrained(blocks, flat), fixed), kwargs)
             if i == 0:
                 total = total + self.prior(trace)
                 for term in self.plan.terms.values():
@@ -261,13 +310,3 @@ class Both(Substitute):
 def finite(value: Tensor) -> Tensor:
     """Impossible configurations have weight 0; their -inf must not make 0 * inf."""
     return torch.where(value.isneginf(), torch.zeros_like(value), value)
-
-
-def pull(term: Term, slot: str, stats: Tensor) -> Tensor:
-    """Statistics of a term summed into the shape of the unknown that the slot copies."""
-    gather: Gather = term.gathers[slot]
-    assert term.family is not None
-    lead = len(term.dims) + term.extra
-    shape = stats.shape[:lead]
-    index = term.index(slot, gather, shape)
-    return gather.pull(stats, index)

@@ -2,46 +2,53 @@
 
 from __future__ import annotations
 
-import warnings
+import math
 from typing import Any
 
-import numpy as np
 import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from ...data import take_rows
+from ...handlers import unwrap
 from ...joint import LogJoint
-from .estep import Expectation, Part, accumulate
-from .plan import Plan, slots_of
+from .estep import Expectation, Part, accumulate, lift, read_slots
+from .plan import Plan
 
+#: Latent -> labels of the rows, (R, rows).
 Clusters = dict[str, Tensor]
 
+#: Rows that are clustered, and sweeps of Lloyd's algorithm over them.
+SAMPLE, SWEEPS = 20_000, 30
+#: Share of a row that is spread over all states at the start: a class that no row of a cluster shows stays possible.
+SOFT = 0.05
+#: Entries of the largest table of distances.
+DISTANCES = 4_000_000
 
-def clusters(joint: LogJoint, seed: int, smooth: float = 0.0) -> Clusters | None:
-    """Soft labels (rows, states) for every finite local latent from k-means on its observed children, or None.
 
-    Latents with the same number of states and children of the same width (the steps of a chain) share one clustering.
-    """
-    from sklearn.cluster import KMeans
-    from sklearn.exceptions import ConvergenceWarning
+def sample_rows(joint: LogJoint, seed: int) -> Tensor | None:
+    """Indices of the rows that are clustered; None where rows cannot be told apart."""
+    n = joint.structure.num_rows
+    if not n or not joint.structure.row_arguments:
+        return None
+    if n <= SAMPLE:
+        return torch.arange(n)
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:SAMPLE].sort().values
 
-    structure = joint.structure
+
+def children_tables(joint: LogJoint, kwargs: dict[str, Any]) -> dict[str, Tensor] | None:
+    """Finite local latent -> table (rows, columns) of its observed children, standardised, or None."""
+    structure, finite = joint.structure, set(joint.finite)
     n = structure.num_rows
-    finite = set(joint.finite)
-    if (
-        not n
-        or n < 2
-        or not finite
-        or any(len(structure[name].plates) != 1 or not structure[name].local for name in finite)
-    ):
+    if not n or n < 2 or not finite:
+        return None
+    if any(len(structure[name].plates) != 1 or not structure[name].local for name in finite):
         return None
     with poutine.block(), pyro.validation_enabled(False):
-        trace: Any = poutine.trace(poutine.condition(joint.problem.model, data=joint.prior_draw())).get_trace(
-            **joint.problem.kwargs
-        )
-    groups: dict[tuple[int, int], list[tuple[str, np.ndarray]]] = {}
+        trace: Any = poutine.trace(poutine.condition(joint.problem.model, data=joint.prior_draw())).get_trace(**kwargs)
+    tables = {}
     for name in joint.finite:
         children = [
             s.name
@@ -50,60 +57,144 @@ def clusters(joint: LogJoint, seed: int, smooth: float = 0.0) -> Clusters | None
         ]
         if not children:
             return None
-        parts = [trace.nodes[c]["value"].reshape(n, -1).double().cpu().numpy() for c in children]
-        table = np.concatenate(parts, 1)
-        groups.setdefault((structure[name].states or 1, table.shape[1]), []).append((name, table))
+        tables[name] = torch.cat([standardised(trace.nodes[c]) for c in children], 1)
+    return tables
+
+
+def standardised(node: dict) -> Tensor:
+    """One observed site as real columns of unit variance; classes become indicators that count as one column together."""
+    value, fn = node["value"], unwrap(node["fn"])
+    rows = max(value.shape[: max(1, value.dim() - node["fn"].event_dim)])
+    share = 1.0
+    if isinstance(fn, torch.distributions.Categorical):
+        value, share = one_hot(value.long(), fn._num_events), fn._num_events**-0.5
+    table = value.reshape(rows, -1).double()
+    table = torch.where(table.isnan(), table.nanmean(0), table)
+    return share * (table - table.mean(0)) / table.std(0, correction=0).clamp_min(1e-12)
+
+
+def clusters(joint: LogJoint, kwargs: dict[str, Any], runs: int, seed: int) -> Clusters | None:
+    """Labels (R, rows) for every finite local latent from k-means on its observed children, or None.
+
+    Latents with the same number of states and children of the same width (the steps of a chain) share one clustering.
+    """
+    tables = children_tables(joint, kwargs)
+    if tables is None:
+        return None
+    groups: dict[tuple[int, int], list[str]] = {}
+    for name, table in tables.items():
+        groups.setdefault((joint.structure[name].states or 1, table.shape[1]), []).append(name)
     labels: Clusters = {}
+    generator = torch.Generator().manual_seed(seed)
     for (states, _), members in groups.items():
-        table = np.concatenate([t for _, t in members])
-        table = np.where(np.isnan(table), np.nanmean(table, 0), table)
-        table = (table - table.mean(0)) / np.maximum(table.std(0), 1e-12)
-        count = min(states, len(np.unique(table, axis=0)))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            found = KMeans(count, n_init=1, random_state=seed).fit(table).labels_
-        soft = one_hot(torch.from_numpy(found.astype(np.int64)), states).to(joint.problem.dtype)
-        soft = (soft + smooth) / (1 + smooth * states)
-        for i, (name, _) in enumerate(members):
-            labels[name] = soft[i * n : (i + 1) * n]
+        table = torch.cat([tables[m] for m in members])
+        rows = len(table) // len(members)
+        chosen = torch.arange(len(table))
+        if len(table) > SAMPLE:  # chains: one clustering of all steps is learned from some
+            chosen = torch.randperm(len(table), generator=generator)[:SAMPLE]
+        centres = lloyd(table[chosen], plus_plus(table[chosen], states, runs, generator))
+        found = nearest(table, centres)
+        for i, name in enumerate(members):
+            labels[name] = found[:, i * rows : (i + 1) * rows].to(joint.problem.device)
     return labels
 
 
+def plus_plus(x: Tensor, k: int, runs: int, generator: torch.Generator) -> Tensor:
+    """Centres (R, k, D) by greedy k-means++ for R runs at once (Arthur and Vassilvitskii, SODA 2007).
+
+    Each new centre is the best of 2 + log k rows drawn with probability proportional to their squared distance.
+    """
+    n, tries = len(x), 2 + int(math.log(k))
+    squares = (x * x).sum(1)
+    first = torch.randint(n, (runs,), generator=generator)
+    centres = x[first].unsqueeze(1).repeat(1, k, 1)
+    distance = (squares + squares[first][:, None] - 2 * x[first] @ x.T).clamp_min(0)
+    for i in range(1, k):
+        mass = distance.cumsum(1)
+        u = torch.rand(runs, tries, generator=generator, dtype=x.dtype) * mass[:, -1:]
+        rows = torch.searchsorted(mass, u).clamp_max(n - 1)
+        flat = rows.reshape(-1)
+        new = (squares + squares[flat][:, None] - 2 * x[flat] @ x.T).clamp_min(0).view(runs, tries, n)
+        new = torch.minimum(new, distance[:, None])
+        best = new.sum(2).argmin(1)
+        every = torch.arange(runs)
+        distance = new[every, best]
+        centres[:, i] = x[rows[every, best]]
+    return centres
+
+
+def nearest(x: Tensor, centres: Tensor) -> Tensor:
+    """Index of the nearest centre, (R, rows)."""
+    runs, k, width = centres.shape
+    half = 0.5 * (centres * centres).sum(-1).reshape(1, -1)
+    found = []
+    for part in x.split(max(1, DISTANCES // (runs * k))):
+        score = part @ centres.reshape(-1, width).T - half
+        found.append(score.view(len(part), runs, k).argmax(-1).T)
+    return torch.cat(found, 1)
+
+
+def lloyd(x: Tensor, centres: Tensor) -> Tensor:
+    """Centres after Lloyd's sweeps, all runs at once; empty clusters stay where they are."""
+    runs, k, width = centres.shape
+    labels: Tensor | None = None
+    for _ in range(SWEEPS):
+        new = nearest(x, centres)
+        if labels is not None and torch.equal(new, labels):
+            break
+        labels = new
+        flat = labels + k * torch.arange(runs).unsqueeze(1)
+        total = x.new_zeros(runs * k, width)
+        for r in range(runs):
+            total.index_add_(0, flat[r], x)
+        count = torch.bincount(flat.reshape(-1), minlength=runs * k).to(x)
+        mean = total / count.clamp_min(1).unsqueeze(1)
+        centres = torch.where((count > 0).unsqueeze(1), mean, centres.reshape(-1, width)).view(runs, k, width)
+    return centres
+
+
 def expectation_at(
-    joint: LogJoint, plan: Plan, theta: dict[str, Tensor], parts: list[Part], labels: Clusters
+    joint: LogJoint, plan: Plan, theta: dict[str, Tensor], kwargs: dict[str, Any], labels: dict[str, Tensor]
 ) -> Expectation:
-    """Statistics as if the latents' posteriors were `labels`, independent of each other."""
+    """Statistics as if the latents of the given rows had the labels (rows,), for one run."""
     plate = joint.structure.data_plate
     stats: dict[str, Any] = {}
-    slots: dict[str, Any] = {}
-    first = 0
+    hot = {n: softened(v, joint.structure[n].states or 1).to(joint.problem.dtype) for n, v in labels.items()}
+    part = Part(kwargs)
     with torch.no_grad():
-        for i, part in enumerate(parts):
-            trace, names = joint.trace(theta, part.kwargs)
-            inside = [f for f in joint.factors_of(trace, names) if f.name not in theta]
-            if i == 0:
-                for term in plan.terms.values():
-                    if term.family is not None:
-                        slots[term.name] = slots_of(term, trace.nodes[term.name], names)
-            rows = next((f.value.shape[f.dims.index(plate)] for f in inside if plate in f.dims), 1)
-            weights = [weight_of(f.value, f.dims, labels, plate or "", first, rows) for f in inside]
-            first += rows
-            accumulate(plan, part, trace, names, inside, weights, stats)
-    return Expectation(-np.inf, -np.inf, stats, slots, parts)
+        trace, names = joint.trace(theta, kwargs)
+        inside = [f for f in joint.factors_of(trace, names) if f.name not in theta]
+        slots = read_slots(plan, trace, names)
+        weights = [weight_of(f.value, f.dims, hot, plate or "") for f in inside]
+        accumulate(plan, part, trace, names, inside, weights, stats)
+    return lift(-math.inf, -math.inf, stats, slots, [part], joint)
 
 
-def weight_of(like: Tensor, dims: tuple[str, ...], labels: Clusters, plate: str, first: int, rows: int) -> Tensor:
+def softened(labels: Tensor, states: int) -> Tensor:
+    """Labels (...) as probabilities (..., states)."""
+    return one_hot(labels, states) * (1 - SOFT) + SOFT / states
+
+
+def weight_of(like: Tensor, dims: tuple[str, ...], hot: dict[str, Tensor], plate: str) -> Tensor:
     """Product of the labels of the latents that a factor involves, over the factor's own dimensions."""
     weight = torch.ones_like(like)
     for name in dims:
-        if name in labels:
-            soft = labels[name][first : first + rows]
+        if name in hot:
+            soft = hot[name]
             shape = [1] * len(dims)
             shape[dims.index(name)] = soft.shape[1]
             if plate in dims:
-                shape[dims.index(plate)] = rows
+                shape[dims.index(plate)] = len(soft)
                 soft = soft if dims.index(plate) < dims.index(name) else soft.T
             else:
                 soft = soft.mean(0)
             weight = weight * soft.reshape(shape)
     return weight
+
+
+def few_kwargs(joint: LogJoint, rows: Tensor | None) -> dict[str, Any]:
+    """Arguments with these rows only."""
+    kwargs = joint.problem.kwargs
+    if rows is None or len(rows) == joint.structure.num_rows:
+        return kwargs
+    return take_rows(kwargs, joint.structure.row_arguments, rows)

@@ -1,0 +1,222 @@
+"""Many climbs, one answer: run them, mend them, choose the best, and say what to distrust."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ...errors import DivergenceError
+from .climb import Climb, Limits, Run, batch, begin, incremental, stepwise
+from .engine import Enumeration
+from .repair import EMPTY, collapsed, reseed
+
+if TYPE_CHECKING:
+    from ...joint import LogJoint
+    from ...posterior import Posterior
+    from ...problem import Problem
+    from . import EM
+
+
+class Contest:
+    """All climbs of one fit.
+
+    Parameters
+    ----------
+    em
+        The options.
+    engine, joint
+        What climbs, and the story it climbs for.
+    count
+        Number of starts.
+    """
+
+    def __init__(self, em: EM, engine: Any, joint: LogJoint, count: int) -> None:
+        self.em, self.engine, self.joint, self.count = em, engine, joint, count
+        self.problem = joint.problem
+        self.rows = max(1, joint.structure.num_rows or 1)
+        self.deadline = time.perf_counter() + (self.problem.budget or math.inf)
+        self.runs: list[Run] = []
+        self.stopped = ""
+        self.state: dict[str, Tensor] = {}
+        self.driver = self.choose_driver()
+        self.bar: Any = None
+
+    def choose_driver(self) -> str:
+        """The user's driver where the engine can, else batch."""
+        from . import MANY_ROWS
+
+        wanted = self.em.driver
+        blocks = isinstance(self.engine, Enumeration) and self.engine.together
+        if wanted == "auto":
+            return "incremental" if blocks and self.rows >= MANY_ROWS else "batch"
+        if wanted != "batch" and not blocks:
+            raise ValueError(
+                f"EM(driver={wanted!r}) needs statistics of blocks of rows: a mixture with one finite latent a row and closed "
+                f"forms for every unknown. Use driver='batch'; the plan of this story is\n{self.engine.plan_text}"
+            )
+        return wanted
+
+    # -- climbing ----------------------------------------------------------------------------------------------------
+
+    def climb_all(self) -> None:
+        """Every start: in one go where the engine can, else one after another."""
+        seeds = [self.problem.seed + r for r in range(self.count)]
+        groups = [seeds] if self.engine.together else [[s] for s in seeds]
+        done = 0
+        for group in groups:
+            try:
+                self.climb(begin(self.engine.start(group, done), len(group)), {}, done)
+            except KeyboardInterrupt:
+                if not self.runs:
+                    raise
+                self.stopped = "interrupted: the best state so far is returned"
+            done += len(group)
+            if self.stopped:
+                break
+
+    def climb(self, climb: Climb, extra: dict[str, Tensor], offset: int = 0) -> None:
+        """One group of starts to its end."""
+        from .resume import Saved
+
+        climb.extra = dict(extra)
+        saved = Saved.for_fit(self.em, self.joint, offset) if self.em.checkpoint is not None else None
+        if saved is not None:
+            climb = saved.resume(climb)
+        limits = Limits(
+            self.em.max_iter,
+            self.em.tol,
+            self.rows,
+            self.deadline,
+            self.em.callback,
+            self.tick,
+            saved.write if saved else lambda climb: None,
+        )
+        size = self.em.batch_size or max(8192, self.rows // 20)
+        with tqdm(total=self.em.max_iter, desc="EM", disable=not self.problem.progress, leave=False) as self.bar:
+            try:
+                if self.driver == "incremental":
+                    self.stopped = incremental(self.engine, climb, limits, size)
+                elif self.driver == "stepwise":
+                    self.stopped = stepwise(self.engine, climb, limits, size)
+                    self.state = {n: v.detach().cpu() for n, v in climb.extra.items()}
+                else:
+                    self.stopped = batch(self.engine, climb, limits)
+            except KeyboardInterrupt:
+                self.runs += [r for r in climb.runs if math.isfinite(r.objective)]
+                raise
+        if not any(math.isfinite(r.objective) for r in climb.runs):
+            self.refuse(climb)
+        self.runs += climb.runs
+        if self.driver == "batch" and not self.stopped and self.count > 1:
+            self.mend(climb.runs, limits)
+
+    def tick(self, iteration: int, objective: float, active: int) -> None:
+        """Show where the climb is."""
+        self.bar.set_postfix_str(f"{objective / self.rows:.4f} a row, {active} of {self.count} climbing", refresh=False)
+        self.bar.update()
+
+    def mend(self, runs: list[Run], limits: Limits) -> None:
+        """Climb again from runs that ended with an empty component, which is put beside the largest one."""
+        engine = self.engine
+        if not isinstance(engine, Enumeration) or not engine.together or engine.mixture is None:
+            return
+        theta = {n: torch.stack([r.theta[n] for r in runs]) for n in runs[0].theta}
+        counts = engine.expectation(theta).stats[engine.mixture.latent]["counts"]
+        which = (counts < EMPTY).any(1).nonzero().flatten().tolist()
+        if not which or self.rows < engine.mixture.states:
+            return
+        again = reseed(engine, {n: v[which] for n, v in theta.items()}, counts[which], self.problem.seed)
+        climb = begin(again, len(which))
+        limits.save = lambda climb: None
+        self.stopped = batch(engine, climb, limits)
+        for number, run in zip(which, climb.runs):
+            if run.objective > runs[number].objective:
+                self.runs[self.runs.index(runs[number])] = run
+
+    def refuse(self, climb: Climb) -> None:
+        """No run has a finite objective: a start of density 0, or a step out of the finite numbers."""
+        e = self.engine.expectation({n: v[:1] for n, v in climb.theta.items()})
+        run = climb.runs[0]
+        if not run.history:
+            factors = self.joint.factors(run.theta)
+            bad = next((f for f in factors if not bool(f.value.isfinite().any())), None)
+            where = f"site {bad.name!r}" if bad else "the story"
+            raise ValueError(
+                f"{where} gives the data the density {float(e.objective[0])} at the start: an observation is impossible under "
+                f"every state of the latents, or the prior is far from the data's scale; check both"
+            )
+        raise DivergenceError(
+            f"EM left the finite numbers at iteration {len(run.history)}: the objective is {float(e.objective[0])}. The last "
+            f"finite state is attached; standardise the data or give the globals proper priors",
+            state=run.theta,
+            step=len(run.history),
+        )
+
+    # -- the answer --------------------------------------------------------------------------------------------------
+
+    def answer(self, problem: Problem, timings: dict[str, float]) -> Posterior:
+        """The best run as a posterior."""
+        from ...posterior import Posterior
+
+        fallen = self.fallen()
+        sound = [r for r, bad in zip(self.runs, fallen) if not bad and math.isfinite(r.objective)]
+        best = max(sound or self.runs, key=lambda r: r.objective)
+        extra: dict[str, Any] = {"keep_labels": self.em.start is not None}
+        if self.state:
+            extra["stepwise"] = self.state
+        return Posterior(
+            kind="point" if self.joint.blocks else "exact",
+            method=self.em,
+            problem=problem,
+            draws={n: v.detach().cpu().unsqueeze(0) for n, v in best.theta.items()},
+            history=best.history,
+            diagnostics=self.describe(best, sum(fallen)),
+            timings=timings,
+            warnings=self.distrust(best, fallen),
+            converged=best.converged and not self.stopped,
+            extra=extra,
+        )
+
+    def fallen(self) -> list[bool]:
+        """Which runs have a component that collapsed onto a few rows."""
+        if not isinstance(self.engine, Enumeration) or not self.joint.blocks or len(self.runs) == 0:
+            return [False] * len(self.runs)
+        theta = {n: torch.stack([r.theta[n] for r in self.runs]) for n in self.runs[0].theta}
+        return collapsed(self.engine, theta, self.em.ridge)
+
+    def describe(self, best: Run, fallen: int) -> dict[str, Any]:
+        """Numbers about the runs."""
+        return {
+            "objective": best.objective,
+            "log_likelihood": best.log_likelihood,
+            "iterations": len(best.history),
+            "log_likelihoods": best.likelihoods,
+            "restart_objectives": [r.objective for r in self.runs],
+            "restarts_collapsed": fallen,
+            "driver": self.driver,
+            "plan": self.engine.plan_text,
+        }
+
+    def distrust(self, best: Run, fallen: list[bool]) -> list[str]:
+        """What the user should know before using the answer."""
+        warnings = [self.stopped] if self.stopped else []
+        if not best.converged and not self.stopped:
+            warnings.append(f"EM did not converge in {self.em.max_iter} iterations; raise max_iter or tol")
+        falls = [b - a for a, b in zip(best.history, best.history[1:])]
+        if falls and min(falls) < -1e-6 * (1 + abs(best.objective)):
+            warnings.append(
+                f"the objective fell by {-min(falls):.3g} in one iteration: an M-step was not exact (see ridge)"
+            )
+        if fallen and all(fallen):
+            warnings.append(
+                "a component collapsed onto a few rows in every restart: the likelihood is unbounded there and only the "
+                "ridge holds it; use fewer components, a simpler covariance, or estimate='map' with proper priors"
+            )
+        if self.problem.want == "posterior":
+            warnings.append("EM gives points for the globals: it says nothing about their uncertainty")
+        return warnings
