@@ -1,6 +1,7 @@
 """Data as users have them (arrays, lists, data frames, tensors) become named tensors, or an error that says what to do."""
 
 import inspect as signatures
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor
 
 #: Beyond this, squares overflow float32 and sums of squares lose every digit in float64.
 LARGEST = 1e15
+#: Numbers in a float32 array from which it is kept as it is.
+KEEP_SINGLE = 1_000_000
 
 
 class DataNotice(UserWarning):
@@ -28,7 +31,8 @@ def bind(model: Callable, data: Any, dtype: torch.dtype, device: torch.device | 
         One array (the first argument), a tuple (the first arguments in order), a mapping or a data frame whose columns
         are all arguments (by name). Arrays, lists, pandas and torch objects are taken; NaN stays NaN.
     dtype, device
-        Of floating tensors; whole numbers stay whole (they may index), unless the story turns out to need floats.
+        Of floating tensors (large float32 arrays stay what they are); whole numbers stay whole (they may index),
+        unless the story turns out to need floats.
 
     Returns
     -------
@@ -105,7 +109,10 @@ def to_value(name: str, value: Any, dtype: torch.dtype, device: torch.device | s
         raise TypeError(f"{name} has dtype bool; say what True counts as: pass {name}.float() or {name}.astype(float)")
     if tensor.is_complex():
         raise TypeError(f"{name} has dtype {tensor.dtype}; densities need real numbers")
-    tensor = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else torch.long)
+    kind = dtype if tensor.is_floating_point() else torch.long
+    if tensor.dtype == torch.float32 and tensor.numel() >= KEEP_SINGLE:
+        kind = tensor.dtype  # twice the memory would hold no more digits; sums over it are made in float64
+    tensor = tensor.to(device=device, dtype=kind)
     check_values(name, tensor)
     return tensor
 
@@ -128,6 +135,10 @@ def _from_array(name: str, value: Any) -> Tensor:
         array = array.astype(np.float64)
     if array.dtype.kind == "u":
         array = array.astype(np.int64)
+    if isinstance(value, np.memmap) and array.flags.c_contiguous and array.dtype.kind in "fi":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # read only, and never written to
+            return torch.from_numpy(np.asarray(array))
     return torch.from_numpy(np.array(array, copy=True, order="C", subok=False))
 
 
@@ -148,22 +159,28 @@ def check_values(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} is empty: shape {tuple(tensor.shape)}")
     if not tensor.is_floating_point():
         return
-    infinite = tensor.isinf()
-    if infinite.any():
+    low, high = (float(v) for v in torch.aminmax(tensor))  # NaN wins over any number
+    if math.isnan(low):
+        dead = tensor.isnan().all(0) if tensor.ndim > 1 else tensor.isnan().all().reshape(1)
+        if tensor.ndim >= 1 and dead.any():
+            what = f"column {_short(first_index(dead))} of {name}" if tensor.ndim > 1 else name
+            raise ValueError(f"{what} is NaN in every row ({len(tensor)} of {len(tensor)}); drop it")
+        low, high = (float(v) for v in torch.aminmax(tensor.nan_to_num(0.0, math.inf, -math.inf)))
+    size = max(abs(low), abs(high))
+    if math.isinf(size):
+        infinite = tensor.isinf()
         where = first_index(infinite)
         raise ValueError(
             f"{name} holds {int(infinite.sum())} infinite values, the first is {tensor[where].item()} at index "
             f"{_short(where)}; remove them or mark them missing with NaN"
         )
-    if tensor.ndim >= 1:
-        nan = tensor.isnan()
-        dead = nan.all(0) if tensor.ndim > 1 else nan.all().reshape(1)
-        if dead.any():
-            what = f"column {_short(first_index(dead))} of {name}" if tensor.ndim > 1 else name
-            raise ValueError(f"{what} is NaN in every row ({len(tensor)} of {len(tensor)}); drop it")
-    size = tensor.nan_to_num(0.0).abs().max().item()
     if size > LARGEST:
         raise ValueError(f"the scale of {name} is {size:.0e}; standardise it first: ({name} - mean) / sd")
+
+
+def has_nan(value: Tensor) -> bool:
+    """Whether any number is missing: one pass, no copy."""
+    return value.numel() > 0 and bool(torch.aminmax(value).max.isnan())
 
 
 def _short(index: tuple[int, ...]) -> str:

@@ -21,6 +21,16 @@ def fresh_seed() -> int:
     return secrets.randbelow(2**31)
 
 
+def seed_everything(seed: int) -> None:
+    """torch, NumPy and `random`; CUDA only where it is in use: asking for it costs more than a run of a small story."""
+    if torch.cuda.is_initialized():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
 @contextmanager
 def isolated(
     seed: int | None = None, dtype: torch.dtype | None = None, threads: int | None = None
@@ -59,7 +69,7 @@ def isolated(
             if threads is not None:
                 torch.set_num_threads(threads)
             if seed is not None:
-                pyro.set_rng_seed(seed)
+                seed_everything(seed)
             yield
     finally:
         del _PYRO_STACK[depth:]

@@ -123,9 +123,10 @@ def num_columns(x: Tensor | None, num_features: int, **settings: Setting) -> int
 
 
 def filled(value: Setting, shape: tuple[int, ...], x: Tensor | None) -> Tensor:
-    """A setting as a tensor of that shape, in the dtype and on the device of `x`."""
-    floating = x is not None and x.is_floating_point()
-    dtype = x.dtype if x is not None and floating else torch.get_default_dtype()
+    """A setting as a tensor of that shape, on the device of `x`, in its dtype or the default one if that is finer."""
+    dtype = torch.get_default_dtype()
+    if x is not None and x.is_floating_point():
+        dtype = torch.promote_types(dtype, x.dtype)
     return torch.tensor(value, dtype=dtype, device=None if x is None else x.device).expand(shape)
 
 

@@ -141,7 +141,7 @@ def slots_now(joint: LogJoint, plan: Plan, theta: dict[str, Tensor], parts: list
             s: (g.push(theta[g.theta]), (RUNS, *term.slot_dims[s])) if (g := term.gathers.get(s)) else v
             for s, v in parts[0].slots[term.name].items()
         }
-    return slots, prior_density(plan, theta, slots, runs)
+    return slots, prior_density(plan, theta, slots, runs) if plan.estimate == "map" else prior
 
 
 def prior_density(plan: Plan, theta: dict[str, Tensor], slots: Slots, runs: int) -> Tensor:

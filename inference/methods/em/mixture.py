@@ -29,7 +29,9 @@ from .terms import Term, mask_of, parameters
 #: Entries of a block's features, and of its table of components x rows: they should stay in the cache.
 FEATURES, TABLE = 640_000, 200_000
 #: Feature entries that are kept between iterations instead of being made again.
-KEEP = 1_000_000
+KEEP = 4_000_000
+#: Entries of data that are kept column by column, so that blocks of features are copied along the memory.
+TURN = 16_000_000
 #: Rows on which the kernel is held against the contraction before it is used.
 TRIAL = 64
 
@@ -54,11 +56,12 @@ class Layout:
 
 @dataclass
 class Column:
-    """Values of one site for some rows, (rows, ...event), and what its statistics need."""
+    """Values of one site, (rows, ...event), and what its statistics need; `turned`: less the shift, (entries, rows)."""
 
     value: Tensor
     fn: Any
     mask: Tensor | None = None
+    turned: Tensor | None = None
 
 
 @dataclass
@@ -159,6 +162,7 @@ class MixtureKernel:
             single = bool(floats) and all(kind == torch.float32 for kind in floats)
             self.dtype = torch.float32 if single else self.joint.problem.dtype
             self.place()
+            self.turn()
             self.add_up()
 
     def is_argument(self, term: Term, node: dict, kwargs: dict[str, Any]) -> bool:
@@ -262,6 +266,8 @@ class MixtureKernel:
         out = self.spare("features", self.layout[-1].stop, n)
         out[0] = 1.0
         for term in self.observed():
+            if self.copied(term, rows, out):
+                continue
             stats = self.statistics(term, rows)
             for place in (p for p in self.layout if p.term == term.name and not p.shared):
                 value = stats[place.key].reshape(n, -1).T
@@ -272,6 +278,37 @@ class MixtureKernel:
                 else:
                     self.triangle(out, place)
         return out
+
+    def copied(self, term: Term, rows: slice | Tensor, out: Tensor) -> bool:
+        """Features of a normal from its turned values: x as it lies, squares and products from there."""
+        turned = self.columns[term.name].turned
+        if turned is None or not isinstance(rows, slice):
+            return False
+        x = turned[:, rows]
+        for place in (p for p in self.layout if p.term == term.name and not p.shared):
+            if place.key == "x":
+                out[place.start : place.stop] = x
+            elif place.triangle:
+                self.triangle(out, place)
+            elif place.pooled:
+                torch.sum(x * x, 0, out=out[place.start])
+            else:
+                torch.mul(x, x, out=out[place.start : place.stop])
+        return True
+
+    def turn(self) -> None:
+        """Lay normal values out column by column, where they fit."""
+        for term in self.observed():
+            column = self.columns[term.name]
+            normal = term.family is not None and term.family.name in ("Normal", "MultivariateNormal")
+            if not normal or column.mask is not None or column.value.numel() > TURN:
+                continue
+            width = column.value[0].numel()
+            column.turned = torch.empty(width, self.rows, dtype=self.dtype, device=column.value.device)
+            for rows in self.blocks(1):
+                x = column.value[rows].to(self.dtype)
+                x = x if term.shift is None else x - term.shift.to(self.dtype)
+                column.turned[:, rows] = x.reshape(len(x), width).T
 
     def triangle(self, out: Tensor, place: Layout) -> None:
         """Products of the entries of x, which already lie among the features (or are their own statistic)."""
@@ -340,13 +377,11 @@ class MixtureKernel:
             n = phi.shape[1]
             logits = torch.mm(flat, phi, out=self.spare("table", len(flat), n) if n == block.stop - block.start else None)
             table = logits.view(runs, self.states, n)
-            top = table.amax(1, keepdim=True)
-            top = torch.where(top.isfinite(), top, torch.zeros_like(top))
-            table.sub_(top).exp_()
-            norm = table.sum(1, keepdim=True)
-            table.div_(norm)
-            total += norm.log_().add_(top).sum((1, 2), dtype=W.dtype)
-            S += logits @ phi.T
+            top = table.amax(1)
+            r = table.softmax(1)
+            norm = top - r.amax(1).log_()  # log-sum-exp, without a second exponential
+            total += torch.where(top.isneginf(), top, norm).sum(1, dtype=W.dtype)
+            S += r.view(-1, n) @ phi.T
         return S.reshape(W.shape), total
 
     def block(self, rows: slice) -> Tensor:

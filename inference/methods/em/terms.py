@@ -165,7 +165,10 @@ def mask_of(node: dict, event_dims: int) -> Tensor | None:
 def values_of(term: Term, node: dict, names: dict[str, str]) -> dict[str, Named]:
     """Sufficient statistics of every value of one site."""
     assert term.family is not None
-    value = node["value"] if term.shift is None else node["value"] - term.shift
+    value = node["value"]
+    if value.is_floating_point():
+        value = value.to(torch.get_default_dtype())
+    value = value if term.shift is None else value - term.shift
     stats = term.family.statistics(value, unwrap(node["fn"]))
     own = {"xx": term.family.event_dims} if term.family.event_dims else {}
     if term.masked:
@@ -223,7 +226,7 @@ def make_term(name: str, node: dict, names: dict[str, str], leaves: dict[str, Te
             mask = mask_of(node, family.event_dims)
             assert mask is not None
             value = torch.where(mask.reshape([*mask.shape, *[1] * family.event_dims]), value, torch.nan)
-        rows = value.reshape(-1, *value.shape[value.dim() - term.extra - family.event_dims :])
+        rows = value.to(torch.get_default_dtype()).reshape(-1, *value.shape[value.dim() - term.extra - family.event_dims :])
         term.shift = rows.nanmean(0).nan_to_num(0.0)
         term.floor = ((rows - term.shift) ** 2).nanmean(0).nan_to_num(0.0)
     return term
