@@ -138,7 +138,8 @@ class EM:
             contest = Contest(self, engine, joint, count)
             meter.mark("setup")
             if theta is not None or not joint.blocks:
-                contest.climb(begin(theta or {}, 1), self.running(engine))
+                kept = {n: v.clone() for n, v in self.kept().items() if not n.startswith("theta/")}
+                contest.climb(begin(theta or {}, 1), kept)
             else:
                 contest.climb_all()
             meter.mark("run")
@@ -149,6 +150,8 @@ class EM:
         if self.start is None:
             return None
         given = self.start if isinstance(self.start, Mapping) else self.start.draw(0)
+        if kept := self.kept():
+            given = {n.removeprefix("theta/"): v for n, v in kept.items() if n.startswith("theta/")}
         wanted = {b.name: b for b in joint.blocks}
         if set(given) != set(wanted):
             raise ValueError(f"EM(start=...) has {sorted(given)}; it needs a value for each of {sorted(wanted)}")
@@ -162,10 +165,11 @@ class EM:
             values[name] = value[None]
         return values
 
-    def running(self, engine: Any) -> dict[str, Tensor]:
-        """Running averages of an earlier stepwise answer, if that is the start."""
+    def kept(self) -> dict[str, Tensor]:
+        """What an earlier stepwise answer left to go on from, if that is the start."""
         if self.start is None or isinstance(self.start, Mapping) or self.driver != "stepwise":
             return {}
-        return {n: v.clone() for n, v in self.start.extra.get("stepwise", {}).items()}
+        return self.start.extra.get("stepwise", {})
+
 
 __all__ = ["EM"]

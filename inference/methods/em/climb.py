@@ -4,7 +4,8 @@ batch        E-step over all rows, then M-step (Dempster, Laird and Rubin 1977).
 incremental  M-step after every block of rows, from the sums of the last visit to each (Neal and Hinton, *A view of the EM
              algorithm that justifies incremental, sparse, and other variants*, 1998): the free energy never falls.
 stepwise     running averages of the blocks' statistics with falling weights, for rows that keep coming (Cappe and Moulines,
-             *On-line expectation-maximization for latent data models*, JRSS B 2009).
+             *On-line expectation-maximization for latent data models*, JRSS B 2009); its history is the log-likelihood
+             of the rows as they came, pass by pass.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .mixture import MixtureKernel
 from .mstep import Theta
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """One climb: its best state, what it was worth at every iteration, and whether it arrived."""
 
@@ -34,7 +35,6 @@ class Run:
     history: list[float] = field(default_factory=list)
     likelihoods: list[float] = field(default_factory=list)
     converged: bool = False
-    counts: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -127,10 +127,8 @@ def some_runs(e: Expectation, which: list[int]) -> Expectation:
 
 
 def row_blocks(kernel: MixtureKernel, size: int, runs: int) -> list[list[slice]]:
-    """Blocks of about `size` rows, each a list of the kernel's own blocks."""
-    small = kernel.blocks(runs)
-    group = max(1, round(size / max(1, small[0].stop)))
-    return [small[i : i + group] for i in range(0, len(small), group)]
+    """Blocks of `size` rows, each a list of what the kernel takes at once."""
+    return [kernel.blocks(runs, a, a + size) for a in range(0, kernel.rows, size)]
 
 
 def incremental(engine: Enumeration, climb: Climb, limits: Limits, size: int) -> str:
@@ -205,6 +203,8 @@ def stepwise(engine: Enumeration, climb: Climb, limits: Limits, size: int, decay
             climb.theta = engine.maximise(climb.theta, e)
         climb.iteration += 1
         now = seen.tolist()
+        for i, number in enumerate(climb.active):
+            climb.runs[number].history.append(now[i])
         limits.tick(climb.iteration, max(now), len(climb.active))
         if before is not None and all(abs(a - b) < limits.tol * limits.rows for a, b in zip(now, before)):
             for run in climb.runs:

@@ -103,7 +103,7 @@ class Contest:
                     self.stopped = incremental(self.engine, climb, limits, size)
                 elif self.driver == "stepwise":
                     self.stopped = stepwise(self.engine, climb, limits, size)
-                    self.state = {n: v.detach().cpu() for n, v in climb.extra.items()}
+                    self.state = climb.extra
                 else:
                     self.stopped = batch(self.engine, climb, limits)
             except KeyboardInterrupt:
@@ -167,8 +167,10 @@ class Contest:
         sound = [r for r, bad in zip(self.runs, fallen) if not bad and math.isfinite(r.objective)]
         best = max(sound or self.runs, key=lambda r: r.objective)
         extra: dict[str, Any] = {"keep_labels": self.em.start is not None}
-        if self.state:
-            extra["stepwise"] = self.state
+        if self.state:  # in the order of the climb, which the answer's components need not have
+            at = self.runs.index(best)
+            extra["stepwise"] = {"running": self.state["running"][at : at + 1].cpu(), "step": self.state["step"]}
+            extra["stepwise"] |= {f"theta/{n}": v.cpu() for n, v in best.theta.items()}
         return Posterior(
             kind="point" if self.joint.blocks else "exact",
             method=self.em,

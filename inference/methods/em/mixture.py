@@ -193,7 +193,11 @@ class MixtureKernel:
         shape = self.by_row(node["value"], part).shape
         shape = shape[: len(shape) - term.family.event_dims]
         mask = mask_of(node, term.family.event_dims)
-        return torch.ones(shape, dtype=torch.bool) if mask is None else mask.expand(shape)
+        if mask is None:
+            return torch.ones(shape, dtype=torch.bool)
+        while mask.dim() > len(shape):  # Pyro repeats it for every state of the latent
+            mask = mask[0]
+        return mask.expand(shape)
 
     # -- features ----------------------------------------------------------------------------------------------------
 
@@ -253,12 +257,13 @@ class MixtureKernel:
                     total = torch.einsum("n...i,n...j->...ij", xx, xx) if family.event_dims else xx.sum(0)
                     self.totals[term.name, "xx"] = self.totals.get((term.name, "xx"), 0.0) + total
 
-    def blocks(self, runs: int) -> list[slice]:
-        """Rows whose features are made and used at once."""
+    def blocks(self, runs: int, first: int = 0, last: int | None = None) -> list[slice]:
+        """Rows whose features are made and used at once, of all rows or of those from `first` to `last`."""
         width = max(1, self.layout[-1].stop if self.layout else 1)
         step = min(FEATURES // width, TABLE // (runs * self.states))
         step = max(256, step)
-        return [slice(a, min(a + step, self.rows)) for a in range(0, self.rows, step)]
+        last = self.rows if last is None else min(last, self.rows)
+        return [slice(a, min(a + step, last)) for a in range(first, last, step)]
 
     def features(self, rows: slice | Tensor) -> Tensor:
         """(features, rows): ones, then every statistic."""
