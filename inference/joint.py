@@ -4,6 +4,7 @@
 weights, NUTS and SVI for a density over one flat unconstrained vector, `Posterior` for rows and local posteriors.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,10 +20,15 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import transform_to
 
+from .data import take_rows
 from .enumeration import LogFactor, align, sum_out
 from .handlers import FlatStart, MissingCells, Substitute
 from .problem import Problem
 from .transforms import log_jacobian, unconstrain_to
+
+
+#: Rows that are always taken at once, and entries of the largest table beyond that.
+PIECE_ROWS, PIECE_ELEMENTS = 4096, 8_000_000
 
 
 @dataclass(frozen=True)
@@ -204,8 +210,24 @@ class LogJoint:
         log p(x_n, z_n | globals).
         """
         kwargs = self.problem.kwargs if kwargs is None else kwargs
+        pieces = self.pieces(kwargs)
+        if len(pieces) > 1:
+            return torch.cat([self.rows(values, piece) for piece in pieces])
         total, dims = sum_out(self._row_factors(values, kwargs), set(self.finite), self._keep)
         return self._as_rows(total, dims, kwargs)
+
+    def pieces(self, kwargs: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """The same arguments in pieces of rows whose tables stay small; whole where rows have latents of their own."""
+        names, rows = self.structure.row_arguments, self.structure.num_rows
+        given = next((len(kwargs[n]) for n in names if n in kwargs), 0)
+        if not rows or given <= PIECE_ROWS or self.structure.continuous_locals:
+            return [kwargs]
+        if any(not self.structure[n].local for n in self.finite):
+            return [kwargs]
+        events = max((math.prod(s.event_shape) for s in self.structure.observed), default=1)
+        width = max(1.0, self.structure.enumeration_elements() / rows) * events
+        step = max(PIECE_ROWS, int(PIECE_ELEMENTS / width))
+        return [take_rows(kwargs, names, slice(a, a + step)) for a in range(0, given, step)]
 
     @property
     def _keep(self) -> frozenset[str]:
@@ -254,6 +276,9 @@ class LogJoint:
     ) -> Tensor:
         """Posterior probabilities of a finite latent: (plates..., states), the data plate first."""
         kwargs = self.problem.kwargs if kwargs is None else kwargs
+        pieces = self.pieces(kwargs) if self.structure[site].local else [kwargs]
+        if len(pieces) > 1:
+            return torch.cat([self.local_probabilities(site, values, piece) for piece in pieces])
         with torch.no_grad():
             factors = self._row_factors(values, kwargs) if self.structure[site].local else self.factors(values, kwargs)
         _, factors, weights = factor_weights(factors, set(self.finite))

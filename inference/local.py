@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .handlers import Substitute
 from .joint import Block, LogJoint
+from .linear_gaussian import GaussianRows
 from .transforms import unconstrain_to
 
 if TYPE_CHECKING:
@@ -47,12 +48,13 @@ def local_posterior(posterior: Posterior, site: str, data: Any, draws: int) -> T
         raise ValueError(f"{site!r} {what}; the local latents are {locals_}")
     kwargs = posterior.problem.kwargs if data is None else posterior.problem.with_data(data)
     if structure[site].continuous:
-        if data is None and site in posterior.draws:
+        if data is None and site in posterior.draws and posterior.kind != "point":
             return posterior.draws[site]
         with posterior.problem.scope(posterior.seed):
             chosen = posterior.some_draws(min(draws, GLOBAL_DRAWS))
-            found = [RowIntegral(posterior.joint, posterior.draw(i), kwargs).resample(site) for i in chosen]
-        return torch.cat(found)
+            count = max(1, math.ceil(draws / len(chosen)))
+            found = [row_integral(posterior, i, kwargs).resample(site, count) for i in chosen]
+        return torch.cat(found)[:draws]
     if structure.continuous_locals:
         return _beside_continuous(posterior, site, kwargs, draws, fitted=data is None)
     with posterior.problem.scope(posterior.seed):
@@ -61,9 +63,21 @@ def local_posterior(posterior: Posterior, site: str, data: Any, draws: int) -> T
     return total / len(indices)  # type: ignore[return-value]
 
 
+def row_integral(posterior: Posterior, index: int, kwargs: dict[str, Any], proposals: int = PROPOSALS) -> Any:
+    """The integral over the rows' continuous locals at one draw: exact where the story is linear-Gaussian."""
+    if posterior.structure.linear_gaussian:
+        return GaussianRows(posterior.joint, posterior.draw(index), kwargs)
+    return RowIntegral(posterior.joint, posterior.draw(index), kwargs, proposals)
+
+
 def _beside_continuous(posterior: Posterior, site: str, kwargs: dict[str, Any], draws: int, fitted: bool) -> Tensor:
     """A finite latent whose row also has continuous ones: average over draws of those as well."""
     joint, total, count = posterior.joint, torch.zeros(()), 0
+    if posterior.structure.linear_gaussian:
+        with posterior.problem.scope(posterior.seed):
+            indices = posterior.some_draws(draws)
+            exact = (GaussianRows(joint, posterior.draw(i), kwargs).state_probabilities(site) for i in indices)
+            return sum(exact) / len(indices)  # type: ignore[return-value]
     names = [b.name for b in joint.blocks if b.local]
     with posterior.problem.scope(posterior.seed):
         for i in posterior.some_draws(draws if fitted else GLOBAL_DRAWS):
@@ -215,10 +229,11 @@ def integrated_rows(posterior: Posterior, kwargs: dict[str, Any], draws: int) ->
 
     values, relative = [], []
     with posterior.problem.scope(posterior.seed):
-        indices = posterior.some_draws(min(draws, GLOBAL_DRAWS))
+        exact = posterior.structure.linear_gaussian
+        indices = posterior.some_draws(draws if exact else min(draws, GLOBAL_DRAWS))
         proposals = PROPOSALS if len(indices) > 1 else POINT_PROPOSALS
         for i in indices:
-            value, error = RowIntegral(posterior.joint, posterior.draw(i), kwargs, proposals).log_evidence()
+            value, error = row_integral(posterior, i, kwargs, proposals).log_evidence()
             values.append(value)
             relative.append(error)
     table, errors = torch.stack(values), torch.stack(relative)
@@ -226,5 +241,10 @@ def integrated_rows(posterior: Posterior, kwargs: dict[str, Any], draws: int) ->
     ratio = (table - rows).exp()
     between = ratio.var(0) / len(table) if len(table) > 1 else torch.zeros_like(rows)
     within = (ratio**2 * errors).sum(0) / len(table) ** 2
+    if posterior.structure.linear_gaussian:
+        plug_in = posterior.kind == "point"
+        name = "exact Gaussian integral over the local latents" + ("" if plug_in else f", mean over {len(table)} draws")
+        rule = "plug-in" if plug_in else "estimate under q" if posterior.kind == "variational" else "estimate"
+        return Score(rows, name, between.sqrt(), rule)
     name = f"importance sampling of the local latents ({proposals} Laplace-t proposals a row), mean over {len(table)} draws"
     return Score(rows, name, (between + within).sqrt(), "plug-in estimate" if posterior.kind == "point" else "estimate")

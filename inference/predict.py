@@ -11,6 +11,7 @@ from pyro import poutine
 from torch import Tensor
 
 from .handlers import Substitute, unwrap
+from .linear_gaussian import GaussianRows
 from .local import RowIntegral
 
 if TYPE_CHECKING:
@@ -202,7 +203,10 @@ def complete(posterior: Posterior, index: int, kwargs: dict[str, Any], name: str
     """The rows with their missing cells drawn, at one draw of the globals."""
     joint, values = posterior.joint, posterior.draw(index)
     local = [b.name for b in joint.blocks if b.local]
-    if local and not fitted:
+    if local and posterior.structure.linear_gaussian:
+        exact = GaussianRows(joint, values, kwargs)
+        values = {**values, **exact.split(exact.draw(1)[0])}
+    elif local and not fitted:
         integral = RowIntegral(joint, values, kwargs)
         values = {**values, **{n: integral.resample(n, 1)[0] for n in local}}
     values = {**values, **draw_finite(posterior, values, kwargs)}

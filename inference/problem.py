@@ -183,7 +183,7 @@ def prepare(
         without_values(runs.full), runs.moving, kwargs, parents, direct, has_guide=guide is not None, notes=tuple(notes)
     )
     structure = replace(structure, itemsize=torch.finfo(dtype).bits // 8)
-    return Problem(
+    problem = Problem(
         story,
         model,
         guide,
@@ -197,6 +197,13 @@ def prepare(
         want,
         runs.few,
     )
+    if structure.continuous_locals:
+        from .linear_gaussian import is_linear_gaussian
+
+        with problem.scope(0):
+            found = is_linear_gaussian(problem)
+        problem = replace(problem, structure=replace(structure, linear_gaussian=found))
+    return problem
 
 
 def see_through(direct: dict[str, tuple[str, ...]], records: dict[str, Record]) -> dict[str, tuple[str, ...]]:

@@ -73,7 +73,10 @@ class Site:
 
 @dataclass(frozen=True)
 class Structure:
-    """Everything that choosing a method needs, and nothing that depends on a method."""
+    """Everything that choosing a method needs, and nothing that depends on a method.
+
+    `linear_gaussian`: given the globals and the finite locals, the log joint of a row is quadratic in its continuous locals.
+    """
 
     sites: tuple[Site, ...]
     plates: dict[str, int]
@@ -85,6 +88,7 @@ class Structure:
     has_guide: bool = False
     has_modules: bool = False
     itemsize: int = 8
+    linear_gaussian: bool = False
     _by_name: dict[str, Site] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:

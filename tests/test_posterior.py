@@ -10,6 +10,7 @@ import torch
 from scipy.stats import multivariate_normal, norm, poisson
 from stories import gaussian_mixture, hidden_markov, normal_mixture, regression
 
+from inference.local import RowIntegral
 from inference import EM, fit, simulate
 from inference.arviz_io import elpd_loo
 from inference.posterior import Posterior
@@ -91,8 +92,8 @@ def test_wrong_locals_are_named():
         posterior.log_prob(torch.randn(5, 3))
 
 
-def test_continuous_locals_are_integrated_row_by_row():
-    """Laplace-t importance sampling against the closed form, and the local's posterior for new rows."""
+def test_gaussian_locals_are_integrated_exactly():
+    """Against the closed form to rounding, and importance sampling of the same rows within its own error."""
     x = torch.randn(12, dtype=torch.float64)
     posterior = fit(
         linear_gaussian,
@@ -101,11 +102,20 @@ def test_continuous_locals_are_integrated_row_by_row():
         seed=0,
     )
     new = torch.tensor([-1.0, 0.0, 2.0], dtype=torch.float64)
+    exact = norm.logpdf(new.numpy(), 0.3, math.sqrt(1.25))
     score = posterior.score(new)
-    gap = np.abs(score.rows.numpy() - norm.logpdf(new.numpy(), 0.3, math.sqrt(1.25)))
-    assert gap.max() < 0.05 and (gap < 4 * score.monte_carlo_error.numpy()).all()
-    assert posterior.local("z", new).shape[1:] == (3,) and "importance" in score.estimator
-    draws = torch.cat([fit(linear_gaussian, x, posterior.method, seed=s).local("z", new) for s in range(40)])
+    np.testing.assert_allclose(score.rows, exact, atol=1e-10)
+    assert "exact Gaussian" in score.estimator and score.bound == "plug-in"
+    z = posterior.local("z", new, draws=4000)
+    assert z.shape == (4000, 3)
+    np.testing.assert_allclose(z.mean(0), (new - 0.3) * 0.8, atol=0.04)
+    np.testing.assert_allclose(z.std(0), math.sqrt(0.2), atol=0.03)
+    with posterior.problem.scope(0):
+        sampled = RowIntegral(posterior.joint, posterior.draw(0), {"x": new}, 1000)
+        rows, error = sampled.log_evidence()
+        draws = sampled.resample("z", 2000)
+    gap = np.abs(rows.detach().numpy() - exact)
+    assert gap.max() < 0.05 and (gap < 4 * error.sqrt().numpy()).all()
     np.testing.assert_allclose(draws.mean(0), (new - 0.3) * 0.8, atol=0.12)
 
 

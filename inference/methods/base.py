@@ -57,8 +57,12 @@ def one_of(owner: str, name: str, value: object, allowed: tuple[str, ...]) -> No
         raise ValueError(f"{owner}({name}={value!r}): {name} must be one of {', '.join(map(repr, allowed))}")
 
 
-def density_objection(structure: Structure) -> str | None:
-    """Why no method that needs log p(data, latents) can run, or None."""
+#: Rows that a method which goes through them in chunks looks at in one go, at most.
+CHUNK = 65_536
+
+
+def density_objection(structure: Structure, chunked: bool = False) -> str | None:
+    """Why no method that needs log p(data, latents) can run, or None; `chunked`: it looks at some rows at a time."""
     from ..structure import ENUMERATION_LIMIT, format_bytes
 
     if structure.implicit:
@@ -76,6 +80,8 @@ def density_objection(structure: Structure) -> str | None:
             f"independent sites inside a plate, or a chain with pyro.markov"
         )
     size = structure.enumeration_bytes()
+    if chunked and structure.num_rows and structure.row_arguments and all(s.local for s in structure.finite):
+        size *= min(1.0, CHUNK / structure.num_rows)
     if size > ENUMERATION_LIMIT:
         names = ", ".join(s.name for s in structure.finite[:4]) + (", ..." if len(structure.finite) > 4 else "")
         return (

@@ -85,16 +85,21 @@ class EM:
 
     def check(self, structure: Structure) -> Verdict:
         """Valid where every latent inside the data plate is finite or Gaussian: then the E-step is exact."""
-        objection = density_objection(structure) or gradient_objection(structure)
+        objection = density_objection(structure, chunked=True) or gradient_objection(structure)
         if objection:
             return Verdict(False, objection)
         if structure.has_modules:
             return Verdict(False, "the story learns networks; their M-step is what SVI does")
-        if structure.continuous_locals:
+        if structure.continuous_locals and not structure.linear_gaussian:
             site = structure.continuous_locals[0]
             return Verdict(
-                False, f"local latent {site.name!r} ({site.family}) is continuous: the E-step is an integral, not a sum"
+                False,
+                f"local latent {site.name!r} ({site.family}) is continuous and the rows are not linear-Gaussian in it: the "
+                f"E-step is an integral without a closed form",
             )
+        if structure.continuous_locals:
+            names = ", ".join(s.name for s in (*structure.continuous_locals, *structure.finite))
+            return Verdict(True, f"the rows are linear-Gaussian: {names} can be integrated out exactly; points for the globals")
         if structure.finite:
             names = ", ".join(s.name for s in structure.finite[:4]) + (", ..." if len(structure.finite) > 4 else "")
             return Verdict(True, f"{names} can be summed out exactly; points for the globals")
@@ -119,6 +124,10 @@ class EM:
 
     def engine(self, joint: LogJoint, theta: dict[str, Tensor] | None) -> Any:
         """What climbs this story."""
+        if joint.structure.continuous_locals:
+            from .linear import engine_for
+
+            return engine_for(joint, self.estimate, self.ridge, self.kernels)
         from .engine import Enumeration
 
         return Enumeration(joint, self.estimate, self.ridge, self.kernels, theta)
@@ -152,7 +161,7 @@ class EM:
         given = self.start if isinstance(self.start, Mapping) else self.start.draw(0)
         if kept := self.kept():
             given = {n.removeprefix("theta/"): v for n, v in kept.items() if n.startswith("theta/")}
-        wanted = {b.name: b for b in joint.blocks}
+        wanted = {b.name: b for b in joint.blocks if not b.local}
         if set(given) != set(wanted):
             raise ValueError(f"EM(start=...) has {sorted(given)}; it needs a value for each of {sorted(wanted)}")
         values = {}

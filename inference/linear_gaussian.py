@@ -1,0 +1,234 @@
+r"""Exact integrals over continuous locals where every row's log joint is quadratic in them.
+
+At fixed globals, and for every state s of the row's finite locals, a linear-Gaussian row has
+:math:`\log p(x_n, z, s) = \ell + g^\top z - \tfrac12 z^\top P z`, so that z is normal with mean :math:`P^{-1}g` and precision
+P, and integrates to :math:`\ell + \tfrac12 g^\top P^{-1} g + \tfrac q2\log 2\pi - \tfrac12\log|P|` (Roweis and Ghahramani, *A
+unifying review of linear Gaussian models*, Neural Computation 1999).  The three are read off the story itself, by running it
+at a few values of z: whatever the user wrote, missing cells and covariates included.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .data import take_rows
+from .enumeration import align, multiply
+
+if TYPE_CHECKING:
+    from .joint import Block, LogJoint
+    from .problem import Problem
+
+#: Families that a linear-Gaussian local can have, and the most numbers and states a row may have.
+FAMILIES, WIDEST, STATES = ("Normal", "MultivariateNormal"), 64, 256
+#: Rows on which a story is tested.
+TRIAL_ROWS = 12
+
+
+def locals_of(joint: LogJoint) -> list[Block]:
+    """Continuous locals, in the order of the story."""
+    return [b for b in joint.blocks if b.local and not b.param]
+
+
+@dataclass
+class RowTable:
+    """log p(x_n, z_n, s | globals) as a function of the continuous locals, at one draw of the globals.
+
+    Parameters
+    ----------
+    joint, values, kwargs
+        The story, a draw (its local entries are ignored), and the rows.
+    """
+
+    joint: LogJoint
+    values: Mapping[str, Tensor]
+    kwargs: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        self.blocks, self.width = [], 0
+        self.n = row_count(self.joint, self.kwargs)
+        for b in locals_of(self.joint):
+            width = math.prod(b.shape[1:])
+            self.blocks.append((b.name, self.width, self.width + width))
+            self.width += width
+        self.globals = {b.name: self.values[b.name] for b in self.joint.blocks if not b.local}
+        self.finite = [n for n in self.joint.finite if self.joint.structure[n].local]
+
+    def table(self, z: Tensor, kwargs: Mapping[str, Any] | None = None) -> Tensor:
+        """log p(x_n, z_n, s | globals), (N, S), for z (N, q) or one (q,) for all rows."""
+        from .local import RowsFree, Stacked
+
+        kwargs = self.kwargs if kwargs is None else kwargs
+        n = row_count(self.joint, kwargs)
+        handler = Stacked(dict(self.globals), RowsFree(self.blocks, z.expand(n, self.width)))
+        plate = self.joint.structure.data_plate or ""
+        inside = []
+        for f in self.joint.factors(handler, kwargs):
+            if plate in f.plates:
+                away = tuple(i for i, d in enumerate(f.dims) if d != plate and d not in self.finite)
+                dims = tuple(d for i, d in enumerate(f.dims) if i not in away)
+                inside.append((f.value.sum(away) if away else f.value, dims))
+        value, dims = multiply(inside)
+        sizes = [self.joint.structure[name].states or 1 for name in self.finite]
+        value = align(value, dims, (plate, *self.finite))
+        return value.expand(n, *sizes).reshape(n, -1)
+
+
+@dataclass
+class GaussianRows(RowTable):
+    """The rows at one draw of the globals, with their continuous locals integrated out.
+
+    Parameters
+    ----------
+    shared
+        Whether P is that of all rows: then it is read off the first ones only. None: found out.
+
+    Attributes
+    ----------
+    level, slope, precision
+        The coefficients of the quadratic: (N, S), (N, S, q) and (N or 1, S, q, q) over the S joint states of finite locals.
+    log_states
+        log p(x_n, s) with z integrated out, (N, S).
+    mean, factor
+        Of z given row and state: (N, S, q), and the Cholesky factor of the precision.
+    """
+
+    shared: bool | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.read()
+
+    def read(self) -> None:
+        """Level, slope and precision from values at 0, at the axes and at their sums."""
+        eye = torch.eye(self.width, dtype=self.joint.problem.dtype, device=self.joint.problem.device)
+        few = take_some(self.joint, self.kwargs, TRIAL_ROWS)
+        if self.shared is None:
+            P = self.curvature(eye, few)
+            self.shared = not self.holes() and bool((P - P[:1]).abs().max() <= 1e-9 * (1 + P.abs().max()))
+        P = self.curvature(eye, take_some(self.joint, self.kwargs, 1) if self.shared else self.kwargs)
+        self.level = self.table(torch.zeros_like(eye[0]))
+        half = 0.5 * P.diagonal(dim1=-2, dim2=-1)
+        self.slope = torch.stack([self.table(e) - self.level + half[..., i] for i, e in enumerate(eye)], -1)
+        self.precision = P
+        self.factor, _ = torch.linalg.cholesky_ex(P)
+        self.mean = torch.cholesky_solve(self.slope.unsqueeze(-1), self.factor).squeeze(-1)
+        log_det = 2 * self.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        gain = 0.5 * (self.slope * self.mean).sum(-1)
+        self.log_states = self.level + gain + 0.5 * self.width * math.log(2 * math.pi) - 0.5 * log_det
+
+    def curvature(self, eye: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        """P from second differences, exact for a quadratic: (N, S, q, q)."""
+        zero = self.table(torch.zeros_like(eye[0]), kwargs)
+        up = [self.table(e, kwargs) for e in eye]
+        P = zero.new_zeros(*zero.shape, self.width, self.width)
+        for i in range(self.width):
+            down = self.table(-eye[i], kwargs)
+            P[..., i, i] = 2 * zero - up[i] - down
+            for j in range(i):
+                both = self.table(eye[i] + eye[j], kwargs)
+                P[..., i, j] = P[..., j, i] = up[i] + up[j] - both - zero
+        return P
+
+    def holes(self) -> bool:
+        """Whether observed cells are missing: rows then know different parts of z."""
+        values = (self.kwargs.get(s.argument or "") for s in self.joint.structure.observed)
+        return any(isinstance(v, Tensor) and v.is_floating_point() and bool(v.isnan().any()) for v in values)
+
+    # -- answers -----------------------------------------------------------------------------------------------------
+
+    @property
+    def log_rows(self) -> Tensor:
+        """log p(x_n | globals), (N,)."""
+        return self.log_states.logsumexp(-1)
+
+    def log_evidence(self) -> tuple[Tensor, Tensor]:
+        """`log_rows`, and its Monte Carlo variance: none."""
+        return self.log_rows, torch.zeros_like(self.log_rows)
+
+    def probabilities(self) -> Tensor:
+        """Posterior of the joint state of the finite locals, (N, S)."""
+        return self.log_states.softmax(-1)
+
+    def state_probabilities(self, site: str) -> Tensor:
+        """Posterior of one finite local, (N, states)."""
+        sizes = [self.joint.structure[name].states or 1 for name in self.finite]
+        p = self.probabilities().reshape(self.n, *sizes)
+        away = tuple(1 + i for i, name in enumerate(self.finite) if name != site)
+        return p.sum(away) if away else p
+
+    def draw(self, count: int) -> Tensor:
+        """Joint draws of all continuous locals: (count, N, q)."""
+        states = torch.distributions.Categorical(logits=self.log_states).sample((count,))
+        index = states.unsqueeze(-1).expand(count, self.n, self.width)
+        mean = self.mean.expand(count, *self.mean.shape).gather(2, index.unsqueeze(2)).squeeze(2)
+        factor = self.factor.expand(self.n, *self.factor.shape[1:])
+        eps = torch.randn(count, self.n, self.width, dtype=mean.dtype, device=mean.device)
+        chosen = factor[torch.arange(self.n), states]
+        return mean + torch.linalg.solve_triangular(chosen.mT, eps.unsqueeze(-1), upper=True).squeeze(-1)
+
+    def resample(self, site: str, count: int = 10) -> Tensor:
+        """Draws of one local: (count, N, ...event)."""
+        return self.split(self.draw(count))[site]
+
+    def split(self, z: Tensor) -> dict[str, Tensor]:
+        """Values by site from (..., N, q)."""
+        shapes = {b.name: b.shape[1:] for b in locals_of(self.joint)}
+        return {name: z[..., a:b].reshape(*z.shape[:-1], *shapes[name]) for name, a, b in self.blocks}
+
+
+def row_count(joint: LogJoint, kwargs: Mapping[str, Any]) -> int:
+    """Rows among the arguments."""
+    rows = joint.structure.row_arguments
+    return len(kwargs[rows[0]]) if rows else int(joint.structure.num_rows or 1)
+
+
+def take_some(joint: LogJoint, kwargs: Mapping[str, Any], most: int) -> dict[str, Any]:
+    """At most `most` rows from all over the data."""
+    rows, n = joint.structure.row_arguments, row_count(joint, kwargs)
+    if not rows or n <= most:
+        return dict(kwargs)
+    return take_rows(kwargs, rows, torch.linspace(0, n - 1, most).round().long())
+
+
+def is_linear_gaussian(problem: Problem) -> bool:
+    """Whether every row's log joint is quadratic in its continuous locals: read off the families, then tested.
+
+    Along random lines third differences vanish for a quadratic, and the curvature is negative.
+    """
+    from .joint import LogJoint
+
+    structure = problem.structure
+    found = structure.continuous_locals
+    if not found or structure.uncountable or any(s.family not in FAMILIES for s in found):
+        return False
+    if not structure.row_arguments or any(len(s.plates) != 1 for s in found) or structure.has_modules:
+        return False
+    joint = LogJoint(problem)
+    few = take_some(joint, problem.kwargs, TRIAL_ROWS)
+    width = sum(math.prod(b.shape[1:]) for b in locals_of(joint))
+    if width > WIDEST or any(not structure[n].local for n in joint.finite):
+        return False
+    if math.prod(structure[n].states or 1 for n in joint.finite) > STATES:
+        return False
+    try:
+        with torch.no_grad():
+            return all(lines_are_parabolas(RowTable(joint, joint.prior_draw(), few)) for _ in range(2))
+    except (ValueError, RuntimeError, NotImplementedError, IndexError):
+        return False
+
+
+def lines_are_parabolas(rows: RowTable) -> bool:
+    """Third differences of the log joint along random lines through z vanish, and second ones are negative."""
+    dtype = rows.joint.problem.dtype
+    centre, way = torch.randn(rows.n, rows.width, dtype=dtype), torch.randn(rows.n, rows.width, dtype=dtype)
+    f = [rows.table(centre + t * way) for t in (-3.0, -1.0, 1.0, 3.0)]
+    size = 1e-9 * (1 + torch.stack(f).abs().amax(0))
+    third = (f[3] - 3 * f[2] + 3 * f[1] - f[0]).abs()
+    bend = f[0] - f[1] - f[2] + f[3]
+    return bool((third <= size).all() and (bend < size).all())

@@ -1,0 +1,202 @@
+r"""EM for linear-Gaussian rows: probabilistic PCA, factor analysis, and mixtures of factor analysers.
+
+A story is recognised when, given a component k (or none), :math:`x_n \sim \mathcal N(W_k z_n + b_k, \Psi_k)` with
+:math:`z_n \sim \mathcal N(0, I)`, diagonal :math:`\Psi`, and W, b and Psi copies of unknowns, in whatever shape the user
+keeps them.  All updates are weighted regressions of the columns of x on (z, 1), written in expected sums:
+
+complete rows, one component   everything from the D x D scatter, whatever N (Rubin and Thayer, Psychometrika 1982); without
+                               priors, PPCA in closed form (Tipping and Bishop, JRSS B 1999) and factor analysis by alternating
+                               an eigendecomposition with the noise (Joereskog, Psychometrika 1967)
+components                     responsibilities by Woodbury (Ghahramani and Hinton 1996)
+missing cells                  a posterior of z for every row from the cells that are seen
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...joint import LogJoint
+from .estep import Expectation
+from .linear_form import Form, recognise_form
+from .linear_sums import Sums, by_component, by_row, from_scatter, scatter_of
+from .priors import Conjugate
+
+Theta = dict[str, Tensor]
+
+
+class LinearGaussian:
+    """Engine for one recognised story and its data; one run at a time."""
+
+    together = False
+
+    def __init__(self, joint: LogJoint, form: Form, estimate: str, ridge: float) -> None:
+        self.joint, self.form, self.estimate, self.ridge = joint, form, estimate, ridge
+        self.x: Tensor = joint.problem.kwargs[form.argument]
+        self.missing = bool(joint.structure[form.observed].missing)
+        self.kind = {"dtype": joint.problem.dtype, "device": joint.problem.device}
+        self.mean, self.scatter = scatter_of(self.x, self.kind["dtype"])  # of the complete rows, or pairwise
+        self.variance = self.scatter.diagonal() / len(self.x)
+        self.simple = form.states == 1 and not self.missing
+        self.plan_text = self.describe()
+
+    @classmethod
+    def recognise(cls, joint: LogJoint, estimate: str, ridge: float) -> LinearGaussian | None:
+        """The engine for a story that has this structure, or None."""
+        form = recognise_form(joint, estimate)
+        return None if form is None else cls(joint, form, estimate, ridge)
+
+    # -- the plan ----------------------------------------------------------------------------------------------------
+
+    @property
+    def direct(self) -> bool:
+        """Whether the maximum is found by eigendecompositions: one component, complete rows, no priors."""
+        f = self.form
+        flat = all(f.flat(name) for name in (f.loading.theta, f.noise.theta, f.centre.theta if f.centre else None) if name)
+        ids = f.noise.index.expand(f.states, f.columns)[0]
+        return self.simple and flat and f.free and (self.isotropic or len(ids.unique()) == f.columns)
+
+    @property
+    def isotropic(self) -> bool:
+        """One noise variance for all columns."""
+        return len(self.form.noise.index.unique()) == 1
+
+    def describe(self) -> str:
+        """The plan in words."""
+        f, n = self.form, len(self.x)
+        if self.simple:
+            how = f"Gaussian integral; everything from the {f.columns} x {f.columns} scatter of {n:,} rows"
+        elif self.missing:
+            how = f"Gaussian integral given the seen cells, {n:,} posteriors of {f.width} numbers"
+        else:
+            how = f"Gaussian integral by Woodbury, {n:,} rows x {f.states} components"
+        lines = [f"EM plan ({self.estimate.upper()})", f"  {f.latent:<12} integrated out: {how}"]
+        if f.component:
+            lines.append(f"  {f.component:<12} summed out: softmax over {f.states} states")
+        if self.direct:
+            update = "closed form (PPCA)" if self.isotropic else "eigendecomposition and noise in turn"
+            lines += [f"  {n:<12} {update}" for n in (f.loading.theta, f.noise.theta, f.centre.theta if f.centre else "") if n]
+        else:
+            lines += [f"  {name:<12} closed form: {reason}" for name, reason in f.reasons.items()]
+        return "\n".join(lines)
+
+    # -- starts ------------------------------------------------------------------------------------------------------
+
+    def start(self, seeds: Sequence[int], offset: int) -> Theta:
+        """Principal axes of k-means++ clusters (of all rows where there is one component), turned at random."""
+        starts = [self.start_one(seed) for seed in seeds]
+        return {n: torch.stack([s[n] for s in starts]) for n in starts[0]}
+
+    def start_one(self, seed: int) -> dict[str, Tensor]:
+        """One start."""
+        from .start import SAMPLE, lloyd, nearest, plus_plus
+
+        f, generator = self.form, torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)
+        theta = self.joint.guide_draw() or self.joint.prior_draw()
+        theta = {b.name: theta[b.name] for b in self.joint.blocks if not b.local}
+        some = torch.randperm(len(self.x), generator=generator)[:SAMPLE]
+        x = self.x[some].to(**self.kind)
+        x = torch.where(x.isnan(), self.mean, x)
+        labels = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        if f.states > 1:
+            unit = ((x - self.mean) / self.variance.sqrt().clamp_min(1e-12)).cpu()
+            labels = nearest(unit, lloyd(unit, plus_plus(unit, f.states, 1, generator)))[0].to(x.device)
+        W, b, psi, share = [], [], [], []
+        for k in range(f.states):
+            rows = x[labels == k] if int((labels == k).sum()) > f.width else x
+            mean = rows.mean(0)
+            values, vectors = torch.linalg.eigh((rows - mean).T @ (rows - mean) / len(rows))
+            rest = values[: f.columns - f.width].clamp_min(0).mean() if f.columns > f.width else values[0] * 0
+            rest = torch.maximum(rest, 1e-3 * self.variance.mean() + 1e-12)
+            axes = vectors[:, -f.width :] * (values[-f.width :] - rest).clamp_min(1e-3 * rest).sqrt()
+            turn = torch.linalg.qr(torch.randn(f.width, f.width, generator=generator, **{"dtype": x.dtype}))[0]
+            W.append(axes @ turn.to(x.device))
+            b.append(mean)
+            psi.append(((rows - mean) ** 2).mean(0).sub((W[-1] ** 2).sum(1)).clamp_min(0.1 * rest))
+            share.append(max(len(rows), 1))
+        weights = torch.tensor(share, **self.kind)
+        return f.write(theta, torch.stack(W), torch.stack(b), torch.stack(psi), weights / weights.sum())
+
+    # -- one iteration -----------------------------------------------------------------------------------------------
+
+    def expectation(self, theta: Theta) -> Expectation:
+        """Expected sums and log-likelihood at theta (R = 1)."""
+        one = {n: v[0] for n, v in theta.items()}
+        W, b, psi, log_pi = self.form.read(one)
+        c = b - self.mean
+        with torch.no_grad():
+            if self.simple:
+                sums = from_scatter(self.scatter, len(self.x), W[0], c[0], psi[0])
+            elif self.missing:
+                sums = by_row(self.x, self.mean, W, c, psi, log_pi)
+            else:
+                sums = by_component(self.x, self.mean, W, c, psi, log_pi)
+            prior = self.form.log_prior(one) if self.estimate == "map" else 0.0
+        likelihood = sums.log_likelihood.reshape(1)
+        return Expectation(likelihood + prior, likelihood, {"sums": {k: v[None] for k, v in sums.parts().items()}}, {}, [])
+
+    def maximise(self, theta: Theta, e: Expectation) -> Theta:
+        """Regressions of the columns on (z, 1), then the noise around them, then the weights."""
+        one = {n: v[0] for n, v in theta.items()}
+        if self.direct:
+            new = self.eigen(one)
+        else:
+            new = self.regress(one, Sums(**{k: v[0] for k, v in e.stats["sums"].items()}, log_likelihood=e.log_likelihood[0]))
+        return {n: v[None] for n, v in new.items()}
+
+    def eigen(self, theta: dict[str, Tensor]) -> dict[str, Tensor]:
+        """PPCA: the maximum. Factor analysis: loadings given the noise, then the noise given the loadings."""
+        f, n = self.form, len(self.x)
+        _, b, psi, _ = f.read(theta)
+        gap = self.mean - b[0]
+        if f.centre is not None:
+            b, S = self.mean[None], self.scatter / n
+        else:
+            S = self.scatter / n + gap[:, None] * gap
+        q, floor = f.width, self.ridge * self.variance.clamp_min(1e-300)
+        if self.isotropic:
+            values, vectors = torch.linalg.eigh(S)
+            rest = values[:-q].clamp_min(0).mean() if q < len(values) else values[0] * 0
+            rest = rest.clamp_min(float(floor.mean()))
+            W = vectors[:, -q:] * (values[-q:] - rest).clamp_min(0).sqrt()
+            return f.write(theta, W[None], b, rest.expand(1, f.columns), None)
+        root = psi[0].clamp_min(1e-300).sqrt()
+        values, vectors = torch.linalg.eigh(S / root[:, None] / root)
+        W = root[:, None] * vectors[:, -q:] * (values[-q:] - 1).clamp_min(0).sqrt()
+        psi = (S.diagonal() - (W * W).sum(1)).clamp_min(0)
+        return f.write(theta, W[None], b, torch.maximum(psi, floor)[None], None)
+
+    def regress(self, theta: dict[str, Tensor], s: Sums) -> dict[str, Tensor]:
+        """One M-step from the sums."""
+        f = self.form
+        W, b, psi, _ = f.read(theta)
+        W, c = f.regression(s, W, b - self.mean, psi, self.mean)
+        v = torch.cat([W, c.unsqueeze(-1)], -1)
+        G, h = s.normal_equations()
+        around = s.sxx - 2 * (v * h).sum(-1) + ((G @ v.unsqueeze(-1)).squeeze(-1) * v).sum(-1)
+        prior: Conjugate = f.priors[f.noise.theta]
+        index = f.noise.index.expand(f.states, f.columns)
+        total = f.noise.pull(around.clamp_min(0)[None], index)[0] + prior.total
+        count = f.noise.pull(s.n[None], index)[0] + prior.count
+        value = total / count.clamp_min(1e-300)
+        if f.flat(f.noise.theta):
+            wide = f.noise.pull((s.n * self.variance)[None], index)[0] / count.clamp_min(1e-300)
+            value = value + self.ridge * wide
+        old = f.noise_variance(theta)
+        value = torch.where(count > 1e-12, value.clamp_min(1e-300), old)
+        psi = value.reshape(-1)[index]
+        return f.write(theta, W, c + self.mean, psi, s.weights(f, theta) if f.component else None)
+
+
+def engine_for(joint: LogJoint, estimate: str, ridge: float, kernels: bool) -> Any:
+    """The engine for rows with continuous locals: recognised sums, else ascent on the exact marginal likelihood."""
+    found = LinearGaussian.recognise(joint, estimate, ridge) if kernels else None
+    if found is not None:
+        return found
+    from .marginal import MarginalAscent
+
+    return MarginalAscent(joint, estimate)
