@@ -14,7 +14,10 @@ from .catalog import catalog, examples
 __version__ = "0.1.0"
 
 _LAZY = {
+    "FactorAnalysis": ".factors.fa",
     "GMM": ".mixtures.gmm",
+    "MixtureOfFactorAnalysers": ".factors.mfa",
+    "PPCA": ".factors.ppca",
     "PoissonMixture": ".mixtures.poisson",
     "Dataset": ".data",
     "datasets": ".data",
@@ -22,7 +25,7 @@ _LAZY = {
     "read": ".data",
 }
 
-__all__ = ["GMM", "Dataset", "PoissonMixture", "catalog", "datasets", "examples", "load", "read"]
+__all__ = ["GMM", "PPCA", "Dataset", "FactorAnalysis", "MixtureOfFactorAnalysers", "PoissonMixture", "catalog", "datasets", "examples", "load", "read"]
 
 
 def __getattr__(name: str) -> Any:

@@ -62,6 +62,30 @@ _ENTRIES = (
         symbols="pi (K,); lam (K,) or (K, D); z (N,)",
         methods="EM (point), NUTS (samples), SVI (approximation); z is summed out exactly",
     ),
+    Entry(
+        name="PPCA",
+        chapter="factors",
+        description="Probabilistic PCA: a few factors a row, equal noise in all columns",
+        path="zoo.factors.ppca:PPCA",
+        symbols="W (D, K); mu (D,); psi (); z (N, K)",
+        methods="EM (point, closed form without priors), NUTS (samples), SVI (linear encoder); z is integrated exactly",
+    ),
+    Entry(
+        name="FactorAnalysis",
+        chapter="factors",
+        description="Factor analysis: a few factors a row, each column with noise of its own",
+        path="zoo.factors.fa:FactorAnalysis",
+        symbols="W (D, K); mu (D,); psi (D,); z (N, K)",
+        methods="EM (point), NUTS (samples), SVI (linear encoder); z is integrated exactly",
+    ),
+    Entry(
+        name="MixtureOfFactorAnalysers",
+        chapter="factors",
+        description="Clusters, each with a few factors of its own",
+        path="zoo.factors.mfa:MixtureOfFactorAnalysers",
+        symbols="pi (C,); mu (C, D); W (C, D, K); psi (D,); c (N,); z (N, K)",
+        methods="EM (point), NUTS (samples), SVI (approximation); c is summed out and z integrated exactly",
+    ),
 )
 
 

@@ -33,7 +33,7 @@ _BUNDLED = {
         "Forina et al., PARVUS (1988), UCI repository; the copy that scikit-learn brings",
     ),
 }
-_SIMULATED = ("old_faithful", "poisson_counts", "three_clusters")
+_SIMULATED = ("old_faithful", "poisson_counts", "three_clusters", "two_factors", "two_rods")
 
 
 def datasets() -> list[str]:

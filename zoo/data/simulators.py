@@ -73,6 +73,50 @@ def poisson_counts(num_data: int = 500, seed: int = 0) -> Dataset:
     )
 
 
+def two_factors(num_data: int = 300, seed: int = 0) -> Dataset:
+    """Six test scores that two abilities, verbal and spatial, explain: standardised scores.
+
+    `truth` has the sites of `zoo.FactorAnalysis`: W (6, 2), mu (6,), psi (6,) and z (N, 2).
+    """
+    rng = _generator(num_data, seed)
+    W = np.array([[0.9, 0.0], [0.8, 0.1], [0.7, 0.2], [0.1, 0.8], [0.0, 0.9], [0.2, 0.6]])
+    psi = np.array([0.19, 0.35, 0.47, 0.35, 0.19, 0.6])
+    z = rng.standard_normal((num_data, 2))
+    x = z @ W.T + np.sqrt(psi) * rng.standard_normal((num_data, 6))
+    return Dataset(
+        name="two_factors",
+        x=torch.from_numpy(x),
+        feature_names=("vocabulary", "reading", "analogies", "blocks", "mazes", "folding"),
+        description="Six test scores that two abilities explain.",
+        source="simulated",
+        truth={name: torch.from_numpy(v) for name, v in (("W", W), ("mu", np.zeros(6)), ("psi", psi), ("z", z))},
+    )
+
+
+def two_rods(num_data: int = 300, seed: int = 0) -> Dataset:
+    """Two clusters in space, each long in one direction of its own and thin in the others.
+
+    `truth` has the sites of `zoo.MixtureOfFactorAnalysers`: pi (2,), mu (2, 3), W (2, 3, 1), psi (3,), c (N,) and z (N, 1).
+    """
+    rng = _generator(num_data, seed)
+    pi, psi = np.array([0.6, 0.4]), np.array([0.1, 0.1, 0.1])
+    mu = np.array([[-1.5, 0.0, 0.0], [1.5, 0.5, 0.0]])
+    W = np.array([[[0.0], [2.0], [0.5]], [[1.5], [0.0], [1.5]]])
+    c = rng.choice(2, size=num_data, p=pi)
+    z = rng.standard_normal((num_data, 1))
+    x = mu[c] + np.einsum("ndk,nk->nd", W[c], z) + np.sqrt(psi) * rng.standard_normal((num_data, 3))
+    values = {"pi": pi, "mu": mu, "W": W, "psi": psi, "c": c, "z": z}
+    return Dataset(
+        name="two_rods",
+        x=torch.from_numpy(x),
+        labels=torch.from_numpy(c),
+        feature_names=("first", "second", "third"),
+        description="Two clusters in space, each long in a direction of its own.",
+        source="simulated",
+        truth={name: torch.from_numpy(np.asarray(v)) for name, v in values.items()},
+    )
+
+
 def _gaussians(
     name: str, weights: Any, centres: Any, covariances: Any, num_data: int, seed: int, **words: Any
 ) -> Dataset:

@@ -10,7 +10,6 @@ import torch
 import torch.distributions as td
 from torch import Tensor
 
-from ...enumeration import align
 from ...handlers import unwrap
 from ...joint import LogJoint
 from ...linear_gaussian import locals_of, take_some
@@ -215,7 +214,7 @@ def probe(
         loading = any_copy(A, leaves)
         centre = any_copy(locs[0], leaves)
         noise, role = spread_copy(nodes[observed], names, leaves, component)
-        if loading is None or noise is None or (centre is None and locs[0].requires_grad):
+        if loading is None or noise is None or (centre is None and moves(locs[0], leaves)):
             return None
         used = [loading.theta, noise.theta, *([centre.theta] if centre else [])]
         weights, prior = None, None
@@ -242,13 +241,8 @@ def probe(
             return None
         form.weights_prior, form.priors[weights] = prior.total, prior
         form.reasons[weights] = f"shares of {component}, {prior.text}"
-    form.densities = {n: held(fn) for n, fn in fns.items()}
+    form.densities = fns
     return form if lay_out(form) else None
-
-
-def held(fn: Any) -> Any:
-    """A prior without gradients (none of its parameters is an unknown)."""
-    return fn
 
 
 def location(node: dict, names: dict[str, str], plate: str, component: str | None) -> Tensor | None:
@@ -265,7 +259,7 @@ def location(node: dict, names: dict[str, str], plate: str, component: str | Non
         loc, dims = first.squeeze(at), tuple(d for d in dims if d != plate)
     if not set(dims) <= ({component} if component else set()):
         return None
-    return align(loc, dims, (component,)) if component and component in dims else loc
+    return loc
 
 
 def spread_copy(
@@ -291,6 +285,14 @@ def any_copy(y: Tensor, leaves: dict[str, Tensor]) -> Gather | None:
         if gather is not None and gather.scale is None:
             return gather
     return None
+
+
+def moves(y: Tensor, leaves: dict[str, Tensor]) -> bool:
+    """Whether y changes with any unknown."""
+    if not y.requires_grad:
+        return False
+    grads = torch.autograd.grad((y * torch.rand_like(y)).sum(), list(leaves.values()), retain_graph=True, allow_unused=True)
+    return any(g is not None and bool((g != 0).any()) for g in grads)
 
 
 def standard(node: dict) -> bool:
