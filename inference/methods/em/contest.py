@@ -51,7 +51,7 @@ class Contest:
         from . import MANY_ROWS
 
         wanted = self.em.driver
-        blocks = isinstance(self.engine, Enumeration) and self.engine.together
+        blocks = isinstance(self.engine, Enumeration) and self.engine.together and self.engine.mixture is not None
         if wanted == "auto":
             return "incremental" if blocks and self.rows >= MANY_ROWS else "batch"
         if wanted != "batch" and not blocks:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...joint import LogJoint
+from .chain import ChainKernel
 from .estep import Expectation, expectation, make_parts, slots_now
 from .mixture import MixtureKernel
 from .mstep import MStep, Theta
@@ -57,17 +58,21 @@ class Enumeration:
         self.joint = joint
         self.first = {n: v[0] for n, v in theta.items()} if theta else joint.guide_draw() or joint.prior_draw()
         self.plan: Plan = compile_plan(joint, self.first, estimate)
+        self.whole = self.plan
         self.parts = make_parts(joint)
         self.kernel = self.recognise() if kernels else None
-        self.step = MStep(joint, self.plan, ridge)
         self.mixture = self.kernel if isinstance(self.kernel, MixtureKernel) else None
-        self.together = self.mixture is not None and self.plan.copies_only and not self.plan.climbed
+        self.chain = self.kernel if isinstance(self.kernel, ChainKernel) else None
+        if self.chain is not None:
+            self.plan = self.chain.plan  # one site stands for all steps
+        self.step = MStep(joint, self.plan, ridge)
+        self.together = self.kernel is not None and self.plan.copies_only and not self.plan.climbed
         self.plan.sums.update(self.describe_sums())
         self.plan_text = str(self.plan)
 
     def recognise(self) -> Any:
         """The kernel for this structure, or None."""
-        for kind in (MixtureKernel,):
+        for kind in (MixtureKernel, ChainKernel):
             found = kind.recognise(self.joint, self.plan, self.first, self.parts)
             if found is not None:
                 return found
@@ -81,10 +86,10 @@ class Enumeration:
             width, k = self.mixture.layout[-1].stop, self.mixture.states
             how = f"softmax over {k} states, two matrix products of {n:,} rows x {width} features x {k}"
             return {self.mixture.latent: how}
-        if self.kernel is not None:
-            names = list(states)
-            how = f"chain of {len(names)} steps, scaled forward-backward, {n:,} x {len(names)} x {max(states.values())}^2"
-            return {f"{names[0]}..": how} if len(names) > 1 else {names[0]: how}
+        if self.chain is not None:
+            names = self.chain.chain
+            how = f"chain of {len(names)} steps, scaled forward-backward, {n:,} x {len(names)} x {self.chain.states}^2"
+            return {f"{names[0]}..": how}
         size = structure.enumeration_elements() if states else 0
         how = f"contraction, largest table {size:,.0f} numbers"
         few = list(states)[:4]
@@ -107,9 +112,11 @@ class Enumeration:
             slots, prior = slots_now(joint, self.plan, theta, self.parts)
             e = self.mixture.expectation(S, prior, prior, slots, self.parts)
             return self.settle(theta, e)
-        starts = []
+        starts, plan = [], self.whole
         for r in range(len(seeds)):
-            e = expectation_at(joint, self.plan, base, kwargs, {n: v[r] for n, v in labels.items()})
+            e = expectation_at(joint, plan, base, kwargs, {n: v[r] for n, v in labels.items()})
+            if self.chain is not None:
+                e.stats = self.chain.pooled(e.stats)
             starts.append(self.settle({n: v[None] for n, v in base.items()}, e))
         return {n: torch.cat([s[n] for s in starts]) for n in base}
 

@@ -74,6 +74,8 @@ class MixtureKernel:
         The story and its plan.
     latent, states
         Name of the finite latent and its number of states, K.
+    skip
+        Sites that are no observations.
     """
 
     joint: LogJoint
@@ -88,6 +90,7 @@ class MixtureKernel:
     base: float = 0.0
     kept: Tensor | None = None
     scratch: dict[str, Tensor] = field(default_factory=dict)
+    skip: set[str] = field(default_factory=set)
 
     # -- recognition -------------------------------------------------------------------------------------------------
 
@@ -124,18 +127,23 @@ class MixtureKernel:
         wanted = expectation(self.joint, self.plan, theta, some)
         found = trial({n: v[None] for n, v in theta.items()}, [Part(some[0].kwargs)])
         loose = 1.0 if trial.dtype == self.joint.problem.dtype else 1e5
-        close = [(found.objective - wanted.objective).abs() <= loose * 1e-9 * (1 + wanted.objective.abs())]
-        for place in trial.layout:
-            value = wanted.stats[place.term][place.key]
+        close = (found.objective - wanted.objective).abs() <= loose * 1e-9 * (1 + wanted.objective.abs())
+        return bool(close.all()) and trial.matches(found.stats, wanted.stats, loose)
+
+    def matches(self, found: dict[str, Statistics], wanted: dict[str, Statistics], loose: float = 1.0) -> bool:
+        """Whether statistics are the same, as far as single entries are known and matter."""
+        for place in self.layout:
+            value = wanted[place.term][place.key]
             away = ([1] if place.shared else []) + (list(range(2, value.dim())) if place.pooled else [])
             value = value.mean(away, keepdim=True).expand_as(value) if away else value
             atol = loose * 1e-7 * (1 + float(value.abs().max()))
-            close.append(torch.isclose(found.stats[place.term][place.key], value, rtol=0, atol=atol).all())
-        return all(bool(c.all()) for c in close)
+            if not bool(torch.isclose(found[place.term][place.key], value, rtol=0, atol=atol).all()):
+                return False
+        return True
 
     def observed(self) -> list[Term]:
         """All terms but the latent's own."""
-        return [t for t in self.plan.terms.values() if t.name != self.latent]
+        return [t for t in self.plan.terms.values() if t.name != self.latent and t.name not in self.skip]
 
     def collect(self, theta: dict[str, Tensor], parts: list[Part]) -> None:
         """Find the values of every site: the data as they lie, or what the story makes of them."""
@@ -210,7 +218,7 @@ class MixtureKernel:
             for key, value in self.statistics(term, slice(0, 1)).items():
                 shape = tuple(value.shape[1:])
                 triangle = key == "xx" and family.event_dims == 1
-                shared = key == "xx" and self.latent not in term.slot_dims["spread"] and not term.masked
+                shared = key == "xx" and not term.slot_dims["spread"] and not term.masked
                 pooled = key == "xx" and not triangle and not shared and self.one_variance(term)
                 size = 1 if pooled else math.prod(shape)
                 if triangle:
@@ -334,14 +342,17 @@ class MixtureKernel:
 
     # -- one iteration -----------------------------------------------------------------------------------------------
 
-    def weights(self, slots: dict, runs: int) -> tuple[Tensor, Tensor]:
-        """Natural parameters, (R, K, features), and the log density that all components share, (R,)."""
+    def own(self, slots: dict) -> Tensor | float:
+        """Log weights of the components, (R, K)."""
         own = self.plan.terms[self.latent]
         assert own.family is not None and own.family.natural is not None
-        first = own.family.natural(parameters(own, slots[own.name]))["counts"]
+        return own.family.natural(parameters(own, slots[own.name]))["counts"]
+
+    def weights(self, slots: dict, runs: int) -> tuple[Tensor, Tensor]:
+        """Natural parameters, (R, K, features), and the log density that all components share, (R,)."""
         kind = {"dtype": self.joint.problem.dtype, "device": self.joint.problem.device}
         W = torch.zeros(runs, self.states, self.layout[-1].stop, **kind)
-        W[:, :, 0] = first
+        W[:, :, 0] = self.own(slots)
         both = torch.zeros(runs, **kind)
         for term in self.observed():
             assert term.family is not None and term.family.natural is not None
