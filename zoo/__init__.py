@@ -14,8 +14,10 @@ from .catalog import catalog, examples
 __version__ = "0.1.0"
 
 _LAZY = {
+    "CategoricalHMM": ".sequences.categorical_hmm",
     "FactorAnalysis": ".factors.fa",
     "GMM": ".mixtures.gmm",
+    "GaussianHMM": ".sequences.gaussian_hmm",
     "MixtureOfFactorAnalysers": ".factors.mfa",
     "PPCA": ".factors.ppca",
     "PoissonMixture": ".mixtures.poisson",
@@ -25,7 +27,21 @@ _LAZY = {
     "read": ".data",
 }
 
-__all__ = ["GMM", "PPCA", "Dataset", "FactorAnalysis", "MixtureOfFactorAnalysers", "PoissonMixture", "catalog", "datasets", "examples", "load", "read"]
+__all__ = [
+    "GMM",
+    "PPCA",
+    "CategoricalHMM",
+    "Dataset",
+    "FactorAnalysis",
+    "GaussianHMM",
+    "MixtureOfFactorAnalysers",
+    "PoissonMixture",
+    "catalog",
+    "datasets",
+    "examples",
+    "load",
+    "read",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -86,6 +86,22 @@ _ENTRIES = (
         symbols="pi (C,); mu (C, D); W (C, D, K); psi (D,); c (N,); z (N, K)",
         methods="EM (point), NUTS (samples), SVI (approximation); c is summed out and z integrated exactly",
     ),
+    Entry(
+        name="GaussianHMM",
+        chapter="sequences",
+        description="Hidden Markov model: a state moves from step to step, each seen through a normal",
+        path="zoo.sequences.gaussian_hmm:GaussianHMM",
+        symbols="pi (K,); A (K, K); mu, tau (K,) or (K, D); z_t (N,)",
+        methods="EM (Baum-Welch), NUTS (samples), SVI (approximation); z is summed out by forward-backward",
+    ),
+    Entry(
+        name="CategoricalHMM",
+        chapter="sequences",
+        description="Hidden Markov model: a state moves from step to step and emits a symbol at each",
+        path="zoo.sequences.categorical_hmm:CategoricalHMM",
+        symbols="pi (K,); A (K, K); B (K, V); z_t (N,)",
+        methods="EM (Baum-Welch), NUTS (samples), SVI (approximation); z is summed out by forward-backward",
+    ),
 )
 
 

@@ -33,7 +33,15 @@ _BUNDLED = {
         "Forina et al., PARVUS (1988), UCI repository; the copy that scikit-learn brings",
     ),
 }
-_SIMULATED = ("old_faithful", "poisson_counts", "three_clusters", "two_factors", "two_rods")
+_SIMULATED = (
+    "old_faithful",
+    "poisson_counts",
+    "regimes",
+    "three_clusters",
+    "two_factors",
+    "two_rods",
+    "weather",
+)
 
 
 def datasets() -> list[str]:

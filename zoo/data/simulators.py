@@ -73,6 +73,55 @@ def poisson_counts(num_data: int = 500, seed: int = 0) -> Dataset:
     )
 
 
+def regimes(num_data: int = 60, seed: int = 0) -> Dataset:
+    """Sequences of 20 steps that switch between a low, a middle and a high regime and stay a while in each.
+
+    `truth` has the sites of `zoo.GaussianHMM`: pi (3,), A (3, 3), mu (3,) and tau (3,), and z (N, 20).
+    """
+    pi, mu, tau = np.array([0.5, 0.3, 0.2]), np.array([-3.0, 0.0, 4.0]), np.array([1.0, 4.0, 1.0])
+    A = np.array([[0.8, 0.15, 0.05], [0.1, 0.8, 0.1], [0.05, 0.25, 0.7]])
+    rng = _generator(num_data, seed)
+    z = _paths(rng, pi, A, num_data, 20)
+    x = mu[z] + rng.standard_normal(z.shape) / np.sqrt(tau[z])
+    return _sequences("regimes", x, {"pi": pi, "A": A, "mu": mu, "tau": tau, "z": z}, "Sequences that switch regimes.")
+
+
+def weather(num_data: int = 100, seed: int = 0) -> Dataset:
+    """What somebody does on 20 days: walk (0), shop (1) or clean (2), as the hidden weather, rainy or sunny, has it.
+
+    `truth` has the sites of `zoo.CategoricalHMM`: pi (2,), A (2, 2) and B (2, 3), and z (N, 20).
+    """
+    pi, A = np.array([0.6, 0.4]), np.array([[0.8, 0.2], [0.3, 0.7]])
+    B = np.array([[0.1, 0.3, 0.6], [0.7, 0.25, 0.05]])
+    rng = _generator(num_data, seed)
+    z = _paths(rng, pi, A, num_data, 20)
+    x = (rng.random(z.shape)[..., None] > B[z].cumsum(-1)).sum(-1).clip(max=2).astype(np.float64)
+    return _sequences("weather", x, {"pi": pi, "A": A, "B": B, "z": z}, "Days spent as the weather has it.")
+
+
+def _paths(rng: np.random.Generator, pi: Any, A: Any, num_data: int, num_steps: int) -> Any:
+    """States of Markov chains, (N, T)."""
+    u = rng.random((num_data, num_steps))
+    z = np.empty((num_data, num_steps), dtype=np.int64)
+    for t in range(num_steps):
+        p = np.broadcast_to(pi, (num_data, len(pi))) if t == 0 else A[z[:, t - 1]]
+        z[:, t] = (u[:, t, None] > p.cumsum(-1)).sum(-1).clip(max=len(pi) - 1)
+    return z
+
+
+def _sequences(name: str, x: Any, truth: dict[str, Any], description: str) -> Dataset:
+    """Sequences of one column; the label of a sequence is its last state."""
+    return Dataset(
+        name=name,
+        x=torch.from_numpy(x),
+        labels=torch.from_numpy(truth["z"][:, -1].copy()),
+        feature_names=tuple(f"step {t}" for t in range(x.shape[1])),
+        description=description,
+        source="simulated",
+        truth={site: torch.from_numpy(np.asarray(v)) for site, v in truth.items()},
+    )
+
+
 def two_factors(num_data: int = 300, seed: int = 0) -> Dataset:
     """Six test scores that two abilities, verbal and spatial, explain: standardised scores.
 

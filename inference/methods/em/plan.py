@@ -179,7 +179,8 @@ def decide(
     if len(roles) > 1:
         return slower, "it plays different parts in different sites", None
     family, slot, role = next(iter(roles))
-    where = ", ".join(sorted({t.name for t in users}))
+    names = list(dict.fromkeys(t.name for t in users))
+    where = ", ".join(names) if len(names) <= 4 else f"{names[0]}, {names[1]}, ..., {names[-1]}"
     if bayes and name in plan.prior_terms:
         if slot != "loc":
             return slower, "its prior is part of a hierarchy", None
