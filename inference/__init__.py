@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .data import DataNotice
     from .errors import DivergenceError
     from .fit import fit
-    from .methods import EM, NUTS, SVI, Verdict
+    from .methods import EM, NUTS, SVI, Exact, Verdict
     from .plates import draw_plates
     from .posterior import Posterior
     from .simulate import simulate
@@ -38,6 +38,7 @@ _HOME = {
     "DivergenceError": "errors",
     "fit": "fit",
     "EM": "methods",
+    "Exact": "methods",
     "NUTS": "methods",
     "SVI": "methods",
     "Verdict": "methods",
@@ -60,6 +61,7 @@ __all__ = [
     "Comparison",
     "DataNotice",
     "DivergenceError",
+    "Exact",
     "NoMethodError",
     "Posterior",
     "Site",

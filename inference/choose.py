@@ -40,6 +40,7 @@ def verdicts(structure: Structure) -> dict[str, Verdict]:
 def choose(structure: Structure, want: str = "auto", *, slow: dict[str, str] | None = None) -> Choice:
     """The first rule that holds.
 
+    0. the posterior is known in closed form, and points were not asked for -> exact
     1. want="point", or finite locals can be summed out and points for the globals are enough -> EM
     2. continuous latents and data in memory, at a bearable cost -> NUTS
     3. otherwise (large data, continuous locals in numbers, networks) -> SVI
@@ -66,6 +67,8 @@ def choose(structure: Structure, want: str = "auto", *, slow: dict[str, str] | N
     def valid(name: str) -> bool:
         return opinions[name].applies
 
+    if want != "point" and valid("exact"):
+        return Choice(METHODS["exact"], opinions["exact"].reason, opinions)
     finite_locals = [s.name for s in structure.finite if s.local]
     if want != "posterior" and valid("em") and (want == "point" or structure.finite):
         what = ", ".join(finite_locals or [s.name for s in structure.finite]) or "no latent"

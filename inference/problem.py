@@ -203,6 +203,15 @@ def prepare(
         with problem.scope(0):
             found = is_linear_gaussian(problem)
         problem = replace(problem, structure=replace(structure, linear_gaussian=found))
+    elif structure.latents and not any(s.discrete or s.local for s in structure.latents):
+        from .conjugate import closed_form
+
+        with problem.scope(0):
+            try:
+                conjugate = closed_form(problem) is not None
+            except (ValueError, RuntimeError, NotImplementedError, IndexError):
+                conjugate = False  # the story has another fault, which its method will name
+        problem = replace(problem, structure=replace(structure, conjugate=conjugate))
     return problem
 
 

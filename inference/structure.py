@@ -76,6 +76,7 @@ class Structure:
     """Everything that choosing a method needs, and nothing that depends on a method.
 
     `linear_gaussian`: given the globals and the finite locals, the log joint of a row is quadratic in its continuous locals.
+    `conjugate`: the posterior of all unknowns is known in closed form.
     """
 
     sites: tuple[Site, ...]
@@ -89,6 +90,7 @@ class Structure:
     has_modules: bool = False
     itemsize: int = 8
     linear_gaussian: bool = False
+    conjugate: bool = False
     _by_name: dict[str, Site] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:

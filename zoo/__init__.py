@@ -14,7 +14,9 @@ from .catalog import catalog, examples
 __version__ = "0.1.0"
 
 _LAZY = {
+    "Box": ".basics.box",
     "CategoricalHMM": ".sequences.categorical_hmm",
+    "CellTable": ".basics.cells",
     "FactorAnalysis": ".factors.fa",
     "GMM": ".mixtures.gmm",
     "GaussianHMM": ".sequences.gaussian_hmm",
@@ -30,7 +32,9 @@ _LAZY = {
 __all__ = [
     "GMM",
     "PPCA",
+    "Box",
     "CategoricalHMM",
+    "CellTable",
     "Dataset",
     "FactorAnalysis",
     "GaussianHMM",

@@ -47,6 +47,22 @@ class Entry:
 
 _ENTRIES = (
     Entry(
+        name="Box",
+        chapter="basics",
+        description="A uniform density on a rectangle, which two corners describe",
+        path="zoo.basics.box:Box",
+        symbols="low, size (D,)",
+        methods="exact (closed form); EM, SVI and NUTS do not see the jump at the edge",
+    ),
+    Entry(
+        name="CellTable",
+        chapter="basics",
+        description="Every combination of categorical features is a cell with a probability of its own",
+        path="zoo.basics.cells:CellTable",
+        symbols="theta (C,)",
+        methods="exact (closed form), EM (point), NUTS (samples), SVI (approximation)",
+    ),
+    Entry(
         name="GMM",
         chapter="mixtures",
         description="Gaussian mixture: every row picks a component, then a place around its centre",

@@ -5,11 +5,12 @@ from typing import Any
 
 from .base import Method, Verdict
 from .em import EM
+from .exact import Exact
 from .nuts import NUTS
 from .svi import SVI
 
 #: Names that `fit(..., method=...)` takes, strongest promise about the latents first.
-METHODS: dict[str, Method] = {"em": EM(), "nuts": NUTS(), "svi": SVI()}
+METHODS: dict[str, Method] = {"exact": Exact(), "em": EM(), "nuts": NUTS(), "svi": SVI()}
 
 
 def resolve(method: Any) -> Method:
@@ -35,4 +36,4 @@ def resolve(method: Any) -> Method:
     return method
 
 
-__all__ = ["EM", "METHODS", "NUTS", "SVI", "Method", "Verdict", "resolve"]
+__all__ = ["EM", "METHODS", "NUTS", "SVI", "Exact", "Method", "Verdict", "resolve"]

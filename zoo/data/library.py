@@ -36,6 +36,7 @@ _BUNDLED = {
 _SIMULATED = (
     "old_faithful",
     "poisson_counts",
+    "rectangle",
     "regimes",
     "three_clusters",
     "two_factors",
@@ -46,7 +47,7 @@ _SIMULATED = (
 
 def datasets() -> list[str]:
     """Names that `load` knows."""
-    return sorted([*_BUNDLED, *_SIMULATED])
+    return sorted([*_BUNDLED, *_SIMULATED, "faces"])
 
 
 def load(name: str, **settings: Any) -> "Dataset":
@@ -76,6 +77,8 @@ def load(name: str, **settings: Any) -> "Dataset":
     make: Callable[..., Dataset] = partial(_bundled, name)
     if name in _SIMULATED:
         make = getattr(import_module(".simulators", __package__), name)
+    elif name == "faces":
+        make = import_module(".faces", __package__).faces
     allowed = list(inspect.signature(make).parameters)
     unknown = [key for key in settings if key not in allowed]
     if unknown:

@@ -73,6 +73,20 @@ def poisson_counts(num_data: int = 500, seed: int = 0) -> Dataset:
     )
 
 
+def rectangle(num_data: int = 60, seed: int = 0) -> Dataset:
+    """Points spread evenly over a rectangle. `truth` has the sites of `zoo.Box`: low (2,) and size (2,)."""
+    low, size = np.array([-1.0, 0.5]), np.array([3.0, 1.0])
+    x = low + size * _generator(num_data, seed).random((num_data, 2))
+    return Dataset(
+        name="rectangle",
+        x=torch.from_numpy(x),
+        feature_names=("first", "second"),
+        description="Points in a rectangle.",
+        source="simulated",
+        truth={"low": torch.from_numpy(low), "size": torch.from_numpy(size)},
+    )
+
+
 def regimes(num_data: int = 60, seed: int = 0) -> Dataset:
     """Sequences of 20 steps that switch between a low, a middle and a high regime and stay a while in each.
 

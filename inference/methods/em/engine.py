@@ -59,7 +59,7 @@ class Enumeration:
         self.first = {n: v[0] for n, v in theta.items()} if theta else joint.guide_draw() or joint.prior_draw()
         self.plan: Plan = compile_plan(joint, self.first, estimate)
         self.whole = self.plan
-        self.parts = make_parts(joint)
+        self.parts = make_parts(joint, self.plan)
         self.kernel = self.recognise() if kernels else None
         self.mixture = self.kernel if isinstance(self.kernel, MixtureKernel) else None
         self.chain = self.kernel if isinstance(self.kernel, ChainKernel) else None

@@ -58,11 +58,13 @@ class Expectation:
     parts: list[Part]
 
 
-def make_parts(joint: LogJoint, kwargs: dict[str, Any] | None = None) -> list[Part]:
+def make_parts(joint: LogJoint, plan: Plan | None = None) -> list[Part]:
     """Split the rows so that no table exceeds `CHUNK_ELEMENTS`; one part where rows cannot be split."""
-    structure, kwargs = joint.structure, joint.problem.kwargs if kwargs is None else kwargs
+    structure, kwargs = joint.structure, joint.problem.kwargs
     n = structure.num_rows
     whole = [Part(kwargs)]
+    if plan is not None and any(t.rowwise for t in plan.terms.values()):
+        return whole
     if not n or not structure.row_arguments or any(not s.local for s in structure.finite):
         return whole
     width = max(1.0, structure.enumeration_elements() / n)

@@ -96,17 +96,22 @@ def plan_rows(joint: LogJoint) -> dict[str, Any]:
     return take_rows(kwargs, names, index.unique())
 
 
-def compile_plan(joint: LogJoint, theta: dict[str, Tensor], estimate: str) -> Plan:
-    """Trace the story once at `theta` and decide, unknown by unknown, how it will be updated."""
+def compile_plan(
+    joint: LogJoint, theta: dict[str, Tensor], estimate: str, rows: dict[str, Any] | None = None
+) -> Plan:
+    """Trace the story once at `theta` (on some rows) and decide, unknown by unknown, how it will be updated."""
+    rows = plan_rows(joint) if rows is None else rows
     leaves = {k: v.detach().clone().requires_grad_(v.is_floating_point()) for k, v in theta.items()}
     with torch.enable_grad():
-        trace, names = joint.trace(leaves, plan_rows(joint))
+        trace, names = joint.trace(leaves, rows)
         terms = {}
         for name, node in trace.nodes.items():
             if node["type"] != "sample" or name in theta or name not in joint.structure:
                 continue
             if joint.structure[name].kind in ("observed", "latent", "factor"):
                 terms[name] = make_term(name, node, names, leaves, joint)
+        if rows is not joint.problem.kwargs and any(t.rowwise for t in terms.values()):
+            return compile_plan(joint, theta, estimate, joint.problem.kwargs)
         prior_users = prior_dependencies(trace, leaves)
         prior_terms, unclear = {}, set()
         for name in (n for n, users in prior_users.items() if users):

@@ -50,6 +50,8 @@ class Term:
         Some values do not count (a mask, or missing cells that are independent of the others).
     missing
         A multivariate normal with missing cells: its statistics are expectations given the seen ones.
+    rowwise
+        Rows copy different entries of the unknowns, as an observed index tells.
     value_dims, value_sizes
         Named dimensions of the value itself, where the site is the prior of an unknown.
     """
@@ -66,6 +68,7 @@ class Term:
     floor: Tensor | None = None
     masked: bool = False
     missing: bool = False
+    rowwise: bool = False
     value_dims: tuple[str, ...] = ()
     value_sizes: tuple[int, ...] = ()
 
@@ -218,8 +221,11 @@ def make_term(name: str, node: dict, names: dict[str, str], leaves: dict[str, Te
     masked = not missing and mask_of(node, family.event_dims) is not None
     term = Term(name, family, node["fn"].event_dim - family.event_dims, depends=depends, masked=masked, missing=missing)
     describe_slots(term, node, names, leaves)
-    if joint.structure.data_plate in term.dims and seen:
-        return Term(name, None, depends=depends)  # parameters differ from row to row: nothing to sum over
+    plate = joint.structure.data_plate
+    if plate in term.dims and seen:
+        if any(plate in dims and slot not in term.gathers for slot, dims in term.slot_dims.items()):
+            return Term(name, None, depends=depends)  # parameters of each row's own: nothing to sum over
+        term.rowwise = True
     if family.name in ("Normal", "MultivariateNormal") and seen:
         value = node["infer"]["_complete"][1] if missing else node["value"]
         if masked:
