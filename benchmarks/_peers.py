@@ -35,6 +35,9 @@ OURS = "ours"
 def arguments(description: str | None, *, repeats: int, device: bool = False) -> argparse.Namespace:
     """The command line of every benchmark: --quick, --repeats, --threads, --only and --json.
 
+    One thread is the default: a BLAS whose threads wait for each other on a busy machine can take twenty times as long
+    with two as with one, and a peer must not lose for that.
+
     Parameters
     ----------
     description
@@ -47,14 +50,13 @@ def arguments(description: str | None, *, repeats: int, device: bool = False) ->
     parser = argparse.ArgumentParser(description=(description or "").strip().split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small data, two rounds, no JSON: does it still run?")
     parser.add_argument("--repeats", type=int, help=f"rounds of every side (default {repeats}, 2 with --quick)")
-    parser.add_argument("--threads", type=int, help="threads of all sides (default: every core)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of all sides (default 1)")
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
     parser.add_argument("--json", type=Path, help="where to write (default: beside the script; nowhere with --quick)")
     if device:
         parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options = parser.parse_args()
     options.repeats = options.repeats or (2 if options.quick else repeats)
-    options.threads = options.threads or available_cores()
     if options.repeats < 1 or options.threads < 1:
         parser.error("--repeats and --threads must be at least 1")
     return options

@@ -50,11 +50,11 @@ FULL = (
     Setup("full", 100_000, 16, 16, goal=12, dtype="float32"),
 )
 QUICK = (
-    Setup("full", 20_000, 8, 8, goal=10, memory=150, long=22),
-    Setup("diag", 20_000, 8, 8, goal=6, long=22),
-    Setup("tied", 20_000, 8, 8, goal=20, long=22),
-    Setup("spherical", 20_000, 8, 8, goal=6, long=22),
-    Setup("full", 20_000, 8, 8, goal=12, dtype="float32", long=22),
+    Setup("full", 15_000, 8, 8, goal=10, memory=150, long=12),
+    Setup("diag", 15_000, 8, 8, goal=6, long=12),
+    Setup("tied", 15_000, 8, 8, goal=20, long=12),
+    Setup("spherical", 15_000, 8, 8, goal=6, long=12),
+    Setup("full", 15_000, 8, 8, goal=12, dtype="float32", long=12),
 )
 
 

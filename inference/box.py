@@ -58,13 +58,13 @@ class Corner:
         far = torch.where(self.high.isfinite(), fixed, torch.where(self.reach.isfinite(), moving, torch.zeros_like(a)))
         return (near - far) / (N - 1)
 
-    def draw(self) -> tuple[Tensor, Tensor]:
-        """One draw of both corners."""
-        u, v = torch.rand_like(self.least), torch.rand_like(self.least)
+    def draw(self, draws: int) -> tuple[Tensor, Tensor]:
+        """Draws of both corners, (draws, D) each."""
+        u, v = torch.rand(2, draws, *self.least.shape, dtype=self.least.dtype, device=self.least.device)
         a0 = self.start
         # Without a bound of its own, a lies where all but 1e-16 of the mass is.
         wide = (self.greatest - self.least) * (1e16 ** (1 / (self.count - 2)))
-        left, right = torch.maximum(a0, self.greatest - wide), self.least.clone()
+        left, right = (v.expand(u.shape) for v in (torch.maximum(a0, self.greatest - wide), self.least))
         base, total = self.primitive(left), self.primitive(right) - self.primitive(left)
         for _ in range(HALVINGS):
             middle = (left + right) / 2
@@ -125,9 +125,9 @@ def box_form(joint: LogJoint) -> ClosedForm | None:
         {first: least, second: greatest if corner else greatest - least},
     )
 
-    def draw(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        a, b = box.draw()
-        return {first: a.reshape(shapes[first]), second: (b if corner else b - a).reshape(shapes[second])}
+    def draw(shapes: dict[str, tuple[int, ...]], count: int) -> dict[str, Tensor]:
+        a, b = box.draw(count)
+        return {first: a.reshape(count, *shapes[first]), second: (b if corner else b - a).reshape(count, *shapes[second])}
 
     form.draw = draw  # type: ignore[method-assign]
     return form

@@ -36,7 +36,9 @@ class ClosedForm:
     Attributes
     ----------
     factors
-        Unknown -> its posterior given the unknowns drawn before it: values -> distribution.
+        Unknown -> its posterior given draws of the unknowns before it: values -> distribution.
+    tied
+        Unknowns whose posterior depends on those draws: one distribution for each draw.
     text
         Unknown -> the same in words.
     log_evidence
@@ -49,28 +51,34 @@ class ClosedForm:
     text: dict[str, str]
     log_evidence: float = math.nan
     point: dict[str, Tensor] = field(default_factory=dict)
+    tied: frozenset[str] = frozenset()
 
-    def draw(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        """One joint draw."""
+    def draw(self, shapes: dict[str, tuple[int, ...]], count: int) -> dict[str, Tensor]:
+        """Joint draws, (count, ...) each."""
         values: dict[str, Tensor] = {}
         for name, make in self.factors.items():
-            values[name] = make(values).sample().reshape(shapes[name])
+            fn = make(values)
+            drawn = fn.sample() if name in self.tied else fn.sample((count,))
+            values[name] = drawn.reshape(count, *shapes[name])
         return values
 
-    def log_prob(self, values: dict[str, Tensor]) -> float:
-        """Log posterior density."""
-        total = 0.0
+    def log_prob(self, values: dict[str, Tensor]) -> Tensor:
+        """Log posterior density of draws, (count,)."""
+        total: Any = 0.0
         for name, make in self.factors.items():
-            fn = make(values)
-            total += float(fn.log_prob(values[name].reshape(fn.batch_shape + fn.event_shape)).sum())
+            fn, count = make(values), len(values[name])
+            shape = fn.batch_shape + fn.event_shape
+            value = values[name].reshape(shape if name in self.tied else (count, *shape))
+            total = total + fn.log_prob(value).reshape(count, -1).sum(1)
         return total
 
     def mean(self, name: str) -> Tensor | None:
         """Posterior mean where it has a formula."""
+        if name in self.tied:
+            return None
         try:
-            fn = self.factors[name]({})
-            return fn.mean
-        except (KeyError, NotImplementedError, AttributeError):
+            return self.factors[name]({}).mean
+        except (NotImplementedError, AttributeError):
             return None
 
 
@@ -93,10 +101,9 @@ def closed_form(problem: Problem) -> ClosedForm | None:
     if found is None:
         return None
     shapes = {b.name: b.shape for b in joint.blocks}
-    differences = []
-    for _ in range(CHECKS):
-        values = found.draw(shapes)
-        differences.append(float(joint.density(values)) - found.log_prob(values))
+    values = found.draw(shapes, CHECKS)
+    ours = found.log_prob(values).tolist()
+    differences = [float(joint.density({n: v[i] for n, v in values.items()})) - ours[i] for i in range(CHECKS)]
     level = sum(differences) / len(differences)
     if not all(abs(d - level) <= 1e-7 * (1 + abs(level)) for d in differences):
         return None
@@ -162,7 +169,7 @@ class Conjugacy:
             if other not in factors:
                 return None
             factors[name], text[name] = self.tied_mean(name, other)
-        return ClosedForm(factors, text)
+        return ClosedForm(factors, text, tied=frozenset(tied))
 
     def users(self, name: str) -> list[tuple[Term, str]]:
         """Observed sites that copy the unknown."""
@@ -294,13 +301,13 @@ class Conjugacy:
         role, gather = prior.roles["spread"], replace(prior.gathers["spread"], scale=None)
 
         def make(values: dict[str, Tensor]) -> Any:
-            slot = (gather.push(values[other][None]), (RUNS, *prior.slot_dims["spread"]))
-            unit = spread_out(slot, (RUNS, *prior.dims), prior.trailing("spread"))
+            slot = (gather.push(values[other]), (RUNS, *prior.slot_dims["spread"]))
+            unit, runs = spread_out(slot, (RUNS, *prior.dims), prior.trailing("spread")), len(values[other])
             if wide:
-                precision = over_value(prior, torch.linalg.inv(covariance(role, unit)), 1, 2)[0]
-                matrix = precision.reshape(*mean.shape, -1) * count.unsqueeze(-1)
-                return dist.MultivariateNormal(mean, precision_matrix=matrix)
-            spread = over_value(prior, variance(role, unit), 1, 0)[0].reshape(mean.shape)
+                precision = over_value(prior, torch.linalg.inv(covariance(role, unit)), runs, 2)
+                matrix = precision.reshape(runs, *mean.shape, mean.shape[-1]) * count.unsqueeze(-1)
+                return dist.MultivariateNormal(mean.expand(runs, *mean.shape), precision_matrix=matrix)
+            spread = over_value(prior, variance(role, unit), runs, 0).reshape(runs, *mean.shape)
             return dist.Normal(mean, (spread / count).sqrt())
 
         return make, f"Normal({show(mean)}, spread of {other} / {show(count)})"

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
 from .base import Verdict, positive_int
 
 if TYPE_CHECKING:
@@ -53,7 +51,7 @@ class Exact:
                 raise ValueError("the posterior of this story is no known closed form; use 'nuts', 'svi' or 'em'")
             shapes = {b.name: b.shape for b in LogJoint(problem).blocks}
             meter.mark("setup")
-            draws = [found.draw(shapes) for _ in range(self.draws)]
+            draws = found.draw(shapes, self.draws)
             meter.mark("run")
         diagnostics = {"closed_form": found.text, "log_evidence": found.log_evidence}
         means = {n: found.mean(n) for n in found.factors}
@@ -64,7 +62,7 @@ class Exact:
             kind="exact",
             method=self,
             problem=problem,
-            draws={n: torch.stack([d[n] for d in draws]).detach().cpu() for n in draws[0]},
+            draws={n: v.detach().cpu() for n, v in draws.items()},
             diagnostics=diagnostics,
             timings=meter.timings,
         )
