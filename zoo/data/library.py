@@ -34,10 +34,14 @@ _BUNDLED = {
     ),
 }
 _SIMULATED = (
+    "answers",
+    "bags_of_words",
     "old_faithful",
+    "patients",
     "poisson_counts",
     "rectangle",
     "regimes",
+    "survey",
     "three_clusters",
     "two_factors",
     "two_rods",

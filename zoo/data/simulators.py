@@ -73,6 +73,68 @@ def poisson_counts(num_data: int = 500, seed: int = 0) -> Dataset:
     )
 
 
+def answers(num_data: int = 300, seed: int = 0) -> Dataset:
+    """Yes (1) or no (0) to eight questions by two kinds of people. `truth` has the sites of `zoo.BernoulliMixture`."""
+    rng, pi = _generator(num_data, seed), np.array([0.6, 0.4])
+    p = np.array([[0.9, 0.8, 0.85, 0.2, 0.1, 0.5, 0.7, 0.3], [0.2, 0.3, 0.1, 0.8, 0.9, 0.5, 0.25, 0.75]])
+    z = rng.choice(2, size=num_data, p=pi)
+    x = (rng.random((num_data, 8)) < p[z]).astype(np.float64)
+    names = tuple(f"question {j + 1}" for j in range(8))
+    return _classes("answers", x, z, names, {"pi": pi, "p": p}, "Two kinds of people answer eight questions.")
+
+
+def bags_of_words(num_data: int = 200, seed: int = 0) -> Dataset:
+    """Counts of twelve words in short documents of one topic each. `truth` has the sites of `zoo.MultinomialMixture`."""
+    rng, pi = _generator(num_data, seed), np.array([0.4, 0.35, 0.25])
+    phi = np.full((3, 12), 0.02)
+    for k in range(3):
+        phi[k, 4 * k : 4 * k + 4] = 0.21
+    z = rng.choice(3, size=num_data, p=pi)
+    x = np.stack([rng.multinomial(n, phi[k] / phi[k].sum()) for n, k in zip(rng.integers(20, 60, num_data), z)])
+    words = ("ball", "goal", "team", "match", "bank", "money", "price", "tax", "virus", "doctor", "dose", "fever")
+    truth = {"pi": pi, "phi": phi / phi.sum(1, keepdims=True)}
+    return _classes("bags_of_words", x.astype(np.float64), z, words, truth, "Short documents of sport, money or health.")
+
+
+def survey(num_data: int = 300, seed: int = 0) -> Dataset:
+    """Five questions with three answers each, and two camps. `truth` has the sites of `zoo.CategoricalMixture`."""
+    rng, pi = _generator(num_data, seed), np.array([0.55, 0.45])
+    one = np.array([[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.2, 0.7], [0.4, 0.4, 0.2], [0.8, 0.1, 0.1]])
+    phi = np.stack([one, one[:, ::-1]])
+    z = rng.choice(2, size=num_data, p=pi)
+    x = (rng.random((num_data, 5, 1)) > phi[z].cumsum(-1)).sum(-1).clip(max=2).astype(np.float64)
+    names = tuple(f"question {j + 1}" for j in range(5))
+    return _classes("survey", x, z, names, {"pi": pi, "phi": phi}, "Two camps answer five questions.")
+
+
+def patients(num_data: int = 300, seed: int = 0) -> Dataset:
+    """Two measurements, a count, a yes or no and one of three answers. `truth` has the sites of `zoo.MixedMixture`."""
+    rng, pi = _generator(num_data, seed), np.array([0.6, 0.4])
+    mu, tau = np.array([[-0.8, 0.5], [1.0, -0.4]]), np.array([[2.0, 2.0], [1.5, 2.5]])
+    lam, p = np.array([[2.0], [7.0]]), np.array([[0.2], [0.8]])
+    phi = np.array([[[0.7, 0.2, 0.1]], [[0.1, 0.3, 0.6]]])
+    z = rng.choice(2, size=num_data, p=pi)
+    real = mu[z] + rng.standard_normal((num_data, 2)) / np.sqrt(tau[z])
+    level = (rng.random((num_data, 1)) > phi[z, 0].cumsum(-1)).sum(-1).clip(max=2)
+    x = np.column_stack([real, rng.poisson(lam[z]), rng.random((num_data, 1)) < p[z], level]).astype(np.float64)
+    names = ("pressure", "weight", "visits", "smoker", "mood")
+    truth = {"pi": pi, "mu": mu, "tau": tau, "lam": lam, "p": p, "phi": phi}
+    return _classes("patients", x, z, names, truth, "Patients of two kinds, columns of four kinds.")
+
+
+def _classes(name: str, x: Any, z: Any, names: tuple[str, ...], truth: dict[str, Any], description: str) -> Dataset:
+    """Rows of a mixture, with their component as label."""
+    return Dataset(
+        name=name,
+        x=torch.from_numpy(x),
+        labels=torch.from_numpy(z),
+        feature_names=names,
+        description=description,
+        source="simulated",
+        truth={site: torch.from_numpy(np.ascontiguousarray(v)) for site, v in {**truth, "z": z}.items()},
+    )
+
+
 def rectangle(num_data: int = 60, seed: int = 0) -> Dataset:
     """Points spread evenly over a rectangle. `truth` has the sites of `zoo.Box`: low (2,) and size (2,)."""
     low, size = np.array([-1.0, 0.5]), np.array([3.0, 1.0])

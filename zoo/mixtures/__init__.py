@@ -11,7 +11,16 @@ from torch import Size, Tensor
 
 Setting = float | Sequence[float] | Tensor
 
-_STORIES = {"GMM": ".gmm", "PoissonMixture": ".poisson"}
+_STORIES = {
+    "BernoulliMixture": ".bernoulli",
+    "CategoricalMixture": ".categorical",
+    "ConjugateGMM": ".niw",
+    "GMM": ".gmm",
+    "KMeans": ".kmeans",
+    "MixedMixture": ".mixed",
+    "MultinomialMixture": ".multinomial",
+    "PoissonMixture": ".poisson",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -96,6 +105,35 @@ def setting(name: str, value: Setting, *, positive: bool = False) -> float | tup
         where = f" in column {int(wrong.int().argmax())}" if tensor.ndim else ""
         raise ValueError(f"{name} must be {what}, got {first:g}{where}")
     return tensor.item() if tensor.ndim == 0 else tuple(tensor.tolist())
+
+
+def pseudo_count(name: str, value: Setting) -> float:
+    """`value` as one positive number.
+
+    Raises
+    ------
+    ValueError
+        Anything else.
+    """
+    plain = setting(name, value, positive=True)
+    if isinstance(plain, tuple):
+        raise ValueError(f"{name} must be one number, got {len(plain)}")
+    return plain
+
+
+def table_columns(x: Tensor | None, num_features: int) -> int:
+    """D: the columns of `x`, else `num_features`.
+
+    Raises
+    ------
+    ValueError
+        `x` is not (N, D).
+    """
+    if x is None:
+        return count_setting("num_features", num_features)
+    if x.ndim != 2:
+        raise ValueError(f"the table has shape {tuple(x.shape)}, expected rows and columns (N, D)")
+    return x.shape[1]
 
 
 def num_columns(x: Tensor | None, num_features: int, **settings: Setting) -> int:
