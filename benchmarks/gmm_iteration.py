@@ -37,7 +37,7 @@ class Setup:
     @property
     def name(self) -> str:
         """As printed."""
-        size = f"N={self.rows:.0e} D={self.columns} K={self.components}".replace("e+0", "e")
+        size = f"N={self.rows:,} D={self.columns} K={self.components}"
         return f"{self.covariance} {size}" + ("" if self.dtype == "float64" else f" {self.dtype}")
 
 

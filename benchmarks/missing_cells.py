@@ -3,8 +3,8 @@
 Three tenths of the cells are hidden at random.  Every method sees the same remaining ones, and is measured on the hidden ones:
 root mean square error of its mean, and log density of the truth under a normal with its mean and standard deviation, in
 units of each column's standard deviation.  The settings of every method (ours: number of components or factors; theirs:
-rounds, predictors, and where the standard deviation comes from) are chosen on a tenth of the cells that it does see, hidden
-for that purpose; the hidden cells are looked at once.
+rounds, predictors, and where the standard deviation comes from) are chosen on three separate tenths of the cells that it
+does see, hidden for that purpose; the hidden cells are looked at once.
 
 scikit-learn's standard deviation is that of repeated draws (`sample_posterior=True`), or that which the last round's
 regression gives its prediction, whichever does better on the validation cells.
@@ -16,17 +16,17 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
-from _peers import OURS, Report, Times, arguments, rotating, silent
+from _peers import OURS, Report, Times, arguments, silent
 
-HIDDEN, VALIDATION, SEEDS = 0.3, 0.1, 3
+HIDDEN, TENTHS, SEEDS = 0.3, 3, 3
 #: Draws for means and standard deviations: of the answers that are compared, and of those that are only chosen among.
-DRAWS, FEW = 200, 50
+DRAWS, FEW = 200, 40
 PEER = "sklearn"
 #: rows with NaN -> mean and standard deviation of every cell (those of seen cells are not looked at)
 Filler = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
@@ -34,30 +34,23 @@ Filler = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 
 @dataclass(frozen=True)
 class Split:
-    """One seed's cells: what may be seen, what is hidden to choose settings, what is hidden to judge."""
+    """One seed's cells: all of them, those that are hidden to judge, and every cell's tenth to choose settings by."""
 
     truth: np.ndarray
-    validation: np.ndarray
     hidden: np.ndarray
+    tenth: np.ndarray
 
     @classmethod
     def draw(cls, x: np.ndarray, seed: int) -> Split:
         """Cells at random; columns are scaled by the cells that may be seen."""
         rng = np.random.default_rng(seed)
         hidden = rng.random(x.shape) < HIDDEN
-        validation = ~hidden & (rng.random(x.shape) < VALIDATION)
         seen = np.where(hidden, np.nan, x)
-        return cls((x - np.nanmean(seen, 0)) / np.nanstd(seen, 0), validation, hidden)
+        return cls((x - np.nanmean(seen, 0)) / np.nanstd(seen, 0), hidden, rng.integers(10, size=x.shape))
 
-    @property
-    def for_choosing(self) -> np.ndarray:
-        """Rows without validation and hidden cells."""
-        return np.where(self.hidden | self.validation, np.nan, self.truth)
-
-    @property
-    def for_judging(self) -> np.ndarray:
-        """Rows without hidden cells."""
-        return np.where(self.hidden, np.nan, self.truth)
+    def without(self, *more: np.ndarray) -> np.ndarray:
+        """Rows without the hidden cells and without `more`."""
+        return np.where(np.any([self.hidden, *more], axis=0), np.nan, self.truth)
 
 
 def error_and_density(
@@ -162,36 +155,39 @@ class Result:
     seconds: float
 
 
-def chosen(settings: dict[str, Filler], split: Split) -> tuple[str, str]:
-    """The settings with the smallest error and with the largest density on the validation cells."""
-    rows = split.for_choosing
-    scores = {
-        name: error_and_density(split.truth, split.validation, *fill(rows, FEW)) for name, fill in settings.items()
-    }
-    return min(scores, key=lambda n: scores[n][0]), max(scores, key=lambda n: scores[n][1])
+def validated(settings: dict[str, Filler], split: Split, tenths: int) -> dict[str, tuple[float, float]]:
+    """Setting -> error and log density on the cells of some tenths, each hidden in turn."""
+    scores = {}
+    for name, fill in settings.items():
+        found = []
+        for tenth in range(tenths):
+            cells = ~split.hidden & (split.tenth == tenth)
+            found.append(error_and_density(split.truth, cells, *fill(split.without(cells), FEW)))
+        errors, densities = zip(*found)
+        scores[name] = (statistics.mean(errors), statistics.mean(densities))
+    return scores
 
 
-def judged(settings: dict[str, Filler], picks: tuple[str, str], split: Split) -> Result:
-    """The chosen settings on all cells that may be seen, scored on the hidden ones."""
+def judged(settings: dict[str, Filler], scores: dict[str, tuple[float, float]], split: Split) -> Result:
+    """The settings with the least error and the largest density on validation cells, scored on the hidden cells."""
+    by_error, by_density = min(scores, key=lambda n: scores[n][0]), max(scores, key=lambda n: scores[n][1])
     start = time.perf_counter()
-    answers = {name: settings[name](split.for_judging, DRAWS) for name in dict.fromkeys(picks)}
+    answers = {name: settings[name](split.without(), DRAWS) for name in dict.fromkeys((by_error, by_density))}
     seconds = (time.perf_counter() - start) / len(answers)
-    scores = {name: error_and_density(split.truth, split.hidden, *answer) for name, answer in answers.items()}
-    return Result(picks[0], picks[1], scores[picks[0]][0], scores[picks[1]][1], seconds)
+    found = {name: error_and_density(split.truth, split.hidden, *answer) for name, answer in answers.items()}
+    return Result(by_error, by_density, found[by_error][0], found[by_density][1], seconds)
 
 
-def race(x: np.ndarray, seeds: int, quick: bool) -> Iterator[dict[str, Result]]:
-    """Every method's result, seed by seed; "ours" chooses among all three stories."""
-    methods = candidates(x.shape[1], quick)
+def race(x: np.ndarray, seed: int, quick: bool) -> dict[str, Result]:
+    """Every method's result on one seed, in an order that turns with it; "ours" chooses among all three stories."""
+    methods, split = candidates(x.shape[1], quick), Split.draw(x, seed)
+    scores = {name: validated(settings, split, 1 if quick else TENTHS) for name, settings in methods.items()}
     stories = ("GMM", "FactorAnalysis", "PPCA")
     methods[OURS] = {f"{story} {name}": fill for story in stories for name, fill in methods[story].items()}
-    results: list[dict[str, Result]] = [{} for _ in range(seeds)]
-    splits = [Split.draw(x, seed) for seed in range(seeds)]
-    for seed, name in rotating(list(methods), seeds):
-        picks = chosen(methods[name], splits[seed])
-        results[seed][name] = judged(methods[name], picks, splits[seed])
-        if len(results[seed]) == len(methods):
-            yield results[seed]
+    scores[OURS] = {f"{story} {name}": score for story in stories for name, score in scores[story].items()}
+    names = list(methods)
+    order = [*names[seed % len(names) :], *names[: seed % len(names)]]
+    return {name: judged(methods[name], scores[name], split) for name in order}
 
 
 def one(report: Report, name: str, x: np.ndarray) -> None:
@@ -199,7 +195,7 @@ def one(report: Report, name: str, x: np.ndarray) -> None:
     quick = report.options.quick
     seeds = 1 if quick else SEEDS
     with report.case(f"{name} {len(x)} x {x.shape[1]}, {HIDDEN:.0%} hidden, {seeds} seeds", unit="seed") as case:
-        results = list(race(x, seeds, quick))
+        results = [race(x, seed, quick) for seed in range(seeds)]
         for method in results[0]:
             found = [r[method] for r in results]
             case.facts[f"{method}, error"] = statistics.mean(r.error for r in found)

@@ -20,6 +20,7 @@ Murphy, *Machine Learning: A Probabilistic Perspective* (2012), section 3.5.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Self
 
@@ -90,14 +91,11 @@ class NaiveBayes:
         if y is not None and C == 1:
             raise ValueError(f"y tells classes 0 to {int(y.max())} and num_classes is 1; set num_classes to their number")
         pi = pyro.sample("pi", dist.Dirichlet(torch.full((C,), self.concentration))) if C > 1 else None
+        classes = pyro.plate("classes", C) if C > 1 else nullcontext()
         theta = []
         for j, V in enumerate(self.sizes):
-            levels = torch.full((V,), self.pseudo_count)
-            if C == 1:
-                theta.append(pyro.sample(f"theta_{j}", dist.Dirichlet(levels)))
-            else:
-                with pyro.plate("classes", C):
-                    theta.append(pyro.sample(f"theta_{j}", dist.Dirichlet(levels)))
+            with classes:
+                theta.append(pyro.sample(f"theta_{j}", dist.Dirichlet(torch.full((V,), self.pseudo_count))))
         seen = []
         with pyro.plate("data", N):
             cls = pyro.sample("y", dist.Categorical(pi), obs=y) if pi is not None else None
