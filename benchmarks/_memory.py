@@ -16,13 +16,14 @@ from _peers import same_threads
 def extra_memory(work: Callable[..., Any], *args: Any, threads: int = 1) -> float:
     """Megabytes that `work()` takes beyond what is there when it begins: the peak in a fresh process.
 
-    A fresh process, because memory that an earlier run has handed back to the allocator would hide what this one takes.
+    A fresh process, because memory that an earlier run has handed back to the allocator would hide what this
+    one takes.
 
     Parameters
     ----------
     work
-        Function at the top of a module; `work(*args)` prepares (imports, data, a small warm-up) and returns the callable
-        to be measured.
+        Function at the top of a module; `work(*args)` prepares (imports, data, a small warm-up) and returns
+        the callable to be measured.
     threads
         As in `same_threads`.
     """
@@ -34,7 +35,9 @@ def extra_memory(work: Callable[..., Any], *args: Any, threads: int = 1) -> floa
     try:
         found = receive.recv()
     except EOFError:
-        raise RuntimeError("the process whose memory was watched has died, perhaps of too little memory") from None
+        raise RuntimeError(
+            "the process whose memory was watched has died, perhaps of too little memory"
+        ) from None
     finally:
         child.join()
     if isinstance(found, str):
@@ -57,7 +60,8 @@ def _watched(send: Any, work: Callable[..., Callable[[], Any]], args: tuple[Any,
 class Memory:
     """Context manager; `extra` is the largest resident memory inside, less that at the start, in MB.
 
-    The kernel's own high-water mark is used where it can be set back (Linux), and a thread looks often in any case.
+    The kernel's own high-water mark is used where it can be set back (Linux), and a thread looks often in any
+    case.
     """
 
     interval = 0.002

@@ -32,7 +32,12 @@ def clusters(num_rows: int, num_columns: int, num_components: int, seed: int = 0
 
 
 def same_start(x: np.ndarray, covariance: str, num_components: int) -> tuple[dict, dict]:
-    """Equal weights, random rows as centres, the columns' own variances: scikit-learn's arguments and our sites."""
+    """Equal weights, random rows as centres, the columns' own variances.
+
+    Returns
+    -------
+    scikit-learn's arguments, and the values of our sites.
+    """
     K, D = num_components, x.shape[1]
     rng = np.random.default_rng(1)
     means = x[rng.choice(len(x), K, replace=False)].astype(np.float64)
@@ -63,12 +68,18 @@ def sklearn_iterations(x: np.ndarray, covariance: str, num_components: int) -> C
 
 
 def our_iterations(
-    x: Any, covariance: str, num_components: int, story: Any = None, start: dict | None = None, **settings: Any
+    x: Any,
+    covariance: str,
+    num_components: int,
+    story: Any = None,
+    start: dict | None = None,
+    **settings: Any,
 ) -> Callable[[int], Any]:
-    """Function that runs EM on the GMM story (or `story`) for a number of M-steps from `same_start` (or `start`).
+    """Function that runs EM on the GMM story (or `story`) for a number of M-steps from `same_start` (or
+    `start`).
 
-    The likelihood is maximised, as scikit-learn does: the priors of the globals are left out.  One more E-step
-    than M-steps is made on both sides, which gives the log-likelihood of the last unknowns.
+    The likelihood is maximised, as scikit-learn does: the priors of the globals are left out.  One more
+    E-step than M-steps is made on both sides, which gives the log-likelihood of the last unknowns.
     """
     from inference import EM, fit
     from zoo import GMM
@@ -79,7 +90,13 @@ def our_iterations(
 
     def run(iterations: int) -> Any:
         method = EM(
-            estimate="mle", start=start, tol=0.0, ridge=RIDGE, max_iter=iterations + 1, driver="batch", **settings
+            estimate="mle",
+            start=start,
+            tol=0.0,
+            ridge=RIDGE,
+            max_iter=iterations + 1,
+            driver="batch",
+            **settings,
         )
         return fit(story, x, method, seed=0, device=device, progress=False)
 

@@ -1,8 +1,8 @@
-"""What the benchmarks share: interleaved timing, memory, checks before a time counts, and a JSON beside each script.
+"""What the benchmarks share: times in turns, checks before a time counts, and a JSON beside each script.
 
-A benchmark times two or more *sides* (ours and its peers) in one run, a round at a time and in rotating order, so that
-whatever else the machine does falls on all of them.  Medians are compared and the quartiles shown.  A side counts only after
-the checks of its case have passed: a fast wrong answer has no time.
+A benchmark times two or more *sides* (ours and its peers) in one run, a round at a time and in rotating
+order, so that whatever else the machine does falls on all of them.  Medians are compared and the quartiles
+shown.  A side counts only after the checks of its case have passed: a fast wrong answer has no time.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ LIBRARIES = ("torch", "pyro-ppl", "numpy", "scipy", "scikit-learn")
 OURS = "ours"
 
 
-# -- command line --------------------------------------------------------------------------------------------------------
+# -- command line --------------------------------------------------------------------------------------------
 
 
 def arguments(description: str | None, *, repeats: int, device: bool = False) -> argparse.Namespace:
     """The command line of every benchmark: --quick, --repeats, --threads, --only and --json.
 
-    One thread is the default: a BLAS whose threads wait for each other on a busy machine can take twenty times as long
-    with two as with one, and a peer must not lose for that.
+    One thread is the default: a BLAS whose threads wait for each other on a busy machine can take twenty
+    times as long with two as with one, and a peer must not lose for that.
 
     Parameters
     ----------
@@ -48,11 +48,17 @@ def arguments(description: str | None, *, repeats: int, device: bool = False) ->
         Whether to offer --device.
     """
     parser = argparse.ArgumentParser(description=(description or "").strip().split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="small data, two rounds, no JSON: does it still run?")
-    parser.add_argument("--repeats", type=int, help=f"rounds of every side (default {repeats}, 2 with --quick)")
+    parser.add_argument(
+        "--quick", action="store_true", help="small data, two rounds, no JSON: does it still run?"
+    )
+    parser.add_argument(
+        "--repeats", type=int, help=f"rounds of every side (default {repeats}, 2 with --quick)"
+    )
     parser.add_argument("--threads", type=int, default=1, help="threads of all sides (default 1)")
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
-    parser.add_argument("--json", type=Path, help="where to write (default: beside the script; nowhere with --quick)")
+    parser.add_argument(
+        "--json", type=Path, help="where to write (default: beside the script; nowhere with --quick)"
+    )
     if device:
         parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options = parser.parse_args()
@@ -79,7 +85,7 @@ def same_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
-# -- times ---------------------------------------------------------------------------------------------------------------
+# -- times ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,7 @@ def interleaved(sides: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str
 def per_iteration(
     sides: Mapping[str, Callable[[int], Any]], rounds: int, short: int, long: int
 ) -> dict[str, Times]:
-    """Seconds that one more iteration takes: (time of `long` iterations - time of `short` ones) / (long - short).
+    """Seconds that one more iteration takes: time of `long` iterations less `short` ones, by their difference.
 
     Set-up and the last E-step are the same in both runs and drop out.
 
@@ -160,11 +166,13 @@ def per_iteration(
     times = {name: Times(values) for name, values in found.items()}
     for name, side in times.items():
         if side.median <= 0:
-            raise RuntimeError(f"{name}: {long - short} iterations are too little work to be seen among the noise")
+            raise RuntimeError(
+                f"{name}: {long - short} iterations are too little work to be seen among the noise"
+            )
     return times
 
 
-# -- report --------------------------------------------------------------------------------------------------------------
+# -- report --------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -232,19 +240,25 @@ class Case:
         """The case in words."""
         lines = [self.name]
         for check in self.checks:
-            sign, word = (">=" if check["least"] else "<="), "ok" if check["passed"] else "FAILED, times not counted"
-            lines.append(f"  check  {check['what']}: {check['found']:.3g} (must be {sign} {check['limit']:g}) {word}")
+            sign, word = (
+                (">=" if check["least"] else "<="),
+                "ok" if check["passed"] else "FAILED, times not counted",
+            )
+            lines.append(
+                f"  check  {check['what']}: {check['found']:.3g} (must be {sign} {check['limit']:g}) {word}"
+            )
         if self.failed:
             return [*lines, f"  failed {self.failed}"]
         if self.sound:
             for name, times in self.times.items():
                 low, high = times.quartiles
-                lines.append(
-                    f"  {name:<24} {times.median:10.4g} s per {self.unit}   (quartiles {low:.4g} to {high:.4g})"
-                )
+                spread = f"quartiles {low:.4g} to {high:.4g}"
+                lines.append(f"  {name:<24} {times.median:10.4g} s per {self.unit}   ({spread})")
             for goal in self.goals:
                 sign, word = ("<=" if goal["most"] else ">="), "met" if goal["met"] else "missed"
-                lines.append(f"  goal   {goal['what']}: {goal['found']:.3g} ({sign} {goal['bound']:.3g}) {word}")
+                lines.append(
+                    f"  goal   {goal['what']}: {goal['found']:.3g} ({sign} {goal['bound']:.3g}) {word}"
+                )
         told = {goal["what"] for goal in self.goals} if self.sound else set()
         for name, value in self.facts.items():
             if name not in told and (self.sound or " / " not in name):
@@ -272,7 +286,10 @@ class Report:
         self.machine = machine(options.threads)
         self.cases: list[Case] = []
         shown = ", ".join(f"{name} {number}" for name, number in self.machine["versions"].items())
-        print(f"{self.machine['cpu']}, {self.machine['cores']} cores, {options.threads} threads; {shown}", flush=True)
+        print(
+            f"{self.machine['cpu']}, {self.machine['cores']} cores, {options.threads} threads; {shown}",
+            flush=True,
+        )
 
     @contextmanager
     def case(self, name: str, unit: str = "fit") -> Iterator[Case]:

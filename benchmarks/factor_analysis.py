@@ -1,8 +1,8 @@
 """Factor analysis and probabilistic PCA, whole fits, against scikit-learn's FactorAnalysis and PCA.
 
-Factor analysis must end at a log-likelihood that is not lower than that of either of scikit-learn's solvers, each by its
-default rule.  PCA's time is the floor for probabilistic PCA, whose maximum has the same axes: the log-likelihood (Tipping and
-Bishop 1999) must not be lower than `PCA.score`, and the subspaces must agree.
+Factor analysis must end at a log-likelihood that is not lower than that of either of scikit-learn's solvers,
+each by its default rule.  PCA's time is the floor for probabilistic PCA, whose maximum has the same axes: the
+log-likelihood (Tipping and Bishop 1999) must not be lower than `PCA.score`, and the subspaces must agree.
 
     python benchmarks/factor_analysis.py [--quick] [--only PPCA]
 """
@@ -26,7 +26,11 @@ def factors(num_rows: int, num_columns: int, num_factors: int, seed: int = 0) ->
     loadings = rng.standard_normal((num_columns, num_factors))
     noise = np.exp(rng.uniform(np.log(0.1), np.log(3.0), num_columns))
     hidden = rng.standard_normal((num_rows, num_factors))
-    return hidden @ loadings.T + rng.standard_normal((num_rows, num_columns)) * noise**0.5 + rng.normal(size=num_columns)
+    return (
+        hidden @ loadings.T
+        + rng.standard_normal((num_rows, num_columns)) * noise**0.5
+        + rng.normal(size=num_columns)
+    )
 
 
 def our_fit(story: Any, x: np.ndarray) -> Callable[[], Any]:
@@ -63,7 +67,11 @@ def factor_analysis(report: Report, x: np.ndarray) -> None:
     with report.case(name) as case:
         posterior = ours()
         score = posterior.diagnostics["log_likelihood"] / len(x)
-        case.check("log-likelihood a row, diagnostics less log_prob()", score - float(posterior.log_prob().mean()), 1e-6)
+        case.check(
+            "log-likelihood a row, diagnostics less log_prob()",
+            score - float(posterior.log_prob().mean()),
+            1e-6,
+        )
         for peer, run in peers.items():
             case.check(f"log-likelihood a row, ours less {peer}", score - run().score(x), -EQUAL, least=True)
         case.times = interleaved({OURS: ours, **peers}, report.options.repeats)

@@ -1,9 +1,9 @@
 """Whole fits of Gaussian mixtures, set-up included, against scikit-learn's GaussianMixture.
 
-own start    each side begins as it does by default (scikit-learn: k-means; ours: k-means++ and Lloyd steps, one start).
-             scikit-learn stops by its default rule; ours stops by the loosest one with which it does not end lower, median
-             over the seeds.  The time that counts is the whole call.  "seconds to sklearn's log-likelihood" is the time
-             after which ours first had what scikit-learn ended with.
+own start    each side begins once, as it does by default (scikit-learn: k-means; ours: k-means++ and Lloyd
+             steps).  scikit-learn stops by its default rule, ours by the loosest one with which it does not end
+             lower, median over the seeds.  The time that counts is the whole call.  "seconds to sklearn's
+             log-likelihood" is the time after which ours first had what scikit-learn ended with.
 same start   thirty iterations from the same unknowns on small data, where set-up is most of the time; the
              log-likelihoods must agree.
 
@@ -46,14 +46,16 @@ def own_start(report: Report, x: np.ndarray, components: int, seeds: int) -> Non
 
 
 def loosest(case: Case, x: np.ndarray, components: int, reached: Sequence[float]) -> float:
-    """The stopping rule with which ours does not end lower than `reached` (by seed); also the check and the facts."""
+    """The loosest rule with which ours does not end lower than `reached` (by seed); adds the check and facts."""
     for tol in OUR_TOLS:
         gaps, facts = [], {}
         for seed, target in enumerate(reached):
             climbed: list[tuple[float, float]] = []
             begin = time.perf_counter()
 
-            def note(iteration: int, value: float, _: Any, begin: float = begin, climbed: list = climbed) -> None:
+            def note(
+                iteration: int, value: float, _: Any, begin: float = begin, climbed: list = climbed
+            ) -> None:
                 climbed.append((time.perf_counter() - begin, value / len(x)))
 
             posterior = our_fit(x, components, tol, seed, note)
@@ -61,7 +63,9 @@ def loosest(case: Case, x: np.ndarray, components: int, reached: Sequence[float]
             when = next((seconds for seconds, value in climbed if value >= target), None)
             facts[f"seed {seed}, log-likelihood a row, ours less sklearn's"] = gaps[-1]
             facts[f"seed {seed}, iterations of ours"] = len(climbed)
-            facts[f"seed {seed}, seconds to sklearn's log-likelihood"] = "not reached" if when is None else when
+            facts[f"seed {seed}, seconds to sklearn's log-likelihood"] = (
+                "not reached" if when is None else when
+            )
         if statistics.median(gaps) >= -EQUAL:
             break
     case.facts.update({"stopping rule of ours": tol, **facts})

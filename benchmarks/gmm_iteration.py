@@ -1,8 +1,8 @@
 """One EM iteration of a Gaussian mixture: derived from the story, against scikit-learn's hand-written one.
 
-Both sides begin at the same unknowns, maximise the same likelihood with the same least variance, and must have the
-same log-likelihood after the same iterations before a time counts.  Set-up drops out: the time of an iteration is the
-difference of a long and a short run, divided by the iterations between them.
+Both sides begin at the same unknowns, maximise the same likelihood with the same least variance, and must
+have the same log-likelihood after the same iterations before a time counts.  Set-up drops out: the time of an
+iteration is the difference of a long and a short run, divided by the iterations between them.
 
     python benchmarks/gmm_iteration.py [--quick] [--only full]
 """
@@ -59,7 +59,7 @@ QUICK = (
 
 
 def prepared(side: str, setup: Setup) -> Callable[[], Any]:
-    """For the watched process: data, a small run that imports everything, then the run whose memory counts."""
+    """For the watched process: data, a small run that imports everything, then the run that counts."""
     make = our_iterations if side == OURS else sklearn_iterations
     x = clusters(setup.rows, setup.columns, setup.components).astype(setup.dtype)
     make(x[:2_000].copy(), setup.covariance, setup.components)(1)
@@ -80,7 +80,9 @@ def one(report: Report, setup: Setup) -> None:
             case.check("log-likelihood a row, ours less scikit-learn's", gap, 1e-6)
         else:
             wide = x.astype(np.float64)
-            exact = our_score(our_iterations(wide, setup.covariance, setup.components)(setup.long), setup.long, len(x))
+            exact = our_score(
+                our_iterations(wide, setup.covariance, setup.components)(setup.long), setup.long, len(x)
+            )
             case.check("log-likelihood a row, float32 less float64", score - exact, 1e-5)
             gap = exact - sklearn_iterations(wide, setup.covariance, setup.components)(setup.long).score(wide)
             case.check("log-likelihood a row in float64, ours less scikit-learn's", gap, 1e-6)
@@ -91,7 +93,9 @@ def one(report: Report, setup: Setup) -> None:
         if "sklearn, float64" in sides:
             case.faster("sklearn, float64")
         if setup.memory is not None:
-            taken = {side: extra_memory(prepared, side, setup, threads=report.options.threads) for side in sides}
+            taken = {
+                side: extra_memory(prepared, side, setup, threads=report.options.threads) for side in sides
+            }
             case.facts.update({f"{side}, extra memory in MB": value for side, value in taken.items()})
             case.goal("extra memory in MB", taken[OURS], setup.memory, most=True)
 

@@ -1,9 +1,10 @@
 """One EM iteration of a large Gaussian mixture on a GPU, beside what the GPU can do at all.
 
-An iteration takes two matrix products of a feature table (1, x, and the products of its columns) with K columns, and must
-read the rows once.  The script measures on the same device how fast these products are on their own, on tables that already
-lie there, and how fast memory is copied; the shares say how much of either an iteration reaches.  Before a time counts, the
-GPU's log-likelihood must be that of the CPU on a part of the rows.
+An iteration takes two matrix products of a feature table (1, x, and the products of its columns) with K
+columns, and must read the rows once.  The script measures on the same device how fast these products are on
+their own, on tables that already lie there, and how fast memory is copied; the shares say how much of either
+an iteration reaches.  Before a time counts, the GPU's log-likelihood must be that of the CPU on a part of the
+rows.
 
     python benchmarks/gpu_gmm.py [--quick] [--device cpu]
 """
@@ -57,7 +58,8 @@ def ceilings(device: str, dtype: torch.dtype, features: int, components: int, bl
 
     Returns
     -------
-    FLOP/s of the products at the shapes of an iteration and of a large square product, and bytes/s read and written.
+    FLOP/s of the products at the shapes of an iteration and of a large square product, and bytes/s read and
+    written.
     """
     table = torch.randn(features, block, dtype=dtype, device=device)
     weights = torch.randn(components, features, dtype=dtype, device=device)
@@ -101,7 +103,9 @@ def one(report: Report, rows: int, columns: int, components: int, dtype: str, lo
         kind = torch.from_numpy(few).dtype
         where = torch.from_numpy(few).to(device)
         x = where.repeat(-(-rows // len(few)), 1)[:rows].clone()
-        x += 0.05 * torch.randn(x.shape, dtype=kind, device=device, generator=torch.Generator(device).manual_seed(0))
+        x += 0.05 * torch.randn(
+            x.shape, dtype=kind, device=device, generator=torch.Generator(device).manual_seed(0)
+        )
         del where
         start = same_start(few, "full", components)[1]
         run = synchronised(our_iterations(x, "full", components, start=start, device=device), device)
@@ -140,7 +144,9 @@ def main() -> int:
     report = Report(__file__, options)
     if options.device == "cuda":
         properties = torch.cuda.get_device_properties(0)
-        report.machine["gpu"] = f"{properties.name}, {properties.total_memory / 1e9:.0f} GB, CUDA {torch.version.cuda}"
+        report.machine["gpu"] = (
+            f"{properties.name}, {properties.total_memory / 1e9:.0f} GB, CUDA {torch.version.cuda}"
+        )
         print(report.machine["gpu"])
     sizes = (20_000, 8, 8) if options.quick else (10_000_000, 16, 16)
     for dtype in ("float64", "float32"):

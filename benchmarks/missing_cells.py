@@ -1,13 +1,14 @@
 """Missing cells: how well do fitted stories fill them, against scikit-learn's IterativeImputer?
 
-Three tenths of the cells are hidden at random.  Every method sees the same remaining ones, and is measured on the hidden ones:
-root mean square error of its mean, and log density of the truth under a normal with its mean and standard deviation, in
-units of each column's standard deviation.  The settings of every method (ours: number of components or factors; theirs:
-rounds, predictors, and where the standard deviation comes from) are chosen on three separate tenths of the cells that it
-does see, hidden for that purpose; the hidden cells are looked at once.
+Three tenths of the cells are hidden at random.  Every method sees the same remaining ones, and is measured on
+the hidden ones: root mean square error of its mean, and log density of the truth under a normal with its mean
+and standard deviation, in units of each column's standard deviation.  The settings of every method (ours:
+number of components or factors; theirs: rounds, predictors, and where the standard deviation comes from) are
+chosen on three separate tenths of the cells that it does see, hidden for that purpose; the hidden cells are
+looked at once.
 
-scikit-learn's standard deviation is that of repeated draws (`sample_posterior=True`), or that which the last round's
-regression gives its prediction, whichever does better on the validation cells.
+scikit-learn's standard deviation is that of repeated draws (`sample_posterior=True`), or that which the last
+round's regression gives its prediction, whichever does better on the validation cells.
 
     python benchmarks/missing_cells.py [--quick] [--only wine]
 """
@@ -25,8 +26,8 @@ import numpy as np
 from _peers import OURS, Report, Times, arguments, silent
 
 HIDDEN, TENTHS, SEEDS = 0.3, 3, 3
-#: Draws for means and standard deviations: of the answers that are compared, and of those that are only chosen among.
-DRAWS, FEW = 200, 40
+#: Draws for means and standard deviations: of answers that are judged, of those chosen among, and with --quick.
+DRAWS, FEW, QUICK_DRAWS = 200, 40, 20
 PEER = "sklearn"
 #: rows with NaN -> mean and standard deviation of every cell (those of seen cells are not looked at)
 Filler = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
@@ -34,7 +35,8 @@ Filler = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 
 @dataclass(frozen=True)
 class Split:
-    """One seed's cells: all of them, those that are hidden to judge, and every cell's tenth to choose settings by."""
+    """One seed's cells: all of them, those that are hidden to judge, and every cell's tenth to choose
+    settings by."""
 
     truth: np.ndarray
     hidden: np.ndarray
@@ -62,14 +64,16 @@ def error_and_density(
     return float(np.sqrt((gap**2).mean())), float(density.mean())
 
 
-# -- sides ---------------------------------------------------------------------------------------------------------------
+# -- sides ---------------------------------------------------------------------------------------------------
 
 
 def fill_by_story(make: Callable[[], Any], rows: np.ndarray, draws: int) -> tuple[np.ndarray, np.ndarray]:
     """EM on a story, then draws of the missing cells given the seen ones of their row."""
     from inference import EM, fit
 
-    posterior = fit(make(), rows, EM(restarts=2, tol=1e-4, max_iter=200), seed=0, device="cpu", progress=False)
+    posterior = fit(
+        make(), rows, EM(restarts=2, tol=1e-4, max_iter=200), seed=0, device="cpu", progress=False
+    )
     found = posterior.impute(draws=draws, seed=1)
     at = tuple(found.index.T.numpy())
     if len(found.index) != np.isnan(rows).sum():
@@ -89,7 +93,9 @@ def imputer(sample: bool, rounds: int, predictors: int | None) -> Any:
     )
 
 
-def fill_by_draws(rounds: int, predictors: int | None, rows: np.ndarray, draws: int) -> tuple[np.ndarray, np.ndarray]:
+def fill_by_draws(
+    rounds: int, predictors: int | None, rows: np.ndarray, draws: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Moments of repeated draws from the regressions' predictive distributions, chained through all rounds."""
     with silent():
         chain = imputer(True, rounds, predictors).fit(rows)
@@ -141,12 +147,13 @@ def candidates(columns: int, quick: bool) -> dict[str, dict[str, Filler]]:
     }
 
 
-# -- the race ------------------------------------------------------------------------------------------------------------
+# -- the race ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Result:
-    """One method on one seed: the setting chosen for each measure, what it scored, and the seconds that both took."""
+    """One method on one seed: the setting chosen for each measure, what it scored, and the seconds that both
+    took."""
 
     error_by: str
     density_by: str
@@ -155,46 +162,54 @@ class Result:
     seconds: float
 
 
-def validated(settings: dict[str, Filler], split: Split, tenths: int) -> dict[str, tuple[float, float]]:
+def validated(
+    settings: dict[str, Filler], split: Split, tenths: int, draws: int
+) -> dict[str, tuple[float, float]]:
     """Setting -> error and log density on the cells of some tenths, each hidden in turn."""
     scores = {}
     for name, fill in settings.items():
         found = []
         for tenth in range(tenths):
             cells = ~split.hidden & (split.tenth == tenth)
-            found.append(error_and_density(split.truth, cells, *fill(split.without(cells), FEW)))
-        errors, densities = zip(*found)
+            found.append(error_and_density(split.truth, cells, *fill(split.without(cells), draws)))
+        errors, densities = zip(*found, strict=True)
         scores[name] = (statistics.mean(errors), statistics.mean(densities))
     return scores
 
 
-def judged(settings: dict[str, Filler], scores: dict[str, tuple[float, float]], split: Split) -> Result:
-    """The settings with the least error and the largest density on validation cells, scored on the hidden cells."""
+def judged(
+    settings: dict[str, Filler], scores: dict[str, tuple[float, float]], split: Split, draws: int
+) -> Result:
+    """The settings that are best on the validation cells, by either measure, scored on the hidden cells."""
     by_error, by_density = min(scores, key=lambda n: scores[n][0]), max(scores, key=lambda n: scores[n][1])
     start = time.perf_counter()
-    answers = {name: settings[name](split.without(), DRAWS) for name in dict.fromkeys((by_error, by_density))}
+    answers = {n: settings[n](split.without(), draws) for n in dict.fromkeys((by_error, by_density))}
     seconds = (time.perf_counter() - start) / len(answers)
-    found = {name: error_and_density(split.truth, split.hidden, *answer) for name, answer in answers.items()}
+    found = {n: error_and_density(split.truth, split.hidden, *answer) for n, answer in answers.items()}
     return Result(by_error, by_density, found[by_error][0], found[by_density][1], seconds)
 
 
 def race(x: np.ndarray, seed: int, quick: bool) -> dict[str, Result]:
-    """Every method's result on one seed, in an order that turns with it; "ours" chooses among all three stories."""
+    """Every method's result on one seed, in an order that turns with it; "ours" chooses among all stories."""
     methods, split = candidates(x.shape[1], quick), Split.draw(x, seed)
-    scores = {name: validated(settings, split, 1 if quick else TENTHS) for name, settings in methods.items()}
+    effort = (1, QUICK_DRAWS) if quick else (TENTHS, FEW)
+    scores = {name: validated(settings, split, *effort) for name, settings in methods.items()}
     stories = ("GMM", "FactorAnalysis", "PPCA")
     methods[OURS] = {f"{story} {name}": fill for story in stories for name, fill in methods[story].items()}
     scores[OURS] = {f"{story} {name}": score for story in stories for name, score in scores[story].items()}
     names = list(methods)
     order = [*names[seed % len(names) :], *names[: seed % len(names)]]
-    return {name: judged(methods[name], scores[name], split) for name in order}
+    draws = QUICK_DRAWS if quick else DRAWS
+    return {name: judged(methods[name], scores[name], split, draws) for name in order}
 
 
 def one(report: Report, name: str, x: np.ndarray) -> None:
     """All methods on one data set."""
     quick = report.options.quick
     seeds = 1 if quick else SEEDS
-    with report.case(f"{name} {len(x)} x {x.shape[1]}, {HIDDEN:.0%} hidden, {seeds} seeds", unit="seed") as case:
+    with report.case(
+        f"{name} {len(x)} x {x.shape[1]}, {HIDDEN:.0%} hidden, {seeds} seeds", unit="seed"
+    ) as case:
         results = [race(x, seed, quick) for seed in range(seeds)]
         for method in results[0]:
             found = [r[method] for r in results]

@@ -1,8 +1,9 @@
 """Ten restarts of a Gaussian mixture in one batch, against scikit-learn's n_init=10.
 
-Every start is each side's own default (scikit-learn: k-means; ours: k-means++ and Lloyd steps); both stop by the same rule
-and have the same least variance.  The best log-likelihood of the ten, median over the seeds, must not be worse.  Ours passes
-over restarts that collapsed onto a few rows, whose likelihood has no bound; scikit-learn does not look.
+Every start is each side's own default (scikit-learn: k-means; ours: k-means++ and Lloyd steps); both stop by
+the same rule and have the same least variance.  The best log-likelihood of the ten, median over the seeds,
+must not be worse.  Ours passes over restarts that collapsed onto a few rows, whose likelihood has no bound;
+scikit-learn does not look.
 
     python benchmarks/restarts.py [--quick] [--only wine]
 """
@@ -83,7 +84,9 @@ def one(report: Report, name: str, x: np.ndarray, components: int, seeds: int) -
             case.facts[f"seed {seed}, narrowest direction of sklearn's answer"] = narrowest(peer)
         case.check("median over seeds of those differences", statistics.median(gaps), -SLACK, least=True)
         sides = {OURS: ours, "sklearn": theirs}
-        case.times = interleaved({n: partial(every, run, seeds) for n, run in sides.items()}, report.options.repeats)
+        case.times = interleaved(
+            {n: partial(every, run, seeds) for n, run in sides.items()}, report.options.repeats
+        )
         case.faster("sklearn", 3.0)
 
 

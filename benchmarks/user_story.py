@@ -1,8 +1,8 @@
 """A Gaussian mixture as a user would write it: a bare Pyro function with names of its own.
 
-Three sides run the same iterations from the same unknowns: the matrix-product kernel that the story's structure is
-recognised for, the generic contraction (`EM(kernels=False)`) that any enumerable story gets, and scikit-learn.
-Set-up drops out, as in gmm_iteration.py.
+Three sides run the same iterations from the same unknowns: the matrix-product kernel that the story's
+structure is recognised for, the generic contraction (`EM(kernels=False)`) that any enumerable story gets, and
+scikit-learn.  Set-up drops out, as in gmm_iteration.py.
 
     python benchmarks/user_story.py [--quick]
 """
@@ -34,7 +34,9 @@ def story(measurements: torch.Tensor) -> None:
     with pyro.plate("people", len(measurements)):
         group = pyro.sample("group", dist.Categorical(share))
         pyro.sample(
-            "measurements", dist.MultivariateNormal(centre[group], precision_matrix=inverse[group]), obs=measurements
+            "measurements",
+            dist.MultivariateNormal(centre[group], precision_matrix=inverse[group]),
+            obs=measurements,
         )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .labels import Axes, assign, features, permute
+from .rotations import invariants
 from .summary import entries, label
 
 if TYPE_CHECKING:
@@ -52,6 +53,11 @@ def shared(posterior: Posterior) -> dict[str, Tensor]:
     return {n: v.double().cpu() for n, v in posterior.draws.items() if n not in local}
 
 
+def still(draws: dict[str, Tensor], posterior: Posterior) -> dict[str, Tensor]:
+    """The same with loadings W as W W^T, where the story leaves their rotation open."""
+    return invariants(draws, posterior.diagnostics.get("rotating", {}), set())
+
+
 def component_axes(posterior: Posterior) -> Axes:
     """Axes over exchangeable components that the fit found."""
     return {n: tuple(a) for n, a in posterior.diagnostics.get("exchangeable", {}).items()}
@@ -62,13 +68,14 @@ def agree(posterior: Posterior, reference: Posterior) -> Agreement:
     ours, theirs, axes = shared(posterior), shared(reference), component_axes(reference)
     if axes and all(n in ours for n in axes):
         ours = matched(ours, theirs, axes)
+    free, theirs = still(ours, reference), still(theirs, reference)
     gaps, ratios = {}, {}
     for name, value in theirs.items():
-        if name not in ours or ours[name].shape[1:] != value.shape[1:]:
+        if name not in free or free[name].shape[1:] != value.shape[1:]:
             continue
         sd = value.std(0) if len(value) > 1 else torch.full_like(value[0], math.nan)
-        gap = (ours[name].mean(0) - value.mean(0)).abs() / sd
-        spread = ours[name].std(0) / sd if len(ours[name]) > 1 else None
+        gap = (free[name].mean(0) - value.mean(0)).abs() / sd
+        spread = free[name].std(0) / sd if len(free[name]) > 1 else None
         for index in entries(tuple(value.shape[1:])):
             if sd[index] > 0:
                 gaps[label(name, index)] = float(gap[index])

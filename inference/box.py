@@ -77,7 +77,9 @@ class Corner:
 
     def log_constant(self) -> float:
         """Log of the integral over both corners, all columns."""
-        a0 = torch.where(self.start.isfinite(), self.primitive(torch.where(self.start.isfinite(), self.start, self.least)), 0.0)
+        a0 = torch.where(
+            self.start.isfinite(), self.primitive(torch.where(self.start.isfinite(), self.start, self.least)), 0.0
+        )
         total = self.primitive(self.least) - a0
         return float((total.log() + (2 - self.count) * (self.greatest - self.least).log()).sum())
 
@@ -101,8 +103,8 @@ def box_form(joint: LogJoint) -> ClosedForm | None:
         if first is None or second is None:
             return None
         corner, size = copies(high, second, leaves[second]), copies(high - low, second, leaves[second])
-    bounds = [flat_bounds(trace.nodes[n]["fn"], values[n]) for n in (first, second)]
-    if not (corner or size) or bounds[0] is None or bounds[1] is None:
+    bounds = [b for n in (first, second) if (b := flat_bounds(trace.nodes[n]["fn"], values[n])) is not None]
+    if not (corner or size) or len(bounds) < 2:
         return None
     least, greatest = x.amin(0), x.amax(0)
     endless = torch.full_like(least, math.inf)
@@ -114,7 +116,7 @@ def box_form(joint: LogJoint) -> ClosedForm | None:
     if size and (bool((l1 > 0).any()) or bool((h1 < greatest - least).any())):
         return None
     box = Corner(least, greatest, len(x), l0, h1 if corner else endless, h1 if size else endless)
-    log_prior = sum(float(-(h - l).log().sum()) if bool(h.isfinite().all()) else 0.0 for l, h in bounds)
+    log_prior = -sum(float((high - low).log().sum()) for low, high in bounds if bool(high.isfinite().all()))
     form = ClosedForm(
         {first: lambda v: None, second: lambda v: None},
         {
@@ -127,7 +129,10 @@ def box_form(joint: LogJoint) -> ClosedForm | None:
 
     def draw(shapes: dict[str, tuple[int, ...]], count: int) -> dict[str, Tensor]:
         a, b = box.draw(count)
-        return {first: a.reshape(count, *shapes[first]), second: (b if corner else b - a).reshape(count, *shapes[second])}
+        return {
+            first: a.reshape(count, *shapes[first]),
+            second: (b if corner else b - a).reshape(count, *shapes[second]),
+        }
 
     form.draw = draw  # type: ignore[method-assign]
     return form
@@ -136,7 +141,9 @@ def box_form(joint: LogJoint) -> ClosedForm | None:
 def copies(y: Tensor, name: str, theta: Tensor) -> bool:
     """Whether y is the unknown itself, entry by entry."""
     gather = recognise(y, name, theta, 0, simplex=False)
-    return gather is not None and gather.scale is None and torch.equal(gather.index.flatten(), torch.arange(theta.numel()))
+    return (
+        gather is not None and gather.scale is None and torch.equal(gather.index.flatten(), torch.arange(theta.numel()))
+    )
 
 
 def flat_bounds(prior: Any, like: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -50,7 +50,11 @@ class Captured:
 
 
 def capture(
-    fn: Callable[..., Any], example: tuple[Tensor, ...], *, points: Iterable[tuple[Tensor, ...]] = (), random: bool = False
+    fn: Callable[..., Any],
+    example: tuple[Tensor, ...],
+    *,
+    points: Iterable[tuple[Tensor, ...]] = (),
+    random: bool = False,
 ) -> Captured:
     """The pure graph of `fn`, or `fn` itself with the reason why there is none.
 
@@ -82,7 +86,9 @@ def reason_of(error: Exception) -> str:
     return text if isinstance(error, CaptureError) else f"{type(error).__name__}: {text}"
 
 
-def check_agreement(graph: Callable[..., Any], fn: Callable[..., Any], point: tuple[Tensor, ...], seed: int = 0) -> None:
+def check_agreement(
+    graph: Callable[..., Any], fn: Callable[..., Any], point: tuple[Tensor, ...], seed: int = 0
+) -> None:
     """Refuse a graph that computes something else than its function."""
     with isolated(seed, torch.get_default_dtype()):
         wanted = tree_leaves(fn(*point))
@@ -90,7 +96,9 @@ def check_agreement(graph: Callable[..., Any], fn: Callable[..., Any], point: tu
         found = tree_leaves(graph(*point))
     for a, b in zip(wanted, found, strict=True):
         if not close(a, b):
-            raise CaptureError("the graph disagrees with the program: it depends on values in a way that cannot be traced")
+            raise CaptureError(
+                "the graph disagrees with the program: it depends on values in a way that cannot be traced"
+            )
 
 
 def close(a: Tensor, b: Tensor) -> bool:
@@ -151,7 +159,7 @@ class ValueAndGrad:
 
     @property
     def mode(self) -> str:
-        """"graph" or "eager"."""
+        """ "graph" or "eager"."""
         return self.single.mode
 
     @property
@@ -290,5 +298,11 @@ def constrain_many(joint: LogJoint, flat: Tensor, chunk: int = 256) -> dict[str,
 
 
 __all__: Sequence[str] = [
-    "CaptureError", "Captured", "ValueAndGrad", "capture", "constrain_many", "value_and_grad", "with_gradient",
+    "CaptureError",
+    "Captured",
+    "ValueAndGrad",
+    "capture",
+    "constrain_many",
+    "value_and_grad",
+    "with_gradient",
 ]

@@ -183,7 +183,7 @@ class Conjugacy:
                 return None
         if not users or users[0][0].family is None or (loc is not None and len(users) != 1):
             return None
-        (term, slot), family = users[0], users[0][0].family
+        slot, family = users[0][1], users[0][0].family
         if slot == "loc":
             return self.mean(name)
         if slot == "spread":
@@ -243,7 +243,9 @@ class Conjugacy:
         matrix = torch.diag_embed(matrix) if matrix.dim() == centre.dim() else matrix
         weight, total = weight + matrix, total + (matrix @ centre.unsqueeze(-1)).squeeze(-1)
         mean = torch.linalg.solve(weight, total.unsqueeze(-1)).squeeze(-1).reshape(old.shape)
-        return (lambda v: dist.MultivariateNormal(mean, precision_matrix=weight)), f"MultivariateNormal({show(mean)}, ...)"
+        return (
+            lambda v: dist.MultivariateNormal(mean, precision_matrix=weight)
+        ), f"MultivariateNormal({show(mean)}, ...)"
 
     def pair(self, name: str) -> Pair:
         """Moments of a mean that is tied to a spread."""

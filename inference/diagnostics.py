@@ -48,7 +48,9 @@ def rhat_ess(draws: Mapping[str, NDArray]) -> dict[str, Any]:
         "rhat": max(rhat.values(), default=math.nan),
         "ess_bulk": min(bulk.values(), default=math.nan),
         "ess_tail": min(tail.values(), default=math.nan),
-        "rhat_by_site": rhat, "ess_bulk_by_site": bulk, "ess_tail_by_site": tail,
+        "rhat_by_site": rhat,
+        "ess_bulk_by_site": bulk,
+        "ess_tail_by_site": tail,
         "worst_site": max(rhat, key=lambda name: rhat[name]) if rhat else None,
     }
 

@@ -26,7 +26,6 @@ from .handlers import FlatStart, MissingCells, Substitute
 from .problem import Problem
 from .transforms import log_jacobian, unconstrain_to
 
-
 #: Rows that are always taken at once, and entries of the largest table beyond that.
 PIECE_ROWS, PIECE_ELEMENTS = 4096, 8_000_000
 

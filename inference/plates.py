@@ -158,9 +158,7 @@ def _paint_nodes(laid: Picture, ax: "Axes", scale: float) -> None:
         if node.kind in SMALL:
             mark: Any = Ellipse((x, y), 2 * DOT, 2 * DOT, fc=INK, ec="none", zorder=3)
             if node.kind == "factor":
-                mark = Rectangle(
-                    (x - SQUARE, y - SQUARE), 2 * SQUARE, 2 * SQUARE, fc=INK, ec="none", zorder=3
-                )
+                mark = Rectangle((x - SQUARE, y - SQUARE), 2 * SQUARE, 2 * SQUARE, fc=INK, ec="none", zorder=3)
             ax.add_patch(mark)
             left, top, right, bottom = laid.node_labels[name].box
             _write(ax, (left + right) / 2, (top + bottom) / 2, laid.texts[name], NAME_SIZE * scale)

@@ -331,12 +331,7 @@ class Watch(TorchFunctionMode):
         items = args[1] if isinstance(args[1], tuple) else (args[1],)
         if not any(isinstance(i, Tensor | int) or (isinstance(i, slice) and i != slice(None)) for i in items):
             return Trail(names, base.expr, True)
-        if (
-            isinstance(base.expr, Apply)
-            and base.expr.op == "stack"
-            and items[0] is Ellipsis
-            and len(items) == 2
-        ):
+        if isinstance(base.expr, Apply) and base.expr.op == "stack" and items[0] is Ellipsis and len(items) == 2:
             chosen = base.expr.args[items[1]] if isinstance(items[1], int) else None
             return Trail(names, chosen, True) if chosen is not None else None
         found: list[Expr | None] = []

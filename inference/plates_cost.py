@@ -50,9 +50,7 @@ class Problem:
     def inner(self) -> tuple[tuple[int, ...], ...]:
         """Plates that lie within each plate."""
         plates = list(enumerate(self.plates))
-        return tuple(
-            tuple(j for j, q in plates if j != i and (q < p or (q == p and j > i))) for i, p in plates
-        )
+        return tuple(tuple(j for j, q in plates if j != i and (q < p or (q == p and j > i))) for i, p in plates)
 
     def cross(self, i: int, j: int) -> bool:
         """Whether two plates overlap and neither holds the other."""
@@ -225,9 +223,7 @@ def _edge_faults(problem: Problem, x: Array, y: Array, box: Array) -> Array:
     for p, members in enumerate(problem.plates):
         foreign = np.array([s not in members and t not in members for s, t in problem.edges])
         if foreign.any():
-            cost += 12 * crosses(
-                ax[:, foreign], ay[:, foreign], bx[:, foreign], by[:, foreign], box[:, p]
-            ).sum(1)
+            cost += 12 * crosses(ax[:, foreign], ay[:, foreign], bx[:, foreign], by[:, foreign], box[:, p]).sum(1)
         faults = []
         for label in label_places(problem, p, box):
             hit = 3.0 * crosses(ax, ay, bx, by, label).sum(1)

@@ -72,9 +72,7 @@ def _fold(sites: dict[str, Site], plate: Plate, inside: list[str], which: int) -
         if name not in place:
             if set(site.parents) & set(place):
                 parents = tuple(dict.fromkeys(place[p][0] if p in place else p for p in site.parents))
-                arguments = tuple(
-                    (k, renamed(e, lambda n: place.get(n, (n, 0))[0])) for k, e in site.arguments
-                )
+                arguments = tuple((k, renamed(e, lambda n: place.get(n, (n, 0))[0])) for k, e in site.arguments)
                 site = replace(site, parents=parents, arguments=arguments)
             merged[name] = site
             continue
@@ -83,9 +81,7 @@ def _fold(sites: dict[str, Site], plate: Plate, inside: list[str], which: int) -
             return None
         parents = tuple(place[p][0] if p in place else p for p in site.parents)
         arguments = tuple((k, renamed(e, lambda n: place.get(n, (n, 0))[0])) for k, e in site.arguments)
-        one = replace(
-            site, name=base, parents=parents, arguments=arguments, aligned=site.aligned | {plate.name}
-        )
+        one = replace(site, name=base, parents=parents, arguments=arguments, aligned=site.aligned | {plate.name})
         if merged.setdefault(base, one) != one:
             return None
     return merged

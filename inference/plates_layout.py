@@ -11,9 +11,7 @@ from .plates_cost import GAP, STEP, Array, Problem, boxes, cost
 
 _TURNS = 60
 _WORK = 100_000_000
-_FAR = tuple(
-    (dx, dy) for dx in (-4, -3, -2, -1, 0, 1, 2, 3, 4) for dy in (-4, -2, -1, 0, 1, 2, 4) if dx or dy
-)
+_FAR = tuple((dx, dy) for dx in (-4, -3, -2, -1, 0, 1, 2, 3, 4) for dy in (-4, -2, -1, 0, 1, 2, 4) if dx or dy)
 _NEAR = tuple((dx, dy) for dx in (-2, -1, 0, 1, 2) for dy in (-2, 0, 2) if dx or dy)
 
 
@@ -102,9 +100,7 @@ def _around_chain(problem: Problem, y: Array) -> Array:
     return grid
 
 
-def _descend(
-    problem: Problem, grid: Array, turns: int, steps: Sequence[tuple[float, float]]
-) -> tuple[Array, float]:
+def _descend(problem: Problem, grid: Array, turns: int, steps: Sequence[tuple[float, float]]) -> tuple[Array, float]:
     best = float(cost(problem, grid[None])[0])
     for _ in range(turns):
         moves = _moves(problem, grid, steps)
@@ -129,9 +125,7 @@ def _moves(problem: Problem, grid: Array, steps: Sequence[tuple[float, float]]) 
     for i in range(n):
         shift([i], steps)
     groups = {tuple(sorted(p)) for p in problem.plates}
-    groups |= {
-        tuple(np.flatnonzero(problem.families == f)) for f in set(problem.families[problem.families >= 0])
-    }
+    groups |= {tuple(np.flatnonzero(problem.families == f)) for f in set(problem.families[problem.families >= 0])}
     groups |= {tuple(np.flatnonzero(problem.steps >= 0))} if (problem.steps >= 0).any() else set()
     for group in sorted(groups):
         if 1 < len(group) < n:

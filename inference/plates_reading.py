@@ -100,9 +100,7 @@ class Reading:
         self.store = pyro.get_param_store().get_state()
         self.positional, self.keywords = _by_name(self.model, args, kwargs)
 
-    def run(
-        self, handler: Messenger, given: dict[str, Any] | None = None, watch: Watch | None = None
-    ) -> None:
+    def run(self, handler: Messenger, given: dict[str, Any] | None = None, watch: Watch | None = None) -> None:
         """The story once, under `handler`, with fixed seeds and everything put back afterwards."""
         given = given or {}
         change = {k: given.get(k, v) for k, v in self.keywords.items()}
@@ -196,9 +194,7 @@ class Reading:
             return sites
         for frame in plates.values():
             inside = [n for n, s in found.items() if frame.name in (f.name for f in s["frames"])]
-            others = {
-                n: v for n in inside if (v := _first_row_changed(found[n], values.get(n), frame)) is not None
-            }
+            others = {n: v for n in inside if (v := _first_row_changed(found[n], values.get(n), frame)) is not None}
             after = replay(self.run, {**values, **others})
             aligned = _aligned(before, after, inside, values, frame)
             for name in inside:
@@ -207,15 +203,11 @@ class Reading:
             self._align_inputs(before, sites, inside, values, frame)
         return sites
 
-    def _align_inputs(
-        self, before: dict, sites: dict[str, Site], inside: list[str], values: dict, frame: Any
-    ) -> None:
+    def _align_inputs(self, before: dict, sites: dict[str, Site], inside: list[str], values: dict, frame: Any) -> None:
         """Arguments whose row n is used for row n alone belong inside the plate."""
         plate = Plate(frame.name, frame.full_size or frame.size, frame.dim)
         for key, value in (*self.positional, *self.keywords.items()):
-            name = next(
-                (n for n in (key, f"{key} (argument)") if n in sites and sites[n].kind == "input"), None
-            )
+            name = next((n for n in (key, f"{key} (argument)") if n in sites and sites[n].kind == "input"), None)
             users = [n for n, s in sites.items() if name in s.parents]
             if name is None or not isinstance(value, Tensor) or not users or not set(users) <= set(inside):
                 continue

@@ -24,9 +24,7 @@ def family_arguments(fn: Any) -> dict[str, Any]:
     own = vars(base)
     nested = [vars(v) for k, v in own.items() if isinstance(v, torch.distributions.Distribution)]
     nested += [vars(unwrap(v)) for v in own.values() if isinstance(v, torch.distributions.Distribution)]
-    names = [
-        n for n in inspect.signature(type(base).__init__).parameters if n not in ("self", "validate_args")
-    ]
+    names = [n for n in inspect.signature(type(base).__init__).parameters if n not in ("self", "validate_args")]
     allowed = {*_argument_constraints(base), "total_count", "dim"}
     found: dict[str, Any] = {}
     for name in names:

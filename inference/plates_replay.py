@@ -88,9 +88,7 @@ class Replay(Messenger):
             msg["value"] = self.params[msg["name"]]
 
 
-def replay(
-    run: Run, values: Mapping[str, Any], params: Mapping[str, Tensor] | None = None
-) -> dict[str, dict] | None:
+def replay(run: Run, values: Mapping[str, Any], params: Mapping[str, Tensor] | None = None) -> dict[str, dict] | None:
     """What each site asks for under these values; None where the story does not run with them."""
     again = Replay(values, params)
     try:
@@ -153,12 +151,7 @@ def first_entry_changed(value: Tensor, dim: int) -> Tensor:
     if value.is_floating_point():
         changed.select(dim, 0).copy_(first * 1.1 + 0.1)
     else:
-        different = (
-            (value != value.select(dim, 0).unsqueeze(dim))
-            .movedim(dim, 0)
-            .reshape(value.shape[dim], -1)
-            .any(1)
-        )
+        different = (value != value.select(dim, 0).unsqueeze(dim)).movedim(dim, 0).reshape(value.shape[dim], -1).any(1)
         changed.select(dim, 0).copy_(value.select(dim, int(different.int().argmax())))
     return changed
 
@@ -190,9 +183,7 @@ def another_param(value: Tensor, constraint: Any) -> Tensor | None:
     to = transform_to(constraint if constraint is not None else constraints.real)
     with torch.no_grad():
         unconstrained = to.inv(value)
-        return to(
-            unconstrained + torch.linspace(0.1, 0.3, unconstrained.numel()).to(value).view_as(unconstrained)
-        )
+        return to(unconstrained + torch.linspace(0.1, 0.3, unconstrained.numel()).to(value).view_as(unconstrained))
 
 
 def changes(
@@ -211,9 +202,7 @@ def changes(
         elif _changed(old["fn"], new["fn"]):
             a, b = arguments(old["fn"]), arguments(new["fn"])
             # Where nothing but the number of rows changed, no argument did.
-            found[name] = {
-                k for k in a if k not in b or (_changed(a[k], b[k]) and not _resized(a[k], b[k]))
-            } or {""}
+            found[name] = {k for k in a if k not in b or (_changed(a[k], b[k]) and not _resized(a[k], b[k]))} or {""}
     return found
 
 

@@ -10,9 +10,7 @@ _LOWER = (
     "nu xi pi rho sigma tau upsilon phi chi psi omega"
 ).split()
 _UPPER = "Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega".split()
-_UNICODE = dict(zip(_LOWER, "αβγδεζηθικλμνξπρστυφχψω", strict=True)) | dict(
-    zip(_UPPER, "ΓΔΘΛΞΠΣΥΦΨΩ", strict=True)
-)
+_UNICODE = dict(zip(_LOWER, "αβγδεζηθικλμνξπρστυφχψω", strict=True)) | dict(zip(_UPPER, "ΓΔΘΛΞΠΣΥΦΨΩ", strict=True))
 # `lambda` is a keyword of Python, so programs write it otherwise.
 _ALIASES = {"lam": "lambda", "lamda": "lambda", "lambd": "lambda", "eps": "epsilon"}
 _LETTERS = {
@@ -72,9 +70,7 @@ def symbol(name: str, indices: Sequence[str] = (), math_text: bool = True) -> st
     if not is_symbol(base):
         words = [base, *(t for t in tail if not t.isdigit())]
         base, tail = " ".join(w for w in words if w) or name, [t for t in tail if t.isdigit()]
-    return subscripted(
-        letter(base, math_text), [*(letter(t, math_text) for t in tail if t), *indices], math_text
-    )
+    return subscripted(letter(base, math_text), [*(letter(t, math_text) for t in tail if t), *indices], math_text)
 
 
 def subscripted(base: str, subscripts: Sequence[str], math_text: bool) -> str:

@@ -97,15 +97,20 @@ class Posterior:
     def finished(self) -> Posterior:
         """Match exchangeable components across draws, then judge convergence on the matched draws."""
         from .labels import match_labels
+        from .rotations import invariants, rotating_axes
 
         draws, axes = match_labels(self)
         diagnostics, warnings = dict(self.diagnostics), list(self.warnings)
         if axes:
             diagnostics["exchangeable"] = {name: list(a) for name, a in axes.items()}
+        turning = rotating_axes(self.joint) if self.structure.linear_gaussian else {}
+        if turning:
+            diagnostics["rotating"] = turning
         if self.kind == "samples":
             from .diagnostics import rhat_ess, rhat_warnings
 
-            by_chain = {n: d.reshape(self.chains, -1, *d.shape[1:]).cpu().numpy() for n, d in draws.items()}
+            fixed = invariants(draws, turning, {b.name for b in self.joint.blocks if b.local})
+            by_chain = {n: d.reshape(self.chains, -1, *d.shape[1:]).cpu().numpy() for n, d in fixed.items()}
             convergence = rhat_ess(by_chain)
             diagnostics.update(convergence)
             warnings = rhat_warnings(by_chain, convergence) + warnings

@@ -316,7 +316,9 @@ def run_few(
             given = kwargs.get(r.argument or "")
             seen = parts[0].get(r.argument or "")
             same = isinstance(seen, Tensor) and isinstance(r.value, Tensor) and seen.shape == r.value.shape
-            if not same or seen.data_ptr() != r.value.data_ptr() or r.bounds != second[name].bounds:
+            if not same or not isinstance(seen, Tensor) or not isinstance(given, Tensor):
+                return None
+            if seen.data_ptr() != r.value.data_ptr() or r.bounds != second[name].bounds:
                 return None
             missing = count_missing(given)
             grown = replace(grown, value=given, missing=missing)
@@ -420,9 +422,7 @@ def as_floats(kwargs: dict[str, Any], dtype: torch.dtype) -> tuple[dict[str, Any
 
 def check_covariates(model: Callable, kwargs: dict[str, Any], dtype: torch.dtype) -> None:
     """NaN in an argument that no site observes: told before the story meets it and fails in its own words."""
-    holes = {
-        n: v for n, v in kwargs.items() if isinstance(v, Tensor) and v.is_floating_point() and has_nan(v)
-    }
+    holes = {n: v for n, v in kwargs.items() if isinstance(v, Tensor) and v.is_floating_point() and has_nan(v)}
     if not holes:
         return
     filled = {

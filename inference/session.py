@@ -32,9 +32,7 @@ def seed_everything(seed: int) -> None:
 
 
 @contextmanager
-def isolated(
-    seed: int | None = None, dtype: torch.dtype | None = None, threads: int | None = None
-) -> Iterator[None]:
+def isolated(seed: int | None = None, dtype: torch.dtype | None = None, threads: int | None = None) -> Iterator[None]:
     """Everything a story may change is put back afterwards, also after an exception.
 
     Parameters

@@ -201,11 +201,7 @@ class _Writer:
         if not self.math_text:
             return f"{base}[{', '.join(items)}]"
         if "_{" in base:
-            return (
-                f"{base[:-1]},{','.join(items)}}}"
-                if base.endswith("}")
-                else f"({base})_{{{','.join(items)}}}"
-            )
+            return f"{base[:-1]},{','.join(items)}}}" if base.endswith("}") else f"({base})_{{{','.join(items)}}}"
         return subscripted(base, items, True)
 
     def function(self, expr: Opaque, user: Site) -> str:
@@ -303,9 +299,7 @@ def _add_chain(page: _Page, chain: Chain, sites: dict[str, Site], time: str) -> 
     singles = list(range(chain.first, alike if general else chain.last + 1))
     for i in singles if len(singles) <= 3 else (*singles[:2], singles[-1]):
         if len(singles) > 3 and i == singles[-1]:
-            page.lines.append(
-                "    " * len(page.opened) + writer.dollars(r"\ldots" if writer.math_text else "…")
-            )
+            page.lines.append("    " * len(page.opened) + writer.dollars(r"\ldots" if writer.math_text else "…"))
         for site, _ in rounds[i]:
             page.add(site.plates, (), writer.line(site))
     if general:

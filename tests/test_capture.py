@@ -84,7 +84,8 @@ def test_graph_gradients_are_central_differences(name, untouched):
         step = 1e-5
         with torch.no_grad(), pyro.validation_enabled(False):
             up, here, down = (
-                torch.stack([joint.unconstrained(p) for p in points + shift * direction]) for shift in (step, 0.0, -step)
+                torch.stack([joint.unconstrained(p) for p in points + shift * direction])
+                for shift in (step, 0.0, -step)
             )
         torch.testing.assert_close(values, here, rtol=1e-10, atol=1e-10)
         slope = (gradients * direction).sum(1)

@@ -100,9 +100,7 @@ def test_standardized_columns_can_be_turned_back():
     data = Dataset("example", x)
     unit = data.standardized()
     seen = unit.x[torch.arange(150) != 3]
-    torch.testing.assert_close(
-        seen.mean(0), torch.tensor([seen[:, 0].mean(), 0.0, *seen[:, 2:].mean(0)]).double()
-    )
+    torch.testing.assert_close(seen.mean(0), torch.tensor([seen[:, 0].mean(), 0.0, *seen[:, 2:].mean(0)]).double())
     torch.testing.assert_close(seen[:, 1].std(correction=0), torch.tensor(1.0).double())
     assert (unit.x[:, 4].abs() < 1e-12).all() and unit.x[3, 1].isnan() and unit.x.isnan().sum() == 1
     torch.testing.assert_close(unit.original(unit.x), x, equal_nan=True)
@@ -213,9 +211,7 @@ def test_arrays_are_read_with_their_shape(tmp_path):
     assert torch.equal(read(tmp_path / "m.npy").x, torch.from_numpy(matrix).double())
     assert read(tmp_path / "v.npy").x.shape == (3,)
     both = read(tmp_path / "both.npz")
-    assert (
-        both.feature_names == ("m1", "m2", "v") and both.x.shape == (3, 3) and both.x.dtype == torch.float64
-    )
+    assert both.feature_names == ("m1", "m2", "v") and both.x.shape == (3, 3) and both.x.dtype == torch.float64
     assert read(tmp_path / "both.npz", ["m2"]).x.tolist() == [[1.0], [3.0], [5.0]]
 
 
@@ -319,9 +315,7 @@ def test_what_is_no_table_is_told(tmp_path):
         read(tmp_path / "gone.csv")
     with pytest.raises(IsADirectoryError, match="name a file in it"):
         read(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"'\.xlsx'; these can be read: \.csv, \.tsv, \.parquet, \.npy, \.npz"
-    ):
+    with pytest.raises(ValueError, match=r"'\.xlsx'; these can be read: \.csv, \.tsv, \.parquet, \.npy, \.npz"):
         read(table(tmp_path, "x", "t.xlsx"))
     with pytest.raises(ValueError, match="encoding='utf-9' is not known"):
         read(table(tmp_path, "a\n1\n"), encoding="utf-9")

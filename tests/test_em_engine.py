@@ -49,7 +49,10 @@ def test_means_whose_prior_shares_the_components_spread_are_in_closed_form():
     assert "L-BFGS" not in plan and np.diff(posterior.history).min() > -1e-8
     d = {n: v.numpy() for n, v in posterior.draw(0).items()}
     joint = np.stack(
-        [np.log(d["pi"][k]) + multivariate_normal.logpdf(x, d["mu"][k], np.linalg.inv(d["precision"][k])) for k in range(3)]
+        [
+            np.log(d["pi"][k]) + multivariate_normal.logpdf(x, d["mu"][k], np.linalg.inv(d["precision"][k]))
+            for k in range(3)
+        ]
     )
     r = np.exp(joint - np.logaddexp.reduce(joint))
     n, kappa, D = r.sum(1), 0.1, 4
@@ -244,9 +247,7 @@ def test_stepwise_comes_close_and_goes_on_with_new_rows():
     x = clusters(20_000)
     whole = fit(GMM(3), x, EM(driver="batch", restarts=2), seed=0)
     first = fit(GMM(3), x[:10_000], EM(driver="stepwise", restarts=2, batch_size=1000, max_iter=2), seed=0)
-    second = fit(
-        GMM(3), x[10_000:], EM(driver="stepwise", start=first, batch_size=1000, max_iter=1), seed=0
-    )
+    second = fit(GMM(3), x[10_000:], EM(driver="stepwise", start=first, batch_size=1000, max_iter=1), seed=0)
     assert second.extra["stepwise"]["step"] > first.extra["stepwise"]["step"]
     gap = float(whole.log_prob(x).mean() - second.log_prob(x).mean())
     assert 0 <= gap < 2e-3

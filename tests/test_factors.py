@@ -16,7 +16,6 @@ from inference import EM, choose, fit, inspect
 from inference.choose import NoMethodError
 from inference.joint import LogJoint
 from inference.linear_gaussian import GaussianRows
-from inference.problem import prepare
 from zoo import PPCA, FactorAnalysis, MixtureOfFactorAnalysers, load
 
 SCORES, RODS = load("two_factors").x, load("two_rods").x
@@ -221,7 +220,9 @@ def test_missing_cells_are_imputed_nearly_as_well_as_by_the_truth():
         m = row.isnan()
         row[m] = cov[m][:, ~m] @ torch.linalg.solve(cov[~m][:, ~m], row[~m])
     index = tuple(imputed.index.T)
-    errors = [(guess - kept[index]).square().mean().sqrt() for guess in (imputed.mean, best[index], x.nanmean(0)[index[1]])]
+    errors = [
+        (guess - kept[index]).square().mean().sqrt() for guess in (imputed.mean, best[index], x.nanmean(0)[index[1]])
+    ]
     assert errors[0] < 1.05 * errors[1] < 0.85 * errors[2]
     inside = ((imputed.lower <= kept[index]) & (kept[index] <= imputed.upper)).double().mean()
     assert 0.85 < inside < 0.95
@@ -243,8 +244,25 @@ def test_other_linear_gaussian_stories_are_integrated_exactly_too():
     beta = torch.linalg.lstsq(X, means.double().unsqueeze(1)).solution[:, 0]
     torch.testing.assert_close(posterior.draw(0)["beta"], beta, atol=1e-5, rtol=0)
     cov = np.eye(3) + 1.5**2
-    expected = [multivariate_normal.logpdf(r, [m] * 3, cov) for r, m in zip(y.numpy(), (X @ posterior.draw(0)["beta"]).numpy())]
+    expected = [
+        multivariate_normal.logpdf(r, [m] * 3, cov) for r, m in zip(y.numpy(), (X @ posterior.draw(0)["beta"]).numpy())
+    ]
     np.testing.assert_allclose(posterior.log_prob(), expected, atol=1e-9)
+
+
+def test_rotations_are_found_and_left_out_of_comparisons():
+    """W turns and its product does not; a mixture of clusters has nothing to turn."""
+    from inference.rotations import invariants
+    from zoo import GMM
+
+    for story, x in ((FactorAnalysis(2), SCORES), (PPCA(3), SCORES), (MixtureOfFactorAnalysers(2, 1), RODS)):
+        assert fit(story, x, EM(restarts=1, max_iter=3), seed=0).diagnostics["rotating"] == {"W": -1}
+    assert fit(turned, SCORES, EM(restarts=1, max_iter=3), seed=0).diagnostics["rotating"] == {"loadings": -2}
+    assert "rotating" not in fit(GMM(2), SCORES, EM(restarts=1, max_iter=3), seed=0).diagnostics
+    W, R = torch.randn(5, 6, 2).double(), torch.linalg.qr(torch.randn(2, 2).double())[0]
+    a, b = (invariants({"W": v, "z": W}, {"W": -1}, {"z"}) for v in (W, W @ R))
+    assert set(a) == {"W W^T"}
+    torch.testing.assert_close(a["W W^T"], b["W W^T"])
 
 
 @pytest.mark.slow
@@ -253,9 +271,7 @@ def test_nuts_and_svi_agree_with_the_mode_on_what_rotations_leave_alone():
     x = SCORES[:80]
     from inference import NUTS
 
-    em, nuts, svi = (
-        fit(FactorAnalysis(2), x, m, seed=0) for m in (EM(), NUTS(warmup=400, draws=400), "svi")
-    )
+    em, nuts, svi = (fit(FactorAnalysis(2), x, m, seed=0) for m in (EM(), NUTS(warmup=400, draws=400), "svi"))
 
     def invariant(p):
         W, psi = p.draws["W"], p.draws["psi"]

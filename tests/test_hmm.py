@@ -35,7 +35,9 @@ def test_likelihoods_follow_baum_welch_to_rounding():
     expected = baum_welch(x, *(np.array(start[n]) for n in ("pi", "A", "mu")), 10)
     posterior = fit(hidden_markov, x, EM(start=start, max_iter=10, tol=0.0), seed=0)
     assert "forward-backward" in posterior.diagnostics["plan"]
-    np.testing.assert_allclose(posterior.diagnostics["log_likelihoods"], [h[0] for h in expected], rtol=1e-12, atol=1e-10)
+    np.testing.assert_allclose(
+        posterior.diagnostics["log_likelihoods"], [h[0] for h in expected], rtol=1e-12, atol=1e-10
+    )
     for site, value in zip(("pi", "A", "mu"), expected[-1][1:4]):
         np.testing.assert_allclose(posterior.draws[site][0], value, atol=1e-10)
 
@@ -56,7 +58,9 @@ def test_forward_backward_equals_the_sum_over_all_paths():
     p = np.exp(weights - logsumexp(weights))
     for t in range(T):
         for k in range(K):
-            assert math.isclose(float(states[t, 0, k, 0]), sum(w for w, path in zip(p, paths) if path[t] == k), abs_tol=1e-10)
+            assert math.isclose(
+                float(states[t, 0, k, 0]), sum(w for w, path in zip(p, paths) if path[t] == k), abs_tol=1e-10
+            )
     for a in range(K):
         for b in range(K):
             wanted = sum(w for w, path in zip(p, paths) if path[1] == a and path[2] == b)

@@ -56,7 +56,9 @@ def test_permuted_draws_are_matched():
 def test_chains_in_other_numberings_and_swaps_on_the_way_are_matched():
     """Three chains of overlapping components, one renumbered and one that swaps half-way: one mode comes out."""
     rng = torch.Generator().manual_seed(0)
-    clean = torch.tensor([-1.5, 1.5], dtype=torch.float64) + 0.4 * torch.randn(3, 100, 2, generator=rng, dtype=torch.float64)
+    clean = torch.tensor([-1.5, 1.5], dtype=torch.float64) + 0.4 * torch.randn(
+        3, 100, 2, generator=rng, dtype=torch.float64
+    )
     mixed = clean.clone()
     mixed[1] = mixed[1].flip(-1)
     axes = {"mu": (0,)}

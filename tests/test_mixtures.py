@@ -20,7 +20,6 @@ from zoo import (
     ConjugateGMM,
     KMeans,
     MixedMixture,
-    MultinomialMixture,
     NaiveBayes,
     load,
 )
@@ -156,7 +155,9 @@ def test_the_limit_is_lloyds_algorithm(name):
     start = x[torch.tensor([0, len(x) // 2, len(x) - 1])]
     peer = Peer(3, init=start.numpy(), n_init=1, tol=0.0).fit(x.numpy())
     scale = tuple(float(v) for v in x.std() * torch.ones(x.shape[1]))
-    posterior = fit(KMeans(3, loc=tuple(x.mean(0).tolist()), scale=scale), x, EM(start={"mu": start}, tol=0.0, max_iter=60), seed=0)
+    posterior = fit(
+        KMeans(3, loc=tuple(x.mean(0).tolist()), scale=scale), x, EM(start={"mu": start}, tol=0.0, max_iter=60), seed=0
+    )
     centres, z = posterior.draw(0)["mu"], posterior.local("z")
     np.testing.assert_allclose(centres, peer.cluster_centers_, atol=1e-6)
     assert ((z < 1e-6) | (z > 1 - 1e-6)).double().mean() > 0.999
@@ -223,9 +224,7 @@ def test_a_hidden_class_is_found_again():
     posterior = fit(NaiveBayes((3,) * 5, num_classes=2, pseudo_count=1.1), survey.x.long(), EM(restarts=5), seed=0)
     assert adjusted_rand_score(survey.labels, posterior.local("y").argmax(1)) > 0.75
     same = fit(CategoricalMixture(2, 3), survey.x.long(), EM(restarts=5), seed=0)
-    assert math.isclose(
-        posterior.diagnostics["log_likelihood"], same.diagnostics["log_likelihood"], abs_tol=1e-3
-    )
+    assert math.isclose(posterior.diagnostics["log_likelihood"], same.diagnostics["log_likelihood"], abs_tol=1e-3)
 
 
 def test_independent_features_fail_on_pictures():
@@ -233,7 +232,11 @@ def test_independent_features_fail_on_pictures():
     x = (torch.from_numpy(load_digits().data[:400]) > 7).long()
     live = [j for j in range(64) if 0 < int(x[:, j].sum()) < 400][:30]
     one = fit(NaiveBayes((2,) * len(live)), x[:, live], EM(), seed=0).log_prob().mean()
-    ten = fit(NaiveBayes((2,) * len(live), num_classes=6, pseudo_count=1.5), x[:, live], EM(restarts=2), seed=0).log_prob().mean()
+    ten = (
+        fit(NaiveBayes((2,) * len(live), num_classes=6, pseudo_count=1.5), x[:, live], EM(restarts=2), seed=0)
+        .log_prob()
+        .mean()
+    )
     assert ten > one + 2
 
 

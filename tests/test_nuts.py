@@ -158,7 +158,10 @@ def test_flat_priors_give_students_t(dense_mass):
     error = 4 * exact.std() / math.sqrt(posterior.diagnostics["ess_bulk"])
     assert abs(mu.mean() - exact.mean()) < error
     for q in (0.05, 0.25, 0.75, 0.95):
-        assert abs((mu <= exact.ppf(q)).mean() - q) < 4 * math.sqrt(q * (1 - q) / posterior.diagnostics["ess_tail"]) + 0.005
+        assert (
+            abs((mu <= exact.ppf(q)).mean() - q)
+            < 4 * math.sqrt(q * (1 - q) / posterior.diagnostics["ess_tail"]) + 0.005
+        )
 
 
 @pytest.mark.parametrize(("calls", "draws"), [(20, 1), (200, 1), (1500, None)])

@@ -171,9 +171,7 @@ def test_deterministic_sites_are_nodes_or_seen_through():
 
 
 def test_a_network_is_one_node():
-    net = torch.nn.Sequential(
-        torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3)
-    )
+    net = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3))
 
     def decoder_story(x):
         pyro.module("decoder", net)
@@ -306,9 +304,7 @@ def test_sequential_plates_fold_only_where_rounds_are_alike():
             pyro.sample(f"x_{i}", dist.Normal(float(i), 1.0), obs=x[i])
 
     folded = fold_loops(relations(alike, torch.zeros(5)))
-    assert list(folded) == ["mu", "z", "x"] and [(p.name, p.size) for p in folded["x"].plates] == [
-        ("data", 5)
-    ]
+    assert list(folded) == ["mu", "z", "x"] and [(p.name, p.size) for p in folded["x"].plates] == [("data", 5)]
     unfolded = fold_loops(relations(unlike, torch.zeros(5)))
     assert len(unfolded) == 5 and not any(s.plates for s in unfolded.values())
 

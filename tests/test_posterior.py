@@ -10,9 +10,9 @@ import torch
 from scipy.stats import multivariate_normal, norm, poisson
 from stories import gaussian_mixture, hidden_markov, normal_mixture, regression
 
-from inference.local import RowIntegral
 from inference import EM, fit, simulate
 from inference.arviz_io import elpd_loo
+from inference.local import RowIntegral
 from inference.posterior import Posterior
 from inference.problem import prepare
 from zoo import GMM, load

@@ -119,7 +119,12 @@ def observing(x):
 
 @pytest.mark.parametrize(
     ("guide", "words"),
-    [(lacking, "lacks the latent 'mu'"), (foreign, "samples 'nu'"), (misshapen, "'mu' the shape"), (observing, "observes")],
+    [
+        (lacking, "lacks the latent 'mu'"),
+        (foreign, "samples 'nu'"),
+        (misshapen, "'mu' the shape"),
+        (observing, "observes"),
+    ],
 )
 def test_guides_that_do_not_fit_are_refused(guide, words, untouched):
     """Pyro warns at most, and its loss is then no ELBO."""

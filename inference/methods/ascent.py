@@ -206,7 +206,11 @@ class Ascent:
     def diverged(self, value: float, gradients: Leaves) -> None:
         """Stop, naming what went wrong first."""
         site, text = self.target.blame(self.leaves, gradients)
-        what = f"the ELBO is {value}" if not math.isfinite(value) else f"the ELBO is {value:.6g} but its gradient is not finite"
+        what = (
+            f"the ELBO is {value}"
+            if not math.isfinite(value)
+            else f"the ELBO is {value:.6g} but its gradient is not finite"
+        )
         raise self.error(site, f"{what}; {text}")
 
     def error(self, site: str | None, text: str) -> DivergenceError:
@@ -219,7 +223,9 @@ class Ascent:
         return DivergenceError(
             f"SVI left the finite numbers at step {len(self.history)}: {text}. The last finite state is attached; "
             f"lower lr (it was {self.lr:g}), or standardise the data",
-            state=state, step=len(self.history), site=site,
+            state=state,
+            step=len(self.history),
+            site=site,
         )
 
 

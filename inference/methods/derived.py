@@ -55,7 +55,9 @@ class DerivedTarget:
         self.joint = LogJoint(problem)
         self.batches = Batches(problem, batch_size)
         self.part = self.joint if self.batches.size is None else self.batch_joint()
-        self.axes = {b.name: axis for b, p in zip(self.joint.blocks, self.part.blocks) if (axis := cut(b, p)) is not None}
+        self.axes = {
+            b.name: axis for b, p in zip(self.joint.blocks, self.part.blocks) if (axis := cut(b, p)) is not None
+        }
         if self.axes and family != "mean_field":
             raise ValueError(
                 f"SVI(guide={family!r}, batch_size={batch_size}): {', '.join(self.axes)} have a value a row, which are "
@@ -70,7 +72,9 @@ class DerivedTarget:
         latents, points = positions(self.part.blocks, problem.device)
         self.order = torch.argsort(torch.cat([latents, points]))
         local = [b.name in self.axes for b in self.part.blocks if not b.param for _ in range(b.stop - b.start)]
-        self.weights = torch.where(torch.tensor(local, dtype=torch.bool, device=problem.device), self.batches.scale, 1.0)
+        self.weights = torch.where(
+            torch.tensor(local, dtype=torch.bool, device=problem.device), self.batches.scale, 1.0
+        )
         self.size = len(self.latent_at)
         self.particles = particles if self.size else 1
         self.density = Density(self.single, self.examples(), self.particles)
@@ -172,7 +176,9 @@ class DerivedTarget:
             leaves = self.family.start(at, scale, factor) if self.size else {}
             leaves |= {"points": fixed.clone()} if len(fixed) else {}
             guides.append(leaves)
-        elbos = [float(torch.stack([self.objective(q)[0] for _ in range(4)]).mean().nan_to_num(-math.inf)) for q in guides]
+        elbos = [
+            float(torch.stack([self.objective(q)[0] for _ in range(4)]).mean().nan_to_num(-math.inf)) for q in guides
+        ]
         return guides[int(np.argmax(elbos))]
 
     def best_try(self) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,9 @@ class Exact:
     def check(self, structure: Structure) -> Verdict:
         """Valid where every unknown is conjugate to what it generates and the rows have no latents."""
         if structure.conjugate:
-            return Verdict(True, "every unknown is conjugate to what it generates: the posterior is known in closed form")
+            return Verdict(
+                True, "every unknown is conjugate to what it generates: the posterior is known in closed form"
+            )
         local = [s.name for s in structure.latents if s.local or s.discrete]
         if local:
             return Verdict(False, f"{local[0]!r} is latent in the rows: the posterior of the globals is no closed form")

@@ -106,8 +106,13 @@ class Record:
             row = self.done - self.settings.warmup
             self.positions[row] = state.position
             found = {
-                "diverging": walk.diverging, "energy": state.energy, "tree_depth": walk.depth, "n_steps": walk.steps,
-                "acceptance_rate": walk.acceptance, "step_size": walk.step, "lp": state.value,
+                "diverging": walk.diverging,
+                "energy": state.energy,
+                "tree_depth": walk.depth,
+                "n_steps": walk.steps,
+                "acceptance_rate": walk.acceptance,
+                "step_size": walk.step,
+                "lp": state.value,
             }
             for name, value in found.items():
                 self.stats[name][row] = value

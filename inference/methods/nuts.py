@@ -127,9 +127,16 @@ class NUTS:
         if potential.notice:
             found["gradient"] += f"; {potential.notice}"
         return Posterior(
-            kind="samples", method=self, problem=problem, draws=draws, chains=self.chains, diagnostics=found,
-            warnings=notes + sampling_warnings(found, stats["lp"].size), timings={"warmup": 0.0, **meter.timings},
-            sample_stats=stats, converged=not watch.stopped,
+            kind="samples",
+            method=self,
+            problem=problem,
+            draws=draws,
+            chains=self.chains,
+            diagnostics=found,
+            warnings=notes + sampling_warnings(found, stats["lp"].size),
+            timings={"warmup": 0.0, **meter.timings},
+            sample_stats=stats,
+            converged=not watch.stopped,
         )
 
     def begin(
@@ -189,8 +196,11 @@ class Watch:
         settings = records[0].settings
         self._warmup = settings.warmup
         self._bar = tqdm(
-            total=len(records) * (settings.warmup + settings.draws), desc="NUTS", unit="draw",
-            disable=not problem.progress, leave=False,
+            total=len(records) * (settings.warmup + settings.draws),
+            desc="NUTS",
+            unit="draw",
+            disable=not problem.progress,
+            leave=False,
         )
         self._shown = 0.0
 
@@ -254,7 +264,8 @@ def failure(joint: LogJoint, records: list[Record], error: Failed) -> Exception:
     step = min(r.done for r in records)
     return DivergenceError(
         f"NUTS finds no step size in iteration {step}: {error}; give every latent a proper prior or standardise the data",
-        state=state, step=step,
+        state=state,
+        step=step,
     )
 
 

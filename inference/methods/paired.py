@@ -93,7 +93,10 @@ class PairTarget:
         self.latents = [n for n in self.sites if n in problem.structure and problem.structure[n].continuous]
         self.points = all(type(unwrap(trace.nodes[n]["fn"])).__name__ == "Delta" for n in self.latents)
         self.follows = all(trace.nodes[n]["fn"].has_rsample for n in self.sites)
-        self.mode, self.reason = "eager", "the guide has latents whose draws have no gradient (score function estimator)"
+        self.mode, self.reason = (
+            "eager",
+            "the guide has latents whose draws have no gradient (score function estimator)",
+        )
         self.call: Callable[..., Any] = self.by_score
         self.lanes = False  # whether one call takes all particles side by side
         if self.follows:
@@ -164,9 +167,7 @@ class PairTarget:
                 inside = any(f.name == self.plate for f in site["cond_indep_stack"])
                 log_q = log_q + (scale if inside else 1.0) * site["log_prob"].sum()
         given = {**values, **self.constrained(leaves, rows)}
-        log_p = self.networks.run(
-            self.weights(leaves), lambda: self.joint.density(given, self.arguments(rows), scale)
-        )
+        log_p = self.networks.run(self.weights(leaves), lambda: self.joint.density(given, self.arguments(rows), scale))
         return log_p - log_q, values
 
     def objective(self, leaves: Leaves) -> tuple[Tensor, Leaves]:
@@ -288,7 +289,9 @@ class PairTarget:
                 pass  # an operation without a batching rule
         return self.repeated(lambda: found.call(*inputs), count, seconds)
 
-    def repeated(self, call: Callable[[], tuple[Tensor, ...]], count: int, seconds: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def repeated(
+        self, call: Callable[[], tuple[Tensor, ...]], count: int, seconds: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         rows, began = [], time.perf_counter()
         for i in range(count):
             rows.append(call())

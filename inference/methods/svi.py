@@ -102,9 +102,13 @@ class SVI:
             return Verdict(False, objection)
         family = self.family(structure)
         if family == "story" and not structure.has_guide:
-            return Verdict(False, "SVI(guide='story') needs a guide: give the story a `guide` method or pass fit(guide=...)")
+            return Verdict(
+                False, "SVI(guide='story') needs a guide: give the story a `guide` method or pass fit(guide=...)"
+            )
         if family != "story" and structure.has_modules:
-            return Verdict(False, "the story learns networks and has no guide; give it a `guide` or pass fit(guide=...)")
+            return Verdict(
+                False, "the story learns networks and has no guide; give it a `guide` or pass fit(guide=...)"
+            )
         if family != "story" and not any(s.continuous for s in structure.latents) and not structure.learned:
             return Verdict(False, "no latent is continuous and nothing is learned: enumeration is exact, use EM")
         text = "the story's guide" if family == "story" else f"a derived {family.replace('_', '-')} Gaussian guide"

@@ -12,9 +12,9 @@ Story
 
 m and s are `loc` and `scale`: the corners lie within 10 s of m, more or less.
 
-The likelihood is :math:`\prod_d (\mathrm{high}_d - \mathrm{low}_d)^{-N}` as long as every row lies inside, and 0 otherwise: it is
-greatest for the smallest box that holds the data, low = min x_n and high = max x_n, and it jumps there.  Gradients do
-not see the jump, so that neither SVI nor NUTS is valid; the exact posterior is known.
+The likelihood is :math:`\prod_d (\mathrm{high}_d - \mathrm{low}_d)^{-N}` as long as every row lies inside, and 0
+otherwise: it is greatest for the smallest box that holds the data, low = min x_n and high = max x_n, and it jumps
+there.  Gradients do not see the jump, so that neither SVI nor NUTS is valid; the exact posterior is known.
 
 DeGroot, *Optimal Statistical Decisions* (1970), section 9.7.
 """

@@ -79,7 +79,9 @@ class CellTable:
             Another number of columns than features, or a level that a feature does not have.
         """
         if table.ndim != 2 or table.shape[1] != len(self.sizes):
-            raise ValueError(f"the table has shape {tuple(table.shape)}, expected {len(self.sizes)} columns, one a feature")
+            raise ValueError(
+                f"the table has shape {tuple(table.shape)}, expected {len(self.sizes)} columns, one a feature"
+            )
         table = table.long()
         sizes = torch.tensor(self.sizes)
         wrong = (table < 0) | (table >= sizes)

@@ -87,9 +87,13 @@ class NaiveBayes:
         """
         C, N = self.num_classes, num_data if x is None else len(x)
         if x is not None and (x.ndim != 2 or x.shape[1] != len(self.sizes)):
-            raise ValueError(f"x has shape {tuple(x.shape)}, expected {len(self.sizes)} columns, one a feature: {self.sizes}")
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, expected {len(self.sizes)} columns, one a feature: {self.sizes}"
+            )
         if y is not None and C == 1:
-            raise ValueError(f"y tells classes 0 to {int(y.max())} and num_classes is 1; set num_classes to their number")
+            raise ValueError(
+                f"y tells classes 0 to {int(y.max())} and num_classes is 1; set num_classes to their number"
+            )
         pi = pyro.sample("pi", dist.Dirichlet(torch.full((C,), self.concentration))) if C > 1 else None
         classes = pyro.plate("classes", C) if C > 1 else nullcontext()
         theta = []

@@ -60,9 +60,7 @@ def check_table(table: Table) -> None:
     if twice is not None:
         raise ValueError(f"{table.where} has several columns called {twice!r}; give each a name of its own")
     if not names or not len(table.frame):
-        raise ValueError(
-            f"{table.where} is empty: {len(names)} columns and {len(table.frame)} rows below their names"
-        )
+        raise ValueError(f"{table.where} is empty: {len(names)} columns and {len(table.frame)} rows below their names")
 
 
 def choose_columns(table: Table, columns: Sequence[str | int] | str | None, labels: str | None) -> list[str]:

@@ -57,9 +57,7 @@ class Dataset:
             raise ValueError(f"feature_names of {self.name!r} has {names} names and x has {columns} columns")
         if self.labels is not None and self.labels.shape != self.x.shape[:1]:
             found, expected = tuple(self.labels.shape), tuple(self.x.shape[:1])
-            raise ValueError(
-                f"labels of {self.name!r} has shape {found}, expected {expected}: one a row of x"
-            )
+            raise ValueError(f"labels of {self.name!r} has shape {found}, expected {expected}: one a row of x")
 
     def __len__(self) -> int:
         return len(self.x)

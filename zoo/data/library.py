@@ -75,8 +75,7 @@ def load(name: str, **settings: Any) -> "Dataset":
         close = get_close_matches(str(name).lower(), datasets(), n=1)
         guess = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"no data set is called {name!r}; there are {datasets()}.{guess} "
-            "A file of yours is read with read(path)"
+            f"no data set is called {name!r}; there are {datasets()}.{guess} A file of yours is read with read(path)"
         )
     make: Callable[..., Dataset] = partial(_bundled, name)
     if name in _SIMULATED:

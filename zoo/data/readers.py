@@ -179,8 +179,7 @@ def _from_memory(source: Any) -> Table:
     if failures:
         raise ImportError(f"this {kind} cannot be turned into a pandas data frame ({'; '.join(failures)})")
     raise TypeError(
-        f"read takes a path or a data frame, got {kind}; arrays and tensors need no reading: "
-        "hand them over as they are"
+        f"read takes a path or a data frame, got {kind}; arrays and tensors need no reading: hand them over as they are"
     )
 
 

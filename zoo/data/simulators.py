@@ -93,7 +93,9 @@ def bags_of_words(num_data: int = 200, seed: int = 0) -> Dataset:
     x = np.stack([rng.multinomial(n, phi[k] / phi[k].sum()) for n, k in zip(rng.integers(20, 60, num_data), z)])
     words = ("ball", "goal", "team", "match", "bank", "money", "price", "tax", "virus", "doctor", "dose", "fever")
     truth = {"pi": pi, "phi": phi / phi.sum(1, keepdims=True)}
-    return _classes("bags_of_words", x.astype(np.float64), z, words, truth, "Short documents of sport, money or health.")
+    return _classes(
+        "bags_of_words", x.astype(np.float64), z, words, truth, "Short documents of sport, money or health."
+    )
 
 
 def survey(num_data: int = 300, seed: int = 0) -> Dataset:

@@ -91,7 +91,9 @@ class BernoulliMixture:
         K, D, N = self.num_components, table_columns(x, num_features), num_data if x is None else len(x)
         share = torch.full((D,), 0.5) if x is None else x.nanmean(0)
         odds = (share * (0.5 + torch.rand(K, D))).clamp(0.02, 0.98)
-        pi = pyro.param("pi.concentration", self.concentration + torch.full((K,), N / K), constraint=constraints.positive)
+        pi = pyro.param(
+            "pi.concentration", self.concentration + torch.full((K,), N / K), constraint=constraints.positive
+        )
         yes = pyro.param("p.yes", self.pseudo_count + N / K * odds, constraint=constraints.positive)
         no = pyro.param("p.no", self.pseudo_count + N / K * (1 - odds), constraint=constraints.positive)
         pyro.sample("pi", dist.Dirichlet(pi))

@@ -88,7 +88,9 @@ class CategoricalMixture:
         """q(pi) q(phi) as Dirichlets; classes start at levels that differ."""
         K, V, D = self.num_components, self.num_levels, table_columns(x, num_features)
         N = num_data if x is None else len(x)
-        pi = pyro.param("pi.concentration", self.concentration + torch.full((K,), N / K), constraint=constraints.positive)
+        pi = pyro.param(
+            "pi.concentration", self.concentration + torch.full((K,), N / K), constraint=constraints.positive
+        )
         start = self.level_concentration + N / (K * V) * (0.5 + torch.rand(K, D, V))
         phi = pyro.param("phi.concentration", start, constraint=constraints.positive)
         pyro.sample("pi", dist.Dirichlet(pi))

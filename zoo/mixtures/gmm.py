@@ -127,12 +127,8 @@ class GMM:
         K, N, tied = len(a), num_data if x is None else len(x), self.covariance == "tied"
         rows = N / K
         pi = pyro.param("pi.concentration", lambda: a + rows, constraint=constraints.positive)
-        loc = pyro.param(
-            "mu.loc", lambda: torch.normal(m.expand(K, -1), s) if x is None else spread_rows(x, K).to(m)
-        )
-        scale = pyro.param(
-            "mu.scale", lambda: (s / 3 / rows**0.5).repeat(K, 1), constraint=constraints.positive
-        )
+        loc = pyro.param("mu.loc", lambda: torch.normal(m.expand(K, -1), s) if x is None else spread_rows(x, K).to(m))
+        scale = pyro.param("mu.scale", lambda: (s / 3 / rows**0.5).repeat(K, 1), constraint=constraints.positive)
         name, q = self._guess(s, N if tied else rows, () if tied else (K,))
         pyro.sample("pi", dist.Dirichlet(pi))
         if tied:

@@ -63,9 +63,7 @@ class MultinomialMixture:
         for name in ("concentration", "word_concentration"):
             object.__setattr__(self, name, pseudo_count(name, getattr(self, name)))
 
-    def model(
-        self, x: Tensor | None = None, num_data: int = 200, num_features: int = 12, length: int = 40
-    ) -> Tensor:
+    def model(self, x: Tensor | None = None, num_data: int = 200, num_features: int = 12, length: int = 40) -> Tensor:
         """Tell the story.
 
         Parameters
@@ -93,7 +91,9 @@ class MultinomialMixture:
         """q(pi) q(phi) as Dirichlets; topics start at words that differ."""
         K, V, N = self.num_components, table_columns(x, num_features), num_data if x is None else len(x)
         words = torch.full((V,), N * length / V) if x is None else x.sum(0).to(torch.get_default_dtype())
-        pi = pyro.param("pi.concentration", self.concentration + torch.full((K,), N / K), constraint=constraints.positive)
+        pi = pyro.param(
+            "pi.concentration", self.concentration + torch.full((K,), N / K), constraint=constraints.positive
+        )
         start = self.word_concentration + words / K * (0.5 + torch.rand(K, V))
         phi = pyro.param("phi.concentration", start, constraint=constraints.positive)
         pyro.sample("pi", dist.Dirichlet(pi))

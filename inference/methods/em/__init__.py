@@ -99,7 +99,9 @@ class EM:
             )
         if structure.continuous_locals:
             names = ", ".join(s.name for s in (*structure.continuous_locals, *structure.finite))
-            return Verdict(True, f"the rows are linear-Gaussian: {names} can be integrated out exactly; points for the globals")
+            return Verdict(
+                True, f"the rows are linear-Gaussian: {names} can be integrated out exactly; points for the globals"
+            )
         if structure.finite:
             names = ", ".join(s.name for s in structure.finite[:4]) + (", ..." if len(structure.finite) > 4 else "")
             return Verdict(True, f"{names} can be summed out exactly; points for the globals")

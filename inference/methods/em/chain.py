@@ -179,7 +179,10 @@ class ChainKernel:
             log_p = term.family.natural(parameters(term, slots[step]))["counts"]
             tables[step] = log_p.exp().expand(runs, *log_p.shape[1:])
         first = tables[self.steps[0]]
-        moves = [tables[s] if tables[s].dim() == 3 else tables[s].unsqueeze(1).expand(-1, self.states, -1) for s in self.steps[1:]]
+        moves = [
+            tables[s] if tables[s].dim() == 3 else tables[s].unsqueeze(1).expand(-1, self.states, -1)
+            for s in self.steps[1:]
+        ]
         return first, moves
 
 
@@ -278,7 +281,9 @@ def pool(group: list[Term]) -> None:
     """One shift and one ridge for sites that are treated as one; a mask of one is a mask of all."""
     if group[0].shift is not None:
         shift = torch.stack([t.shift for t in group if t.shift is not None]).mean(0)
-        spread = torch.stack([t.floor + (t.shift - shift) ** 2 for t in group if t.floor is not None and t.shift is not None])
+        spread = torch.stack(
+            [t.floor + (t.shift - shift) ** 2 for t in group if t.floor is not None and t.shift is not None]
+        )
         for t in group:
             t.shift, t.floor = shift, spread.mean(0)
     if any(t.masked for t in group):

@@ -190,7 +190,7 @@ def stepwise(engine: Enumeration, climb: Climb, limits: Limits, size: int, decay
         seen = torch.zeros(len(climb.active), dtype=engine.joint.problem.dtype)
         for rows in blocks:
             slots, _ = slots_now(engine.joint, engine.plan, climb.theta, engine.parts)
-            W, both = kernel.weights(slots, len(climb.active))
+            W, _ = kernel.weights(slots, len(climb.active))
             S, likelihood = kernel.sweep(W, rows)
             seen = seen + likelihood.to(seen)
             step = climb.extra.get("step", torch.zeros(1, dtype=torch.float64))

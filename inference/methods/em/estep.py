@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,7 +111,7 @@ def lift(
     joint: LogJoint,
 ) -> Expectation:
     """The E-step of one run as that of R = 1 runs."""
-    kind = {"dtype": joint.problem.dtype, "device": joint.problem.device}
+    kind: dict[str, Any] = {"dtype": joint.problem.dtype, "device": joint.problem.device}
     lifted = {t: {k: v[None] for k, v in s.items()} for t, s in stats.items()}
     return Expectation(torch.tensor([objective], **kind), torch.tensor([likelihood], **kind), lifted, slots, parts)
 

@@ -37,7 +37,7 @@ class LinearGaussian:
         self.joint, self.form, self.estimate, self.ridge = joint, form, estimate, ridge
         self.x: Tensor = joint.problem.kwargs[form.argument]
         self.missing = bool(joint.structure[form.observed].missing)
-        self.kind = {"dtype": joint.problem.dtype, "device": joint.problem.device}
+        self.kind: dict[str, Any] = {"dtype": joint.problem.dtype, "device": joint.problem.device}
         self.mean, self.scatter = scatter_of(self.x, self.kind["dtype"])  # of the complete rows, or pairwise
         self.variance = self.scatter.diagonal() / len(self.x)
         self.simple = form.states == 1 and not self.missing
@@ -55,7 +55,9 @@ class LinearGaussian:
     def direct(self) -> bool:
         """Whether the maximum is found by eigendecompositions: one component, complete rows, no priors."""
         f = self.form
-        flat = all(f.flat(name) for name in (f.loading.theta, f.noise.theta, f.centre.theta if f.centre else None) if name)
+        flat = all(
+            f.flat(name) for name in (f.loading.theta, f.noise.theta, f.centre.theta if f.centre else None) if name
+        )
         ids = f.noise.index.expand(f.states, f.columns)[0]
         return self.simple and flat and f.free and (self.isotropic or len(ids.unique()) == f.columns)
 
@@ -78,7 +80,9 @@ class LinearGaussian:
             lines.append(f"  {f.component:<12} summed out: softmax over {f.states} states")
         if self.direct:
             update = "closed form (PPCA)" if self.isotropic else "eigendecomposition and noise in turn"
-            lines += [f"  {n:<12} {update}" for n in (f.loading.theta, f.noise.theta, f.centre.theta if f.centre else "") if n]
+            lines += [
+                f"  {n:<12} {update}" for n in (f.loading.theta, f.noise.theta, f.centre.theta if f.centre else "") if n
+            ]
         else:
             lines += [f"  {name:<12} closed form: {reason}" for name, reason in f.reasons.items()]
         return "\n".join(lines)
@@ -113,7 +117,7 @@ class LinearGaussian:
             rest = values[: f.columns - f.width].clamp_min(0).mean() if f.columns > f.width else values[0] * 0
             rest = torch.maximum(rest, 1e-3 * self.variance.mean() + 1e-12)
             axes = vectors[:, -f.width :] * (values[-f.width :] - rest).clamp_min(1e-3 * rest).sqrt()
-            turn = torch.linalg.qr(torch.randn(f.width, f.width, generator=generator, **{"dtype": x.dtype}))[0]
+            turn = torch.linalg.qr(torch.randn(f.width, f.width, generator=generator, dtype=x.dtype))[0]
             W.append(axes @ turn.to(x.device))
             b.append(mean)
             psi.append(((rows - mean) ** 2).mean(0).sub((W[-1] ** 2).sum(1)).clamp_min(0.1 * rest))
@@ -137,7 +141,9 @@ class LinearGaussian:
                 sums = by_component(self.x, self.mean, W, c, psi, log_pi)
             prior = self.form.log_prior(one) if self.estimate == "map" else 0.0
         likelihood = sums.log_likelihood.reshape(1)
-        return Expectation(likelihood + prior, likelihood, {"sums": {k: v[None] for k, v in sums.parts().items()}}, {}, [])
+        return Expectation(
+            likelihood + prior, likelihood, {"sums": {k: v[None] for k, v in sums.parts().items()}}, {}, []
+        )
 
     def maximise(self, theta: Theta, e: Expectation) -> Theta:
         """Regressions of the columns on (z, 1), then the noise around them, then the weights."""
@@ -145,7 +151,9 @@ class LinearGaussian:
         if self.direct:
             new = self.eigen(one)
         else:
-            new = self.regress(one, Sums(**{k: v[0] for k, v in e.stats["sums"].items()}, log_likelihood=e.log_likelihood[0]))
+            new = self.regress(
+                one, Sums(**{k: v[0] for k, v in e.stats["sums"].items()}, log_likelihood=e.log_likelihood[0])
+            )
         return {n: v[None] for n, v in new.items()}
 
     def eigen(self, theta: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from .families import variance
 from .plan import prior_dependencies
 from .priors import Conjugate, conjugate
 from .recognise import Gather, recognise
-from .terms import complete, copy_of, in_role, make_term, named
+from .terms import complete, in_role, make_term, named
 
 #: Rows on which a story is probed: all must have the same loadings, centre and noise.
 PROBES = 5
@@ -144,7 +144,10 @@ class Form:
 
     def prior_of_entries(self, mean: Tensor) -> tuple[Tensor, Tensor]:
         """Precision of every regression unknown's prior, and that times its mean (of the centred x), (D, U)."""
-        total, pseudo = torch.zeros_like(self.entries, dtype=mean.dtype), torch.zeros_like(self.entries, dtype=mean.dtype)
+        total, pseudo = (
+            torch.zeros_like(self.entries, dtype=mean.dtype),
+            torch.zeros_like(self.entries, dtype=mean.dtype),
+        )
         sizes = 0
         for gather, offset in ((self.loading, torch.zeros_like(mean)), (self.centre, mean)):
             if gather is None:
@@ -197,9 +200,11 @@ def probe(
     q, n = math.prod(block.shape[1:]), len(few[argument])
     K = joint.structure[component].states or 1 if component else 1
     D = joint.problem.kwargs[argument].shape[1]
-    kind = {"dtype": joint.problem.dtype, "device": joint.problem.device}
+    kind: dict[str, Any] = {"dtype": joint.problem.dtype, "device": joint.problem.device}
     with torch.enable_grad():
-        locs, nodes, names = [], {}, {}
+        locs: list[Tensor] = []
+        nodes: Any = {}
+        names: dict[str, str] = {}
         for z in [torch.zeros(q, **kind), *torch.eye(q, **kind)]:
             rows = RowsFree([(latent, 0, q)], z.expand(n, q))
             trace, names = joint.trace(Stacked(leaves, rows), few)
@@ -229,9 +234,7 @@ def probe(
         if sorted(used) != sorted(leaves) or any(users.get(name) for name in leaves):
             return None
     fixed = None if centre else locs[0].detach()
-    form = Form(
-        observed, argument, latent, component, K, D, q, loading, centre, fixed, noise, role, weights
-    )
+    form = Form(observed, argument, latent, component, K, D, q, loading, centre, fixed, noise, role, weights)
     fns = {name: nodes[name]["fn"] for name in leaves if nodes[name]["type"] == "sample"} if estimate == "map" else {}
     if not conjugate_priors(form, fns, leaves):
         return None
@@ -291,7 +294,9 @@ def moves(y: Tensor, leaves: dict[str, Tensor]) -> bool:
     """Whether y changes with any unknown."""
     if not y.requires_grad:
         return False
-    grads = torch.autograd.grad((y * torch.rand_like(y)).sum(), list(leaves.values()), retain_graph=True, allow_unused=True)
+    grads = torch.autograd.grad(
+        (y * torch.rand_like(y)).sum(), list(leaves.values()), retain_graph=True, allow_unused=True
+    )
     return any(g is not None and bool((g != 0).any()) for g in grads)
 
 
@@ -316,7 +321,10 @@ def straight(node: dict, given: Tensor) -> bool:
 
 def conjugate_priors(form: Form, fns: dict[str, Any], leaves: dict[str, Tensor]) -> bool:
     """Fill in priors and reasons; False where one is not conjugate."""
-    wanted = [(form.loading.theta, "loc", "loc", "loadings"), (form.noise.theta, "spread", form.role, f"noise {form.role}")]
+    wanted = [
+        (form.loading.theta, "loc", "loc", "loadings"),
+        (form.noise.theta, "spread", form.role, f"noise {form.role}"),
+    ]
     if form.centre is not None:
         wanted.append((form.centre.theta, "loc", "loc", "centre"))
     for name, slot, role, what in wanted:

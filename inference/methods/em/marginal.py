@@ -36,8 +36,13 @@ class MarginalAscent:
         self.shared: bool | None = None
         self.names = [b.name for b in joint.blocks if not b.local]
         latents = ", ".join(b.name for b in joint.blocks if b.local)
-        lines = [f"EM plan ({estimate.upper()})", f"  {latents:<12} integrated out: exact Gaussian integral of every row"]
-        lines += [f"  {name:<12} L-BFGS on the exact marginal likelihood: its form is not recognised" for name in self.names]
+        lines = [
+            f"EM plan ({estimate.upper()})",
+            f"  {latents:<12} integrated out: exact Gaussian integral of every row",
+        ]
+        lines += [
+            f"  {name:<12} L-BFGS on the exact marginal likelihood: its form is not recognised" for name in self.names
+        ]
         self.plan_text = "\n".join(lines)
 
     def start(self, seeds: Sequence[int], offset: int) -> Theta:
@@ -70,7 +75,9 @@ class MarginalAscent:
     def beside(self, one: dict[str, Tensor]) -> dict[str, Tensor]:
         """The unknowns and locals of some value, for a run on a few rows."""
         n = len(next(v for v in self.few.values() if isinstance(v, Tensor) and v.dim()))
-        local = {b.name: torch.zeros(n, *b.shape[1:], dtype=self.joint.problem.dtype) for b in self.joint.blocks if b.local}
+        local = {
+            b.name: torch.zeros(n, *b.shape[1:], dtype=self.joint.problem.dtype) for b in self.joint.blocks if b.local
+        }
         return {**one, **local}
 
     def prior(self, trace: Any) -> Tensor | float:

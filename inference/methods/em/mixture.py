@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...data import take_rows
 from ...handlers import unwrap
 from ...joint import LogJoint
 from .estep import Expectation, Part, expectation, few_rows, slots_now
@@ -158,7 +157,8 @@ class MixtureKernel:
                 node = trace.nodes[term.name]
                 if term.name in plain:
                     argument = self.joint.structure[term.name].argument or ""
-                    values, masks = [p.kwargs[argument] for p in parts], [None]
+                    values = [p.kwargs[argument] for p in parts]
+                    masks: list[Tensor | None] = [None]
                     whole_value = self.joint.problem.kwargs[argument]
                     value = whole_value if len(whole_value) == self.rows else torch.cat(values)
                 else:
@@ -350,7 +350,7 @@ class MixtureKernel:
 
     def weights(self, slots: dict, runs: int) -> tuple[Tensor, Tensor]:
         """Natural parameters, (R, K, features), and the log density that all components share, (R,)."""
-        kind = {"dtype": self.joint.problem.dtype, "device": self.joint.problem.device}
+        kind: dict[str, Any] = {"dtype": self.joint.problem.dtype, "device": self.joint.problem.device}
         W = torch.zeros(runs, self.states, self.layout[-1].stop, **kind)
         W[:, :, 0] = self.own(slots)
         both = torch.zeros(runs, **kind)
@@ -391,7 +391,9 @@ class MixtureKernel:
         for block in rows:
             phi = self.block(block)
             n = phi.shape[1]
-            logits = torch.mm(flat, phi, out=self.spare("table", len(flat), n) if n == block.stop - block.start else None)
+            logits = torch.mm(
+                flat, phi, out=self.spare("table", len(flat), n) if n == block.stop - block.start else None
+            )
             table = logits.view(runs, self.states, n)
             top = table.amax(1)
             r = table.softmax(1)

@@ -168,7 +168,11 @@ class MStep:
             n = n + term.pull(slot, count)
             if term.floor is not None:
                 floor = floor + self.floor_of(term, slot, count, block)
-        floor = self.ridge * floor / n.clamp_min(1e-300).unsqueeze(-1) if block else self.ridge * floor / n.clamp_min(1e-300)
+        floor = (
+            self.ridge * floor / n.clamp_min(1e-300).unsqueeze(-1)
+            if block
+            else self.ridge * floor / n.clamp_min(1e-300)
+        )
         n, around = n + prior.count, around + prior.total
         flat = prior.text in ("no prior", "flat prior")
         if block:

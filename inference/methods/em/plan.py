@@ -96,9 +96,7 @@ def plan_rows(joint: LogJoint) -> dict[str, Any]:
     return take_rows(kwargs, names, index.unique())
 
 
-def compile_plan(
-    joint: LogJoint, theta: dict[str, Tensor], estimate: str, rows: dict[str, Any] | None = None
-) -> Plan:
+def compile_plan(joint: LogJoint, theta: dict[str, Tensor], estimate: str, rows: dict[str, Any] | None = None) -> Plan:
     """Trace the story once at `theta` (on some rows) and decide, unknown by unknown, how it will be updated."""
     rows = plan_rows(joint) if rows is None else rows
     leaves = {k: v.detach().clone().requires_grad_(v.is_floating_point()) for k, v in theta.items()}
@@ -115,11 +113,11 @@ def compile_plan(
         prior_users = prior_dependencies(trace, leaves)
         prior_terms, unclear = {}, set()
         for name in (n for n, users in prior_users.items() if users):
-            found = prior_term(name, trace.nodes[name], names, leaves, joint)
-            if found is None:
+            own = prior_term(name, trace.nodes[name], names, leaves, joint)
+            if own is None:
                 unclear.add(name)
             else:
-                prior_terms[name] = found
+                prior_terms[name] = own
     priors = {n: trace.nodes[n]["fn"] for n in theta if trace.nodes[n]["type"] == "sample"}
     plan = Plan(terms, {}, {}, {}, estimate, prior_terms)
     certain = {b.name for b in joint.blocks if b.start == b.stop}

@@ -176,7 +176,9 @@ def values_of(term: Term, node: dict, names: dict[str, str]) -> dict[str, Named]
     own = {"xx": term.family.event_dims} if term.family.event_dims else {}
     if term.masked:
         mask = mask_of(node, term.family.event_dims)
-        for key, s in stats.items() if mask is not None else ():
+        for key, s in stats.items():
+            if mask is None:
+                break
             width = own.get(key, term.family.trailing[key])
             stats[key] = s * mask.reshape([*mask.shape, *[1] * width]).to(s)
     return {
@@ -232,7 +234,9 @@ def make_term(name: str, node: dict, names: dict[str, str], leaves: dict[str, Te
             mask = mask_of(node, family.event_dims)
             assert mask is not None
             value = torch.where(mask.reshape([*mask.shape, *[1] * family.event_dims]), value, torch.nan)
-        rows = value.to(torch.get_default_dtype()).reshape(-1, *value.shape[value.dim() - term.extra - family.event_dims :])
+        rows = value.to(torch.get_default_dtype()).reshape(
+            -1, *value.shape[value.dim() - term.extra - family.event_dims :]
+        )
         term.shift = rows.nanmean(0).nan_to_num(0.0)
         term.floor = ((rows - term.shift) ** 2).nanmean(0).nan_to_num(0.0)
     return term
@@ -282,9 +286,7 @@ def depends_on(node: dict, leaves: dict[str, Tensor]) -> frozenset[str]:
 # -- priors that depend on other unknowns: sites whose values are unknowns themselves ------------------------------------
 
 
-def prior_term(
-    name: str, node: dict, names: dict[str, str], leaves: dict[str, Tensor], joint: LogJoint
-) -> Term | None:
+def prior_term(name: str, node: dict, names: dict[str, str], leaves: dict[str, Tensor], joint: LogJoint) -> Term | None:
     """The normal prior of an unknown whose mean or spread copies other unknowns, or None."""
     held = {**node, "value": node["value"].detach()}
     term = make_term(name, held, names, leaves, joint)
