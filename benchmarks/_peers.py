@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,11 @@ def arguments(description: str | None, *, repeats: int, device: bool = False) ->
     if device:
         parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options = parser.parse_args()
+    for package in ("inference", "zoo", "threadpoolctl"):
+        if find_spec(package) is None:
+            parser.error(
+                f"{package} cannot be imported; install the project: python -m pip install -e '.[bench]'"
+            )
     options.repeats = options.repeats or (2 if options.quick else repeats)
     if options.repeats < 1 or options.threads < 1:
         parser.error("--repeats and --threads must be at least 1")
@@ -139,7 +145,7 @@ def interleaved(sides: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str
 def per_iteration(
     sides: Mapping[str, Callable[[int], Any]], rounds: int, short: int, long: int
 ) -> dict[str, Times]:
-    """Seconds that one more iteration takes: time of `long` iterations less `short` ones, by their difference.
+    """Seconds that one more iteration takes: `long` iterations less `short` ones, by how many more they are.
 
     Set-up and the last E-step are the same in both runs and drop out.
 

@@ -1,7 +1,7 @@
 """Whole fits of Gaussian mixtures, set-up included, against scikit-learn's GaussianMixture.
 
 own start    each side begins once, as it does by default (scikit-learn: k-means; ours: k-means++ and Lloyd
-             steps).  scikit-learn stops by its default rule, ours by the loosest one with which it does not end
+own start    each side begins once, in its default way (scikit-learn: k-means; ours: k-means++ and Lloyd
              lower, median over the seeds.  The time that counts is the whole call.  "seconds to sklearn's
              log-likelihood" is the time after which ours first had what scikit-learn ended with.
 same start   thirty iterations from the same unknowns on small data, where set-up is most of the time; the
@@ -34,7 +34,7 @@ def own_start(report: Report, x: np.ndarray, components: int, seeds: int) -> Non
     name = f"own start, full N={len(x):,} D={x.shape[1]} K={components}"
     if not report.wants(name):
         return
-    with report.case(name, unit=f"{seeds} seeds") as case:
+    with report.case(name, unit=f"{seeds} seed{'s' * (seeds > 1)}") as case:
         theirs = partial(sklearn_fit, x, components)
         reached = [theirs(seed).score(x) for seed in range(seeds)]
         tol = loosest(case, x, components, reached)
@@ -46,7 +46,7 @@ def own_start(report: Report, x: np.ndarray, components: int, seeds: int) -> Non
 
 
 def loosest(case: Case, x: np.ndarray, components: int, reached: Sequence[float]) -> float:
-    """The loosest rule with which ours does not end lower than `reached` (by seed); adds the check and facts."""
+    """The loosest rule with which ours does not end below `reached` (by seed); adds the check and facts."""
     for tol in OUR_TOLS:
         gaps, facts = [], {}
         for seed, target in enumerate(reached):

@@ -50,11 +50,11 @@ FULL = (
     Setup("full", 100_000, 16, 16, goal=12, dtype="float32"),
 )
 QUICK = (
-    Setup("full", 15_000, 8, 8, goal=10, memory=150, long=12),
-    Setup("diag", 15_000, 8, 8, goal=6, long=12),
-    Setup("tied", 15_000, 8, 8, goal=20, long=12),
-    Setup("spherical", 15_000, 8, 8, goal=6, long=12),
-    Setup("full", 15_000, 8, 8, goal=12, dtype="float32", long=12),
+    Setup("full", 12_000, 8, 8, goal=10, memory=150, long=20),
+    Setup("diag", 12_000, 8, 8, goal=6, long=20),
+    Setup("tied", 12_000, 8, 8, goal=20, long=20),
+    Setup("spherical", 12_000, 8, 8, goal=6, long=20),
+    Setup("full", 12_000, 8, 8, goal=12, dtype="float32", long=20),
 )
 
 

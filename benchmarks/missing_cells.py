@@ -26,7 +26,7 @@ import numpy as np
 from _peers import OURS, Report, Times, arguments, silent
 
 HIDDEN, TENTHS, SEEDS = 0.3, 3, 3
-#: Draws for means and standard deviations: of answers that are judged, of those chosen among, and with --quick.
+#: Draws for means and standard deviations: of answers that are judged, of those chosen among, and if --quick.
 DRAWS, FEW, QUICK_DRAWS = 200, 40, 20
 PEER = "sklearn"
 #: rows with NaN -> mean and standard deviation of every cell (those of seen cells are not looked at)
@@ -96,7 +96,7 @@ def imputer(sample: bool, rounds: int, predictors: int | None) -> Any:
 def fill_by_draws(
     rounds: int, predictors: int | None, rows: np.ndarray, draws: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Moments of repeated draws from the regressions' predictive distributions, chained through all rounds."""
+    """Moments of repeated draws from the regressions' predictive distributions, through all rounds."""
     with silent():
         chain = imputer(True, rounds, predictors).fit(rows)
         table = np.stack([chain.transform(rows) for _ in range(draws)])
@@ -208,7 +208,7 @@ def one(report: Report, name: str, x: np.ndarray) -> None:
     quick = report.options.quick
     seeds = 1 if quick else SEEDS
     with report.case(
-        f"{name} {len(x)} x {x.shape[1]}, {HIDDEN:.0%} hidden, {seeds} seeds", unit="seed"
+        f"{name} {len(x)} x {x.shape[1]}, {HIDDEN:.0%} hidden, {seeds} seed{'s' * (seeds > 1)}", unit="seed"
     ) as case:
         results = [race(x, seed, quick) for seed in range(seeds)]
         for method in results[0]:

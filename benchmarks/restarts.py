@@ -74,7 +74,9 @@ def every(run: Callable[[int], Any], seeds: int) -> None:
 
 def one(report: Report, name: str, x: np.ndarray, components: int, seeds: int) -> None:
     """All seeds of one data set."""
-    with report.case(f"{name}, full N={len(x)} D={x.shape[1]} K={components}", unit=f"{seeds} seeds") as case:
+    with report.case(
+        f"{name}, full N={len(x)} D={x.shape[1]} K={components}", unit=f"{seeds} seed{'s' * (seeds > 1)}"
+    ) as case:
         theirs, ours = sklearn_best(x, components), our_best(x, components)
         gaps = []
         for seed in range(seeds):

@@ -209,8 +209,8 @@ def is_linear_gaussian(problem: Problem) -> bool:
         return False
     if not structure.row_arguments or any(len(s.plates) != 1 for s in found) or structure.has_modules:
         return False
-    joint = LogJoint(problem)
-    few = take_some(joint, problem.kwargs, TRIAL_ROWS)
+    joint = LogJoint(problem.thumbnail)
+    few = take_some(joint, joint.problem.kwargs, TRIAL_ROWS)
     width = sum(math.prod(b.shape[1:]) for b in locals_of(joint))
     if width > WIDEST or any(not structure[n].local for n in joint.finite):
         return False

@@ -103,7 +103,7 @@ class Posterior:
         diagnostics, warnings = dict(self.diagnostics), list(self.warnings)
         if axes:
             diagnostics["exchangeable"] = {name: list(a) for name, a in axes.items()}
-        turning = rotating_axes(self.joint) if self.structure.linear_gaussian else {}
+        turning = rotating_axes(LogJoint(self.problem.thumbnail)) if self.structure.linear_gaussian else {}
         if turning:
             diagnostics["rotating"] = turning
         if self.kind == "samples":

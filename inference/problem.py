@@ -1,5 +1,7 @@
 """A story and its data, read once, checked and ready for any method."""
 
+from __future__ import annotations
+
 import inspect as signatures
 import time
 from collections.abc import Callable
@@ -70,6 +72,15 @@ class Problem:
         n = self.structure.num_rows
         by_row = self.structure.continuous_locals or any(s.local or n in s.shape for s in self.structure.learned)
         return self.kwargs if by_row or not self.few else self.few
+
+    @property
+    def thumbnail(self) -> Problem:
+        """The same problem with its first rows only: enough to read how parameters enter, at no cost in rows."""
+        plate, rows = self.structure.data_plate, self.structure.row_arguments
+        if not self.few or not rows or plate is None or self.few is self.kwargs:
+            return self
+        plates = {**self.structure.plates, plate: len(self.few[rows[0]])}
+        return replace(self, kwargs=self.few, structure=replace(self.structure, plates=plates))
 
     @property
     def small(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -198,15 +199,22 @@ class _Recorder(TorchDispatchMode):
         drawn = [n for n in self.graph.nodes if n.op == "call_function" and _draws(n.target, n.args, n.kwargs)]
         if drawn and not random:
             raise CaptureError(f"the story draws random numbers outside its sample sites ({drawn[0].target})")
-        forward, constants = fx.GraphModule({}, self.graph).forward, self.constants
+        return PureGraph(fx.GraphModule({}, self.graph), self.constants, differentiable)
 
-        def call(*args: Tensor) -> Any:
-            if differentiable:
-                return forward(*args, *constants)
-            with torch.no_grad():
-                return forward(*args, *constants)
 
-        return call
+@dataclass(frozen=True, eq=False)
+class PureGraph:
+    """A recorded program: `module` takes the inputs and then the `constants`."""
+
+    module: fx.GraphModule
+    constants: list[Tensor]
+    differentiable: bool = False
+
+    def __call__(self, *args: Tensor) -> Any:
+        if self.differentiable:
+            return self.module.forward(*args, *self.constants)
+        with torch.no_grad():
+            return self.module.forward(*args, *self.constants)
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .linear_gaussian import GaussianRows, locals_of, take_some
+from .linear_gaussian import RowTable, locals_of, take_some
 
 if TYPE_CHECKING:
     from .joint import LogJoint
@@ -31,7 +31,9 @@ def rotating_axes(joint: LogJoint) -> Axes:
     values = joint.prior_draw()
     turn = torch.linalg.qr(torch.randn(q, q, dtype=joint.problem.dtype))[0] if q > 1 else -torch.ones(1, 1)
     turn = turn.to(joint.problem.dtype)
-    before = height(joint, values, few)
+    rows = RowTable(joint, values, few)
+    z = torch.randn(rows.n, q, dtype=joint.problem.dtype)
+    before, prior = rows.table(z), height(joint, values, few, z)
     found: Axes = {}
     for b in joint.blocks:
         if b.local or b.param:
@@ -39,24 +41,22 @@ def rotating_axes(joint: LogJoint) -> Axes:
         for axis in (-1, -2):
             if len(b.shape) < 2 or b.shape[axis] != q:
                 continue
-            value = values[b.name]
-            turned = value @ turn if axis == -1 else turn.T @ value
-            after = height(joint, {**values, b.name: turned}, few)
-            if abs(after - before) <= 1e-7 * (1 + abs(before)):
+            turned = {**values, b.name: values[b.name] @ turn if axis == -1 else turn.T @ values[b.name]}
+            after = RowTable(joint, turned, few).table(z @ turn)
+            same = torch.allclose(after, before, rtol=1e-8, atol=1e-8)
+            if same and abs(height(joint, turned, few, z) - prior) <= 1e-8 * (1 + abs(prior)):
                 found[b.name] = axis
                 break
     return found
 
 
-def height(joint: LogJoint, values: Mapping[str, Tensor], kwargs: Mapping) -> float:
-    """Log density of some rows and of the globals, locals integrated out."""
+def height(joint: LogJoint, values: Mapping[str, Tensor], kwargs: Mapping, z: Tensor) -> float:
+    """Log prior density of the globals."""
     with torch.no_grad():
-        rows = GaussianRows(joint, values, kwargs)
-        local = {b.name: torch.zeros(rows.n, *b.shape[1:], dtype=joint.problem.dtype) for b in locals_of(joint)}
+        local = {b.name: z.reshape(len(z), *b.shape[1:]) for b in locals_of(joint)}
         trace, _ = joint.trace({**{n: v for n, v in values.items() if n not in local}, **local}, dict(kwargs))
         names = [b.name for b in joint.blocks if not b.local and not b.param]
-        prior = sum(float(trace.nodes[n]["fn"].log_prob(values[n]).sum()) for n in names)
-        return float(rows.log_rows.sum()) + prior
+        return sum(float(trace.nodes[n]["fn"].log_prob(values[n]).sum()) for n in names)
 
 
 def invariants(draws: Mapping[str, Tensor], axes: Axes, latents: set[str]) -> dict[str, Tensor]:

@@ -171,7 +171,7 @@ def test_restarts_as_one_batch_equal_restarts_one_by_one():
 
     problem = prepare(GMM(3), WINE, seed=3)
     with problem.scope(3):
-        engine = EM(restarts=4).engine(LogJoint(problem), None)
+        engine = EM(restarts=4).engine(LogJoint(problem), None, problem.kwargs)
         starts = engine.start([3, 4, 5, 6], 0)
     for r in range(4):
         one = EM(start={n: v[r] for n, v in starts.items()}, tol=1e-9)
@@ -213,7 +213,7 @@ def test_an_empty_component_is_put_to_use():
     with problem.scope(0):
         joint = LogJoint(problem)
         theta = {n: torch.as_tensor(np.array(v))[None].repeat(2, *[1] * np.ndim(v)) for n, v in start.items()}
-        contest = Contest(em, em.engine(joint, theta), joint, 2)
+        contest = Contest(em, em.engine(joint, theta, problem.kwargs), joint, problem, 2)
         contest.climb(begin(theta, 2), {})
     assert min(r.objective for r in contest.runs) > alone.diagnostics["objective"] + 10
 

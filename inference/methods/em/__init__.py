@@ -122,14 +122,14 @@ class EM:
         problem = prepare(story, data, seed=0)
         check_request(problem.structure, self)
         with problem.scope(0):
-            return self.engine(LogJoint(problem), None).plan_text
+            return self.engine(LogJoint(problem), None, problem.kwargs).plan_text
 
-    def engine(self, joint: LogJoint, theta: dict[str, Tensor] | None) -> Any:
-        """What climbs this story."""
+    def engine(self, joint: LogJoint, theta: dict[str, Tensor] | None, kwargs: dict[str, Any]) -> Any:
+        """What climbs this story given `kwargs`; `joint` may know its first rows only."""
         if joint.structure.continuous_locals:
             from .linear import engine_for
 
-            return engine_for(joint, self.estimate, self.ridge, self.kernels)
+            return engine_for(joint, kwargs, self.estimate, self.ridge, self.kernels)
         from .engine import Enumeration
 
         return Enumeration(joint, self.estimate, self.ridge, self.kernels, theta)
@@ -142,11 +142,11 @@ class EM:
         from .contest import Contest
 
         with Meter() as meter:
-            joint = LogJoint(problem)
+            joint = LogJoint(problem.thumbnail if problem.structure.linear_gaussian else problem)
             theta = self.starting_point(joint)
-            engine = self.engine(joint, theta)
+            engine = self.engine(joint, theta, problem.kwargs)
             count = 1 if theta or not joint.blocks else self.restarts
-            contest = Contest(self, engine, joint, count)
+            contest = Contest(self, engine, joint, problem, count)
             meter.mark("setup")
             if theta is not None or not joint.blocks:
                 kept = {n: v.clone() for n, v in self.kept().items() if not n.startswith("theta/")}

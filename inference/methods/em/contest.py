@@ -29,16 +29,15 @@ class Contest:
     ----------
     em
         The options.
-    engine, joint
-        What climbs, and the story it climbs for.
+    engine, joint, problem
+        What climbs, the story it climbs for, and all of its data.
     count
         Number of starts.
     """
 
-    def __init__(self, em: EM, engine: Any, joint: LogJoint, count: int) -> None:
-        self.em, self.engine, self.joint, self.count = em, engine, joint, count
-        self.problem = joint.problem
-        self.rows = max(1, joint.structure.num_rows or 1)
+    def __init__(self, em: EM, engine: Any, joint: LogJoint, problem: Problem, count: int) -> None:
+        self.em, self.engine, self.joint, self.problem, self.count = em, engine, joint, problem, count
+        self.rows = max(1, problem.structure.num_rows or 1)
         self.deadline = time.perf_counter() + (self.problem.budget or math.inf)
         self.runs: list[Run] = []
         self.stopped = ""
@@ -84,7 +83,9 @@ class Contest:
         from .resume import Saved
 
         climb.extra = dict(extra)
-        saved = Saved.for_fit(self.em, self.joint, offset) if self.em.checkpoint is not None else None
+        saved = (
+            Saved.for_fit(self.em, self.problem, self.joint.blocks, offset) if self.em.checkpoint is not None else None
+        )
         if saved is not None:
             climb = saved.resume(climb)
         limits = Limits(

@@ -13,7 +13,7 @@ missing cells                  a posterior of z for every row from the cells tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,15 +27,18 @@ from .priors import Conjugate
 
 Theta = dict[str, Tensor]
 
+#: Turns of eigendecomposition and noise in one iteration of factor analysis.
+TURNS = 10
+
 
 class LinearGaussian:
     """Engine for one recognised story and its data; one run at a time."""
 
     together = False
 
-    def __init__(self, joint: LogJoint, form: Form, estimate: str, ridge: float) -> None:
+    def __init__(self, joint: LogJoint, form: Form, kwargs: Mapping[str, Any], estimate: str, ridge: float) -> None:
         self.joint, self.form, self.estimate, self.ridge = joint, form, estimate, ridge
-        self.x: Tensor = joint.problem.kwargs[form.argument]
+        self.x: Tensor = kwargs[form.argument]
         self.missing = bool(joint.structure[form.observed].missing)
         self.kind: dict[str, Any] = {"dtype": joint.problem.dtype, "device": joint.problem.device}
         self.mean, self.scatter = scatter_of(self.x, self.kind["dtype"])  # of the complete rows, or pairwise
@@ -44,10 +47,12 @@ class LinearGaussian:
         self.plan_text = self.describe()
 
     @classmethod
-    def recognise(cls, joint: LogJoint, estimate: str, ridge: float) -> LinearGaussian | None:
+    def recognise(
+        cls, joint: LogJoint, kwargs: Mapping[str, Any], estimate: str, ridge: float
+    ) -> LinearGaussian | None:
         """The engine for a story that has this structure, or None."""
         form = recognise_form(joint, estimate)
-        return None if form is None else cls(joint, form, estimate, ridge)
+        return None if form is None else cls(joint, form, kwargs, estimate, ridge)
 
     # -- the plan ----------------------------------------------------------------------------------------------------
 
@@ -172,11 +177,13 @@ class LinearGaussian:
             rest = rest.clamp_min(float(floor.mean()))
             W = vectors[:, -q:] * (values[-q:] - rest).clamp_min(0).sqrt()
             return f.write(theta, W[None], b, rest.expand(1, f.columns), None)
-        root = psi[0].clamp_min(1e-300).sqrt()
-        values, vectors = torch.linalg.eigh(S / root[:, None] / root)
-        W = root[:, None] * vectors[:, -q:] * (values[-q:] - 1).clamp_min(0).sqrt()
-        psi = (S.diagonal() - (W * W).sum(1)).clamp_min(0)
-        return f.write(theta, W[None], b, torch.maximum(psi, floor)[None], None)
+        noise, W = psi[0], S
+        for _ in range(TURNS):  # each costs nothing in rows
+            root = noise.clamp_min(1e-300).sqrt()
+            values, vectors = torch.linalg.eigh(S / root[:, None] / root)
+            W = root[:, None] * vectors[:, -q:] * (values[-q:] - 1).clamp_min(0).sqrt()
+            noise = torch.maximum((S.diagonal() - (W * W).sum(1)).clamp_min(0), floor)
+        return f.write(theta, W[None], b, noise[None], None)
 
     def regress(self, theta: dict[str, Tensor], s: Sums) -> dict[str, Tensor]:
         """One M-step from the sums."""
@@ -200,11 +207,11 @@ class LinearGaussian:
         return f.write(theta, W, c + self.mean, psi, s.weights(f, theta) if f.component else None)
 
 
-def engine_for(joint: LogJoint, estimate: str, ridge: float, kernels: bool) -> Any:
+def engine_for(joint: LogJoint, kwargs: Mapping[str, Any], estimate: str, ridge: float, kernels: bool) -> Any:
     """The engine for rows with continuous locals: recognised sums, else ascent on the exact marginal likelihood."""
-    found = LinearGaussian.recognise(joint, estimate, ridge) if kernels else None
+    found = LinearGaussian.recognise(joint, kwargs, estimate, ridge) if kernels else None
     if found is not None:
         return found
     from .marginal import MarginalAscent
 
-    return MarginalAscent(joint, estimate)
+    return MarginalAscent(joint, kwargs, estimate)

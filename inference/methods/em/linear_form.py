@@ -182,7 +182,7 @@ def recognise_form(joint: LogJoint, estimate: str) -> Form | None:
         return None
     site, plate = seen[0], structure.data_plate
     x = joint.problem.kwargs.get(site.argument or "")
-    if site.plates != (plate,) or not isinstance(x, Tensor) or x.dim() != 2 or tuple(x.shape) != site.shape:
+    if site.plates != (plate,) or not isinstance(x, Tensor) or x.dim() != 2 or tuple(x.shape[1:]) != site.shape[1:]:
         return None
     if component and (structure[component].family != "Categorical" or structure[component].plates != (plate,)):
         return None

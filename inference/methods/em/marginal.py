@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,9 +29,9 @@ class MarginalAscent:
 
     together = False
 
-    def __init__(self, joint: LogJoint, estimate: str) -> None:
+    def __init__(self, joint: LogJoint, kwargs: Mapping[str, Any], estimate: str) -> None:
         self.joint, self.estimate = joint, estimate
-        self.kwargs = joint.problem.kwargs
+        self.kwargs = kwargs
         self.few = take_some(joint, self.kwargs, 2)
         self.shared: bool | None = None
         self.names = [b.name for b in joint.blocks if not b.local]

@@ -22,7 +22,7 @@ from ...joint import LogJoint
 from .estep import Expectation, Part, expectation, few_rows, slots_now
 from .families import Statistics
 from .plan import Plan
-from .start import softened
+from .start import softened, softness
 from .terms import Term, mask_of, parameters
 
 #: Entries of a block's features, and of its table of components x rows: they should stay in the cache.
@@ -322,6 +322,9 @@ class MixtureKernel:
                 x = column.value[rows].to(self.dtype)
                 x = x if term.shift is None else x - term.shift.to(self.dtype)
                 column.turned[:, rows] = x.reshape(len(x), width).T
+            if term.floor is not None:  # exactly, now that all rows have been seen
+                variance = column.turned.var(1, correction=0).to(term.floor)
+                term.floor = variance.reshape(term.floor.shape)
 
     def triangle(self, out: Tensor, place: Layout) -> None:
         """Products of the entries of x, which already lie among the features (or are their own statistic)."""
@@ -426,7 +429,7 @@ class MixtureKernel:
     def of_labels(self, labels: Tensor, rows: Tensor) -> Tensor:
         """Expected features (R, K, features) if the rows (n,) had the labels (R, n)."""
         phi = self.features(rows)
-        hot = softened(labels, self.states).to(phi).transpose(1, 2)
+        hot = softened(labels, self.states, softness(self.observed())).to(phi).transpose(1, 2)
         return (hot.reshape(-1, len(rows)) @ phi.T).reshape(len(labels), self.states, -1).to(self.joint.problem.dtype)
 
     def unpack(self, S: Tensor) -> dict[str, Statistics]:

@@ -10,8 +10,8 @@ from .families import covariance, variance
 from .mstep import Theta
 from .terms import RUNS, parameters
 
-#: A spread within this factor of the ridge is held up by the ridge alone.
-HELD = 10.0
+#: Share of the data's variance below which a spread, less the ridge, is held up by the ridge alone.
+HELD = 1e-6
 #: Share of a row below which a component counts as empty.
 EMPTY = 0.5
 
@@ -39,8 +39,7 @@ def collapsed(engine: Enumeration, theta: Theta, ridge: float) -> list[bool]:
                 least = torch.linalg.eigvalsh(covariance(role, spread) / root.unsqueeze(-1) / root).amin(-1)
             else:
                 least = variance(role, spread) / unit
-            limit = max(HELD * ridge, 1e-12)
-            found |= (least.reshape(runs, -1).amin(1) < limit).cpu() & bool((term.floor > 0).all())
+            found |= (least.reshape(runs, -1).amin(1) - ridge < HELD).cpu() & bool((term.floor > 0).all())
     return found.tolist()
 
 

@@ -16,19 +16,19 @@ from torch import Tensor
 from .climb import Climb, Run
 
 if TYPE_CHECKING:
-    from ...joint import LogJoint
+    from ...joint import Block
+    from ...problem import Problem
     from . import EM
 
 #: Rows of each argument that tell one data set from another.
 PRINT_ROWS = 1000
 
 
-def fingerprint(em: EM, joint: LogJoint, offset: int) -> str:
+def fingerprint(em: EM, problem: Problem, layout: tuple[Block, ...], offset: int) -> str:
     """What must be the same for a climb to go on: data, story, seed and options."""
-    problem = joint.problem
     digest = hashlib.sha256()
     options = (em.estimate, em.tol, em.ridge, em.driver, em.batch_size, em.kernels, em.restarts)
-    blocks = [(b.name, b.shape) for b in joint.blocks]
+    blocks = [(b.name, b.shape) for b in layout if not b.local]
     digest.update(repr((options, blocks, problem.seed, offset, type(problem.story).__name__)).encode())
     for name, value in sorted(problem.kwargs.items()):
         digest.update(name.encode())
@@ -53,12 +53,12 @@ class Saved:
     written: int = field(default=0, compare=False)
 
     @classmethod
-    def for_fit(cls, em: EM, joint: LogJoint, offset: int) -> Saved:
+    def for_fit(cls, em: EM, problem: Problem, blocks: tuple[Block, ...], offset: int) -> Saved:
         """Where this climb is kept; groups after the first have files of their own."""
         path = Path(str(em.checkpoint) + (f".{offset}" if offset else ""))
         if not path.parent.is_dir():
             raise ValueError(f"EM(checkpoint={str(em.checkpoint)!r}): the folder {str(path.parent)!r} does not exist")
-        return cls(path, fingerprint(em, joint, offset))
+        return cls(path, fingerprint(em, problem, blocks, offset))
 
     def write(self, climb: Climb) -> None:
         """Keep the state, if it is time."""

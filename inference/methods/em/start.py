@@ -16,12 +16,15 @@ from ...handlers import unwrap
 from ...joint import LogJoint
 from .estep import Expectation, Part, accumulate, lift, read_slots
 from .plan import Plan
+from .terms import Term
 
 #: Latent -> labels of the rows, (R, rows).
 Clusters = dict[str, Tensor]
 
 #: Rows that are clustered, and sweeps of Lloyd's algorithm over them.
 SAMPLE, SWEEPS = 20_000, 30
+#: Clusterings among which different ones are looked for, for every one that is wanted, and rows beyond which it is too dear.
+CANDIDATES, MANY = 4, 5_000
 #: Share of a row that is spread over all states at the start: a class that no row of a cluster shows stays possible.
 SOFT = 0.05
 #: Entries of the largest table of distances.
@@ -92,11 +95,27 @@ def clusters(joint: LogJoint, kwargs: dict[str, Any], runs: int, seed: int) -> C
         chosen = torch.arange(len(table))
         if len(table) > SAMPLE:  # chains: one clustering of all steps is learned from some
             chosen = torch.randperm(len(table), generator=generator)[:SAMPLE]
-        centres = lloyd(table[chosen], plus_plus(table[chosen], states, runs, generator))
-        found = nearest(table, centres)
+        found = nearest(table, distinct(table[chosen], states, runs, generator))
         for i, name in enumerate(members):
             labels[name] = found[:, i * rows : (i + 1) * rows].to(joint.problem.device)
     return labels
+
+
+def distinct(x: Tensor, k: int, runs: int, generator: torch.Generator) -> Tensor:
+    """Centres (R, k, D) of R clusterings, different ones as far as more tries than R find any."""
+    tries = runs if runs == 1 or len(x) > MANY else CANDIDATES * runs
+    centres = lloyd(x, plus_plus(x, k, tries, generator))
+    if tries == runs:
+        return centres
+    inertia = torch.stack([torch.cdist(x, c).amin(1).square().sum() for c in centres])
+    seen: set[str] = set()
+    first: list[int] = []
+    again: list[int] = []
+    for i, value in enumerate(inertia.tolist()):
+        key = f"{value:.6g}"
+        (again if key in seen else first).append(i)
+        seen.add(key)
+    return centres[sorted([*first, *again][:runs])]
 
 
 def plus_plus(x: Tensor, k: int, runs: int, generator: torch.Generator) -> Tensor:
@@ -145,8 +164,11 @@ def lloyd(x: Tensor, centres: Tensor) -> Tensor:
         labels = new
         flat = labels + k * torch.arange(runs).unsqueeze(1)
         total = x.new_zeros(runs * k, width)
-        for r in range(runs):
-            total.index_add_(0, flat[r], x)
+        if runs * len(x) <= DISTANCES // max(1, width):
+            total.index_add_(0, flat.reshape(-1), x.expand(runs, *x.shape).reshape(-1, width))
+        else:
+            for r in range(runs):
+                total.index_add_(0, flat[r], x)
         count = torch.bincount(flat.reshape(-1), minlength=runs * k).to(x)
         mean = total / count.clamp_min(1).unsqueeze(1)
         centres = torch.where((count > 0).unsqueeze(1), mean, centres.reshape(-1, width)).view(runs, k, width)
@@ -159,7 +181,8 @@ def expectation_at(
     """Statistics as if the latents of the given rows had the labels (rows,), for one run."""
     plate = joint.structure.data_plate
     stats: dict[str, Any] = {}
-    hot = {n: softened(v, joint.structure[n].states or 1).to(joint.problem.dtype) for n, v in labels.items()}
+    soft = softness([t for t in plan.terms.values() if t.name not in joint.finite])
+    hot = {n: softened(v, joint.structure[n].states or 1, soft).to(joint.problem.dtype) for n, v in labels.items()}
     part = Part(kwargs)
     with torch.no_grad():
         trace, names = joint.trace(theta, kwargs)
@@ -170,9 +193,14 @@ def expectation_at(
     return lift(-math.inf, -math.inf, stats, slots, [part], joint)
 
 
-def softened(labels: Tensor, states: int) -> Tensor:
-    """Labels (...) as probabilities (..., states)."""
-    return one_hot(labels, states) * (1 - SOFT) + SOFT / states
+def softness(observed: list[Term]) -> float:
+    """Normals may start from hard labels: no value is impossible under them."""
+    return 0.0 if all("loc" in t.roles for t in observed) else SOFT
+
+
+def softened(labels: Tensor, states: int, soft: float) -> Tensor:
+    """Labels (...) as probabilities (..., states), a share `soft` of each spread over all states."""
+    return one_hot(labels, states) * (1 - soft) + soft / states
 
 
 def weight_of(like: Tensor, dims: tuple[str, ...], hot: dict[str, Tensor], plate: str) -> Tensor:
