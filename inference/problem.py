@@ -483,16 +483,17 @@ def value_notes(records: dict[str, Record]) -> list[str]:
         rows = r.value.flatten(1) if r.value.ndim > 1 else r.value.unsqueeze(-1)
         if r.missing:
             rows = torch.where(rows.isnan(), rows.nanmean(0), rows)
-        low, high = torch.aminmax(rows, dim=0)
         if not r.discrete and len(rows) > 1:
-            flat = (high == low).nonzero().flatten().tolist()
+            still = rows[0] == rows[:: max(1, len(rows) // FEW_ROWS)]
+            flat = [j for j in still.all(0).nonzero().flatten().tolist() if bool((rows[:, j] == rows[0, j]).all())]
             if flat:
                 notes.append(
                     f"columns {flat[:8]} of {r.argument or r.name} are constant: a learned scale there has only its prior"
                 )
         if len(rows) == 1 and r.plates:
             notes.append(f"one row only: what {r.name} says about scales is the prior")
-        top = torch.maximum(low.abs(), high.abs()).max().item()
+        low, high = torch.aminmax(rows)
+        top = max(-float(low), float(high))
         if top > 1e6 and not r.discrete:
             notes.append(f"the scale of {r.argument or r.name} is {top:.0e}; standardise it")
     return notes

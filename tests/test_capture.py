@@ -222,3 +222,22 @@ def test_capture_takes_gradients_inside():
     graph = capture(program, (x,))
     assert graph.mode == "graph", graph.reason
     assert torch.allclose(graph(2 * x), torch.tensor([12.0, 96.0], dtype=torch.float64))
+
+
+def test_a_factor_does_not_look_at_latents():
+    """`pyro.factor` observes a tensor of no numbers, made from the latents' density: that is no look at a value."""
+
+    def story(x):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.factor("x", -0.5 * (x - m) ** 2)
+
+    joint = joint_of(story, X[:, 0])
+    with isolated(0, torch.float64):
+        potential = value_and_grad(joint)
+        value, gradient = potential(torch.tensor([0.5]))
+    assert potential.mode == "graph"
+    x = X[:, 0]
+    expected = -0.125 - 0.5 * np.log(2 * np.pi) - 0.5 * ((x - 0.5) ** 2).sum()
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(gradient, (x - 0.5).sum().reshape(1) - 0.5)

@@ -13,7 +13,7 @@ missing cells                  a posterior of z for every row from the cells tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -101,34 +101,40 @@ class LinearGaussian:
 
     def start_one(self, seed: int) -> dict[str, Tensor]:
         """One start."""
-        from .start import SAMPLE, lloyd, nearest, plus_plus
-
         f, generator = self.form, torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
         theta = self.joint.guide_draw() or self.joint.prior_draw()
         theta = {b.name: theta[b.name] for b in self.joint.blocks if not b.local}
-        some = torch.randperm(len(self.x), generator=generator)[:SAMPLE]
-        x = self.x[some].to(**self.kind)
-        x = torch.where(x.isnan(), self.mean, x)
-        labels = torch.zeros(len(x), dtype=torch.long, device=x.device)
-        if f.states > 1:
-            unit = ((x - self.mean) / self.variance.sqrt().clamp_min(1e-12)).cpu()
-            labels = nearest(unit, lloyd(unit, plus_plus(unit, f.states, 1, generator)))[0].to(x.device)
         W, b, psi, share = [], [], [], []
-        for k in range(f.states):
-            rows = x[labels == k] if int((labels == k).sum()) > f.width else x
-            mean = rows.mean(0)
-            values, vectors = torch.linalg.eigh((rows - mean).T @ (rows - mean) / len(rows))
+        for mean, covariance, count in self.clusters(generator):
+            values, vectors = torch.linalg.eigh(covariance)
             rest = values[: f.columns - f.width].clamp_min(0).mean() if f.columns > f.width else values[0] * 0
             rest = torch.maximum(rest, 1e-3 * self.variance.mean() + 1e-12)
             axes = vectors[:, -f.width :] * (values[-f.width :] - rest).clamp_min(1e-3 * rest).sqrt()
-            turn = torch.linalg.qr(torch.randn(f.width, f.width, generator=generator, dtype=x.dtype))[0]
-            W.append(axes @ turn.to(x.device))
+            turn = torch.linalg.qr(torch.randn(f.width, f.width, generator=generator, dtype=mean.dtype))[0]
+            W.append(axes @ turn.to(axes.device))
             b.append(mean)
-            psi.append(((rows - mean) ** 2).mean(0).sub((W[-1] ** 2).sum(1)).clamp_min(0.1 * rest))
-            share.append(max(len(rows), 1))
+            psi.append(covariance.diagonal().sub((W[-1] ** 2).sum(1)).clamp_min(0.1 * rest))
+            share.append(max(count, 1))
         weights = torch.tensor(share, **self.kind)
         return f.write(theta, torch.stack(W), torch.stack(b), torch.stack(psi), weights / weights.sum())
+
+    def clusters(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """Mean, covariance and size of every k-means++ cluster of some rows; of all rows for one component."""
+        from .start import SAMPLE, lloyd, nearest, plus_plus
+
+        if self.form.states == 1:
+            yield self.mean, self.scatter / len(self.x), len(self.x)
+            return
+        some = torch.randperm(len(self.x), generator=generator)[:SAMPLE]
+        x = self.x[some].to(**self.kind)
+        x = torch.where(x.isnan(), self.mean, x)
+        unit = ((x - self.mean) / self.variance.sqrt().clamp_min(1e-12)).cpu()
+        labels = nearest(unit, lloyd(unit, plus_plus(unit, self.form.states, 1, generator)))[0].to(x.device)
+        for k in range(self.form.states):
+            rows = x[labels == k] if int((labels == k).sum()) > self.form.width else x
+            gap = rows - rows.mean(0)
+            yield rows.mean(0), gap.T @ gap / len(rows), len(rows)
 
     # -- one iteration -----------------------------------------------------------------------------------------------
 

@@ -62,28 +62,25 @@ def chunks(x: Tensor, width: int, kind: torch.dtype) -> Iterator[Tensor]:
 
 def scatter_of(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
     """Mean of every column and scatter around it, (D,) and (D, D); missing cells count as the mean."""
-    total = torch.zeros(x.shape[1], dtype=kind, device=x.device)
-    seen = torch.zeros_like(total)
     first = torch.where(x[0].isnan(), 0.0, x[0]).to(kind)
-    S = torch.zeros(x.shape[1], x.shape[1], dtype=kind, device=x.device)
-    holes = False
+    total, S = torch.zeros_like(first), torch.zeros(x.shape[1], x.shape[1], dtype=kind, device=x.device)
     for part in chunks(x, x.shape[1], kind):
-        missing = part.isnan()
         gap = part - first
-        if bool(missing.any()):
-            holes, gap = True, torch.where(missing, torch.zeros_like(gap), gap)
         total += gap.sum(0)
-        seen += (~missing).sum(0)
-        S += gap.T @ gap
-    mean = total / seen.clamp_min(1)
-    if not holes:
+        S.addmm_(gap.T, gap)
+    if not bool(total.isnan().any()):
+        mean = total / len(x)
         return first + mean, S - len(x) * mean[:, None] * mean
-    S = torch.zeros_like(S)
+    total, seen, S = torch.zeros_like(total), torch.zeros_like(total), torch.zeros_like(S)
+    for part in chunks(x, x.shape[1], kind):
+        total += (part - first).nan_to_num(0.0).sum(0)
+        seen += (~part.isnan()).sum(0)
+    mean = total / seen.clamp_min(1)
     for part in chunks(x, x.shape[1], kind):
         gap = (part - first - mean).nan_to_num(0.0)
-        S += gap.T @ gap
-    # Cells that are not seen would make the variances too small.
-    return first + mean, S * (len(x) / seen.clamp_min(1)).sqrt()[:, None] * (len(x) / seen.clamp_min(1)).sqrt()
+        S.addmm_(gap.T, gap)
+    wide = (len(x) / seen.clamp_min(1)).sqrt()  # cells that are not seen would make the variances too small
+    return first + mean, S * wide[:, None] * wide
 
 
 def from_scatter(S: Tensor, n: int, W: Tensor, c: Tensor, psi: Tensor) -> Sums:
