@@ -121,6 +121,7 @@ class _Recorder(TorchDispatchMode):
         depends = any(id(t) in self._nodes for t in given)
         if func._schema.is_mutable and (depends or any(_place(t) in self._places for t in given)):
             return self._write(func, args, kwargs)
+        depends = depends and any(id(t) in self._nodes and t.numel() for t in given)  # nothing depends on no numbers
         if not depends and not _draws(func, args, kwargs):
             return func(*args, **kwargs)
         if self._looks(func, args):
