@@ -24,6 +24,7 @@ import torch
 from inference import EM, draw_plates, fit
 from zoo import (
     GMM,
+    PPCA,
     CellTable,
     FactorAnalysis,
     GaussianHMM,
@@ -127,7 +128,8 @@ assert (covariance - torch.cov(scores.T)).abs().max() < 0.15
 # W spans.
 
 # %%
-turn = torch.linalg.qr(torch.randn(2, 2, dtype=torch.float64))[0]
+sine, cosine = math.sin(0.7), math.cos(0.7)
+turn = torch.tensor([[cosine, -sine], [sine, cosine]], dtype=torch.float64)
 assert torch.allclose(d["W"] @ turn @ (d["W"] @ turn).T, d["W"] @ d["W"].T)
 
 # %% [markdown]
@@ -184,8 +186,6 @@ rows = faces.x[40:].long()
 print(f"held-out log density: independent {one.log_prob(rows).mean():.2f}, two classes {two.log_prob(rows).mean():.2f}")
 
 # 3. Factor analysis contains PPCA, so its greatest likelihood cannot be lower.
-from zoo import PPCA  # noqa: E402
-
 a, b = (fit(s, scores, EM(estimate="mle"), seed=0).diagnostics["log_likelihood"] for s in (FactorAnalysis(2), PPCA(2)))
 print(f"log-likelihood: factor analysis {a:.1f}, PPCA {b:.1f}")
 assert a >= b
