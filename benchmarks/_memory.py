@@ -35,9 +35,7 @@ def extra_memory(work: Callable[..., Any], *args: Any, threads: int = 1) -> floa
     try:
         found = receive.recv()
     except EOFError:
-        raise RuntimeError(
-            "the process whose memory was watched has died, perhaps of too little memory"
-        ) from None
+        raise RuntimeError("the process whose memory was watched has died, perhaps of too little memory") from None
     finally:
         child.join()
     if isinstance(found, str):

@@ -49,25 +49,17 @@ def arguments(description: str | None, *, repeats: int, device: bool = False) ->
         Whether to offer --device.
     """
     parser = argparse.ArgumentParser(description=(description or "").strip().split("\n")[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="small data, two rounds, no JSON: does it still run?"
-    )
-    parser.add_argument(
-        "--repeats", type=int, help=f"rounds of every side (default {repeats}, 2 with --quick)"
-    )
+    parser.add_argument("--quick", action="store_true", help="small data, two rounds, no JSON: does it still run?")
+    parser.add_argument("--repeats", type=int, help=f"rounds of every side (default {repeats}, 2 with --quick)")
     parser.add_argument("--threads", type=int, default=1, help="threads of all sides (default 1)")
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
-    parser.add_argument(
-        "--json", type=Path, help="where to write (default: beside the script; nowhere with --quick)"
-    )
+    parser.add_argument("--json", type=Path, help="where to write (default: beside the script; nowhere with --quick)")
     if device:
         parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options = parser.parse_args()
     for package in ("inference", "zoo", "threadpoolctl"):
         if find_spec(package) is None:
-            parser.error(
-                f"{package} cannot be imported; install the project: python -m pip install -e '.[bench]'"
-            )
+            parser.error(f"{package} cannot be imported; install the project: python -m pip install -e '.[bench]'")
     options.repeats = options.repeats or (2 if options.quick else repeats)
     if options.repeats < 1 or options.threads < 1:
         parser.error("--repeats and --threads must be at least 1")
@@ -142,9 +134,7 @@ def interleaved(sides: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str
     return {name: Times(values) for name, values in found.items()}
 
 
-def per_iteration(
-    sides: Mapping[str, Callable[[int], Any]], rounds: int, short: int, long: int
-) -> dict[str, Times]:
+def per_iteration(sides: Mapping[str, Callable[[int], Any]], rounds: int, short: int, long: int) -> dict[str, Times]:
     """Seconds that one more iteration takes: `long` iterations less `short` ones, by how many more they are.
 
     Set-up and the last E-step are the same in both runs and drop out.
@@ -172,9 +162,7 @@ def per_iteration(
     times = {name: Times(values) for name, values in found.items()}
     for name, side in times.items():
         if side.median <= 0:
-            raise RuntimeError(
-                f"{name}: {long - short} iterations are too little work to be seen among the noise"
-            )
+            raise RuntimeError(f"{name}: {long - short} iterations are too little work to be seen among the noise")
     return times
 
 
@@ -250,9 +238,7 @@ class Case:
                 (">=" if check["least"] else "<="),
                 "ok" if check["passed"] else "FAILED, times not counted",
             )
-            lines.append(
-                f"  check  {check['what']}: {check['found']:.3g} (must be {sign} {check['limit']:g}) {word}"
-            )
+            lines.append(f"  check  {check['what']}: {check['found']:.3g} (must be {sign} {check['limit']:g}) {word}")
         if self.failed:
             return [*lines, f"  failed {self.failed}"]
         if self.sound:
@@ -262,9 +248,7 @@ class Case:
                 lines.append(f"  {name:<24} {times.median:10.4g} s per {self.unit}   ({spread})")
             for goal in self.goals:
                 sign, word = ("<=" if goal["most"] else ">="), "met" if goal["met"] else "missed"
-                lines.append(
-                    f"  goal   {goal['what']}: {goal['found']:.3g} ({sign} {goal['bound']:.3g}) {word}"
-                )
+                lines.append(f"  goal   {goal['what']}: {goal['found']:.3g} ({sign} {goal['bound']:.3g}) {word}")
         told = {goal["what"] for goal in self.goals} if self.sound else set()
         for name, value in self.facts.items():
             if name not in told and (self.sound or " / " not in name):

@@ -27,9 +27,7 @@ def factors(num_rows: int, num_columns: int, num_factors: int, seed: int = 0) ->
     noise = np.exp(rng.uniform(np.log(0.1), np.log(3.0), num_columns))
     hidden = rng.standard_normal((num_rows, num_factors))
     return (
-        hidden @ loadings.T
-        + rng.standard_normal((num_rows, num_columns)) * noise**0.5
-        + rng.normal(size=num_columns)
+        hidden @ loadings.T + rng.standard_normal((num_rows, num_columns)) * noise**0.5 + rng.normal(size=num_columns)
     )
 
 

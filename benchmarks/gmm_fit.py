@@ -53,9 +53,7 @@ def loosest(case: Case, x: np.ndarray, components: int, reached: Sequence[float]
             climbed: list[tuple[float, float]] = []
             begin = time.perf_counter()
 
-            def note(
-                iteration: int, value: float, _: Any, begin: float = begin, climbed: list = climbed
-            ) -> None:
+            def note(iteration: int, value: float, _: Any, begin: float = begin, climbed: list = climbed) -> None:
                 climbed.append((time.perf_counter() - begin, value / len(x)))
 
             posterior = our_fit(x, components, tol, seed, note)
@@ -63,9 +61,7 @@ def loosest(case: Case, x: np.ndarray, components: int, reached: Sequence[float]
             when = next((seconds for seconds, value in climbed if value >= target), None)
             facts[f"seed {seed}, log-likelihood a row, ours less sklearn's"] = gaps[-1]
             facts[f"seed {seed}, iterations of ours"] = len(climbed)
-            facts[f"seed {seed}, seconds to sklearn's log-likelihood"] = (
-                "not reached" if when is None else when
-            )
+            facts[f"seed {seed}, seconds to sklearn's log-likelihood"] = "not reached" if when is None else when
         if statistics.median(gaps) >= -EQUAL:
             break
     case.facts.update({"stopping rule of ours": tol, **facts})

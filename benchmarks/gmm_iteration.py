@@ -80,9 +80,7 @@ def one(report: Report, setup: Setup) -> None:
             case.check("log-likelihood a row, ours less scikit-learn's", gap, 1e-6)
         else:
             wide = x.astype(np.float64)
-            exact = our_score(
-                our_iterations(wide, setup.covariance, setup.components)(setup.long), setup.long, len(x)
-            )
+            exact = our_score(our_iterations(wide, setup.covariance, setup.components)(setup.long), setup.long, len(x))
             case.check("log-likelihood a row, float32 less float64", score - exact, 1e-5)
             gap = exact - sklearn_iterations(wide, setup.covariance, setup.components)(setup.long).score(wide)
             case.check("log-likelihood a row in float64, ours less scikit-learn's", gap, 1e-6)
@@ -93,9 +91,7 @@ def one(report: Report, setup: Setup) -> None:
         if "sklearn, float64" in sides:
             case.faster("sklearn, float64")
         if setup.memory is not None:
-            taken = {
-                side: extra_memory(prepared, side, setup, threads=report.options.threads) for side in sides
-            }
+            taken = {side: extra_memory(prepared, side, setup, threads=report.options.threads) for side in sides}
             case.facts.update({f"{side}, extra memory in MB": value for side, value in taken.items()})
             case.goal("extra memory in MB", taken[OURS], setup.memory, most=True)
 

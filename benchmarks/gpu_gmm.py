@@ -103,9 +103,7 @@ def one(report: Report, rows: int, columns: int, components: int, dtype: str, lo
         kind = torch.from_numpy(few).dtype
         where = torch.from_numpy(few).to(device)
         x = where.repeat(-(-rows // len(few)), 1)[:rows].clone()
-        x += 0.05 * torch.randn(
-            x.shape, dtype=kind, device=device, generator=torch.Generator(device).manual_seed(0)
-        )
+        x += 0.05 * torch.randn(x.shape, dtype=kind, device=device, generator=torch.Generator(device).manual_seed(0))
         del where
         start = same_start(few, "full", components)[1]
         run = synchronised(our_iterations(x, "full", components, start=start, device=device), device)
@@ -144,9 +142,7 @@ def main() -> int:
     report = Report(__file__, options)
     if options.device == "cuda":
         properties = torch.cuda.get_device_properties(0)
-        report.machine["gpu"] = (
-            f"{properties.name}, {properties.total_memory / 1e9:.0f} GB, CUDA {torch.version.cuda}"
-        )
+        report.machine["gpu"] = f"{properties.name}, {properties.total_memory / 1e9:.0f} GB, CUDA {torch.version.cuda}"
         print(report.machine["gpu"])
     sizes = (20_000, 8, 8) if options.quick else (10_000_000, 16, 16)
     for dtype in ("float64", "float32"):

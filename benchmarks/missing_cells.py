@@ -55,9 +55,7 @@ class Split:
         return np.where(np.any([self.hidden, *more], axis=0), np.nan, self.truth)
 
 
-def error_and_density(
-    truth: np.ndarray, cells: np.ndarray, mean: np.ndarray, sd: np.ndarray
-) -> tuple[float, float]:
+def error_and_density(truth: np.ndarray, cells: np.ndarray, mean: np.ndarray, sd: np.ndarray) -> tuple[float, float]:
     """Root mean square error, and mean log density of the cells under normals."""
     gap, sd = (truth - mean)[cells], np.maximum(sd[cells], 1e-6)
     density = -0.5 * np.log(2 * np.pi) - np.log(sd) - 0.5 * (gap / sd) ** 2
@@ -71,9 +69,7 @@ def fill_by_story(make: Callable[[], Any], rows: np.ndarray, draws: int) -> tupl
     """EM on a story, then draws of the missing cells given the seen ones of their row."""
     from inference import EM, fit
 
-    posterior = fit(
-        make(), rows, EM(restarts=2, tol=1e-4, max_iter=200), seed=0, device="cpu", progress=False
-    )
+    posterior = fit(make(), rows, EM(restarts=2, tol=1e-4, max_iter=200), seed=0, device="cpu", progress=False)
     found = posterior.impute(draws=draws, seed=1)
     at = tuple(found.index.T.numpy())
     if len(found.index) != np.isnan(rows).sum():
@@ -88,14 +84,10 @@ def imputer(sample: bool, rounds: int, predictors: int | None) -> Any:
     from sklearn.experimental import enable_iterative_imputer  # noqa: F401
     from sklearn.impute import IterativeImputer
 
-    return IterativeImputer(
-        sample_posterior=sample, max_iter=rounds, n_nearest_features=predictors, random_state=0
-    )
+    return IterativeImputer(sample_posterior=sample, max_iter=rounds, n_nearest_features=predictors, random_state=0)
 
 
-def fill_by_draws(
-    rounds: int, predictors: int | None, rows: np.ndarray, draws: int
-) -> tuple[np.ndarray, np.ndarray]:
+def fill_by_draws(rounds: int, predictors: int | None, rows: np.ndarray, draws: int) -> tuple[np.ndarray, np.ndarray]:
     """Moments of repeated draws from the regressions' predictive distributions, through all rounds."""
     with silent():
         chain = imputer(True, rounds, predictors).fit(rows)
@@ -162,9 +154,7 @@ class Result:
     seconds: float
 
 
-def validated(
-    settings: dict[str, Filler], split: Split, tenths: int, draws: int
-) -> dict[str, tuple[float, float]]:
+def validated(settings: dict[str, Filler], split: Split, tenths: int, draws: int) -> dict[str, tuple[float, float]]:
     """Setting -> error and log density on the cells of some tenths, each hidden in turn."""
     scores = {}
     for name, fill in settings.items():
@@ -177,9 +167,7 @@ def validated(
     return scores
 
 
-def judged(
-    settings: dict[str, Filler], scores: dict[str, tuple[float, float]], split: Split, draws: int
-) -> Result:
+def judged(settings: dict[str, Filler], scores: dict[str, tuple[float, float]], split: Split, draws: int) -> Result:
     """The settings that are best on the validation cells, by either measure, scored on the hidden cells."""
     by_error, by_density = min(scores, key=lambda n: scores[n][0]), max(scores, key=lambda n: scores[n][1])
     start = time.perf_counter()

@@ -86,9 +86,7 @@ def one(report: Report, name: str, x: np.ndarray, components: int, seeds: int) -
             case.facts[f"seed {seed}, narrowest direction of sklearn's answer"] = narrowest(peer)
         case.check("median over seeds of those differences", statistics.median(gaps), -SLACK, least=True)
         sides = {OURS: ours, "sklearn": theirs}
-        case.times = interleaved(
-            {n: partial(every, run, seeds) for n, run in sides.items()}, report.options.repeats
-        )
+        case.times = interleaved({n: partial(every, run, seeds) for n, run in sides.items()}, report.options.repeats)
         case.faster("sklearn", 3.0)
 
 

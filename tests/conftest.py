@@ -27,6 +27,9 @@ def untouched():
     """After the test, the process-wide state is what it was."""
     import warnings
 
+    import arviz  # noqa: F401  (libraries that set warning filters of their own when first imported)
+    import scipy.special  # noqa: F401
+
     before = (torch.get_default_dtype(), torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate())
     filters = list(warnings.filters)
     yield

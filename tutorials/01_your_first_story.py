@@ -36,12 +36,12 @@ K = 2
 
 
 def bus_stop(x=None, num_data=200):
-    pi = pyro.sample("pi", dist.Dirichlet(torch.ones(K)))               # how common each kind of quarter is
+    pi = pyro.sample("pi", dist.Dirichlet(torch.ones(K)))  # how common each kind of quarter is
     with pyro.plate("components", K):
-        lam = pyro.sample("lam", dist.Gamma(2.0, 0.2))                  # arrivals in a quarter of this kind
+        lam = pyro.sample("lam", dist.Gamma(2.0, 0.2))  # arrivals in a quarter of this kind
     with pyro.plate("data", num_data if x is None else len(x)):
-        z = pyro.sample("z", dist.Categorical(pi))                      # the kind of quarter n
-        return pyro.sample("x", dist.Poisson(lam[z]), obs=x)            # the people counted in it
+        z = pyro.sample("z", dist.Categorical(pi))  # the kind of quarter n
+        return pyro.sample("x", dist.Poisson(lam[z]), obs=x)  # the people counted in it
 
 
 # %% [markdown]

@@ -11,6 +11,9 @@ from torch import Size, Tensor
 
 Setting = float | Sequence[float] | Tensor
 
+#: Rows that are enough to find centres which lie apart.
+FEW_ROWS = 4_000
+
 _STORIES = {
     "BernoulliMixture": ".bernoulli",
     "CategoricalMixture": ".categorical",
@@ -171,11 +174,14 @@ def filled(value: Setting, shape: tuple[int, ...], x: Tensor | None) -> Tensor:
 def spread_rows(x: Tensor, num_rows: int) -> Tensor:
     """`num_rows` rows of `x` (N, D) that lie apart, by k-means++ on standardised columns: (num_rows, D).
 
-    A missing cell counts as its column's mean.  Where `x` has too few rows, they repeat.
+    A missing cell counts as its column's mean.  Where `x` has too few rows, they repeat; of very many, some are looked at.
     Arthur & Vassilvitskii, *k-means++: The Advantages of Careful Seeding* (SODA 2007).
     """
     from sklearn.cluster import kmeans_plusplus
 
+    most = max(FEW_ROWS, 50 * num_rows)
+    if len(x) > most:
+        x = x[torch.randint(len(x), (most,), device=x.device)]
     x = x.detach().to("cpu", torch.get_default_dtype() if not x.is_floating_point() else x.dtype)
     mean = x.nanmean(0).nan_to_num(0.0)
     x = torch.where(x.isnan(), mean, x)

@@ -22,7 +22,7 @@ from .terms import Term
 Clusters = dict[str, Tensor]
 
 #: Rows that are clustered, and sweeps of Lloyd's algorithm over them.
-SAMPLE, SWEEPS = 20_000, 30
+SAMPLE, SWEEPS = 8_000, 30
 #: Clusterings among which different ones are looked for, for every one that is wanted, and rows beyond which it is too dear.
 CANDIDATES, MANY = 4, 5_000
 #: Share of a row that is spread over all states at the start: a class that no row of a cluster shows stays possible.
