@@ -216,6 +216,25 @@ class ValueAndGrad:
         return value.double().cpu().numpy(), gradient.double().cpu().numpy()
 
 
+def density_of(joint: LogJoint) -> Callable[[Tensor], Tensor]:
+    """The log density as the story itself computes it."""
+
+    def density(flat: Tensor) -> Tensor:
+        with pyro.validation_enabled(False):
+            return joint.unconstrained(flat)
+
+    return density
+
+
+def eager_potential(joint: LogJoint) -> ValueAndGrad:
+    """Log density and gradient by running the story every time: the reference that graphs are held against."""
+    eager = with_gradient(density_of(joint))
+    with isolated(joint.problem.seed, joint.problem.dtype):
+        points = test_points(joint, eager)
+        random = is_random(eager, points[0])
+    return ValueAndGrad(Captured(eager, "eager", "as wanted"), None, points, random)
+
+
 def value_and_grad(joint: LogJoint) -> ValueAndGrad:
     """Log density and gradient of the flat unconstrained vector, captured where the graph agrees with the story.
 
@@ -223,10 +242,7 @@ def value_and_grad(joint: LogJoint) -> ValueAndGrad:
     float64. A story that draws random numbers outside its sample sites, or looks at values of latents, is run as it is.
     """
 
-    def eager_density(flat: Tensor) -> Tensor:
-        with pyro.validation_enabled(False):
-            return joint.unconstrained(flat)
-
+    eager_density = density_of(joint)
     problem, eager = joint.problem, with_gradient(eager_density)
     with isolated(problem.seed, problem.dtype):
         points = test_points(joint, eager)

@@ -77,6 +77,8 @@ class Record:
         Where the chain stands, and the log density there.
     done
         Iterations, warm-up included.
+    seconds
+        Of the warm-up and of everything, where the chain ran on its own.
     """
 
     settings: Settings
@@ -85,6 +87,7 @@ class Record:
     done: int = 0
     step: float = 1.0
     divergences: int = 0
+    seconds: tuple[float, float] = (0.0, 0.0)
     positions: NDArray = field(init=False)
     stats: dict[str, NDArray] = field(init=False)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -12,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from .base import Verdict, density_objection, gradient_objection, positive_float, positive_int
+from .base import Verdict, density_objection, gradient_objection, one_of, positive_float, positive_int
 from .hamiltonian import Failed, Record, Settings, chain, drive
+from .starts import WORDS, listed, starts
 
 if TYPE_CHECKING:
     from ..capture import ValueAndGrad
@@ -21,6 +23,13 @@ if TYPE_CHECKING:
     from ..posterior import Posterior
     from ..problem import Problem
     from ..structure import Structure
+    from .backends import Backend
+
+
+#: What may compute gradients and move chains.
+BACKENDS = ("auto", "compiled", "graph", "eager")
+#: Iterations of the warm-up for every free number, from which on all covariances are learned.
+DENSEST = 20
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,7 @@ class NUTS:
     Parameters
     ----------
     chains
-        Independent chains; they share every evaluation of the gradient as one batch.
+        Independent chains, side by side on the processor's cores.
     warmup, draws
         Iterations of every chain that adapt step size and mass, and that are kept.
     target_accept
@@ -38,10 +47,18 @@ class NUTS:
     max_depth
         Trajectories have at most 2 ** max_depth steps.
     dense_mass
-        Whether to learn all covariances of the free space instead of variances only.
+        Whether to learn all covariances of the free space instead of variances only; "auto" learns them where they are
+        few beside the iterations of the warm-up.
     tries
-        Starting points that each chain draws for itself, from the story's guide and prior and from Uniform(-2, 2) in
-        free space in turn; it starts at the one of highest density.
+        Starting points that each chain draws for itself.
+    backend
+        What computes gradients and moves the chains. "compiled": machine code, built by the system's C compiler at the
+        first use and kept for later runs; "graph": the captured tensor operations; "eager": the story itself. "auto" takes
+        machine code where it can be had and pays.
+    init
+        Where chains begin. "tries" (or "auto"): each at its best point of those from the story's guide, its prior and
+        Uniform(-2, 2) in free space in turn; "prior": each at a draw from the prior. A mapping of latents to values, one
+        for all chains or (chains, ...) of them, or a `Posterior` of the same story; what it lacks comes from the prior.
     """
 
     name: ClassVar[str] = "nuts"
@@ -50,8 +67,10 @@ class NUTS:
     draws: int = 500
     target_accept: float = 0.8
     max_depth: int = 10
-    dense_mass: bool = False
+    dense_mass: bool | str = "auto"
     tries: int = 20
+    backend: str = "auto"
+    init: str | Mapping[str, Any] | Posterior = field(default="auto", compare=False)
 
     def __post_init__(self) -> None:
         for option in ("chains", "draws", "max_depth", "tries"):
@@ -60,8 +79,16 @@ class NUTS:
         positive_float("NUTS", "target_accept", self.target_accept, below=1.0)
         if self.target_accept == 1.0:
             raise ValueError("NUTS(target_accept=1.0): target_accept must lie between 0 and 1, both excluded")
-        if not isinstance(self.dense_mass, bool):
-            raise ValueError(f"NUTS(dense_mass={self.dense_mass!r}): dense_mass must be True or False")
+        if not isinstance(self.dense_mass, bool) and self.dense_mass != "auto":
+            raise ValueError(f"NUTS(dense_mass={self.dense_mass!r}): dense_mass must be True, False or 'auto'")
+        one_of("NUTS", "backend", self.backend, BACKENDS)
+        if isinstance(self.init, str):
+            one_of("NUTS", "init", self.init, WORDS)
+        elif not isinstance(self.init, Mapping) and not hasattr(self.init, "draws"):
+            raise TypeError(
+                f"NUTS(init=...) is a {type(self.init).__name__}; it must be one of {', '.join(map(repr, WORDS))}, a "
+                f"mapping of latents to values, or a Posterior"
+            )
 
     def check(self, structure: Structure) -> Verdict:
         """Valid where the log joint is a differentiable function of continuous latents alone."""
@@ -90,42 +117,47 @@ class NUTS:
         DivergenceError
             No step size suits a chain.
         """
-        from ..capture import constrain_many, value_and_grad
+        from ..capture import constrain_many, eager_potential, value_and_grad
         from ..diagnostics import sampling_diagnostics, sampling_warnings
         from ..joint import LogJoint
         from ..meter import Meter
         from ..posterior import Posterior
+        from .backends import choose_backend
 
         began = time.perf_counter()
         with Meter() as meter:
             joint = LogJoint(problem)
-            potential = value_and_grad(joint)
+            potential = eager_potential(joint) if self.backend == "eager" else value_and_grad(joint)
             if potential.random:
                 raise ValueError(
                     "the log density of the story differs from call to call at one and the same point: it draws random "
                     "numbers outside its sample sites (torch.randn, dropout, a plate with subsample_size); make them latent "
                     "sites or fix them, or use method='svi'"
                 )
-            seeds = np.random.SeedSequence(problem.seed).spawn(self.chains)
-            records, chains = self.begin(joint, potential, seeds)
+            iterations = self.warmup + self.draws
+            backend = choose_backend(potential, self.backend, iterations, self.max_depth, problem.budget)
+            run = self.begin(joint, potential, backend)
             meter.mark("setup")
-            watch = Watch(problem, records, began, meter)
+            watch = Watch(problem, run.records, began, meter)
             with watch:
                 try:
-                    drive(chains, potential.numpy, watch)
+                    run.go(watch)
                 except KeyboardInterrupt:
                     watch.stopped = "interrupted"
                 except Failed as error:
-                    raise failure(joint, records, error) from None
+                    raise failure(joint, run.records, error) from None
             meter.mark("run" if watch.warm else "warmup")
-            positions, stats, notes = gather(records, watch.stopped)
+            positions, stats, notes = gather(run.records, watch.stopped)
             flat = torch.from_numpy(positions.reshape(-1, joint.dim)).to(problem.device, problem.dtype)
             draws = {n: v.double().cpu() for n, v in constrain_many(joint, flat).items()}
             meter.mark("run")
         found = sampling_diagnostics(stats, self.max_depth)
+        found["backend"] = backend.text
+        found["dense_mass"] = run.records[0].settings.dense_mass
         found["gradient"] = potential.mode + (f": {potential.reason}" if potential.reason else "")
-        if potential.notice:
+        if potential.notice and backend.code is None:
             found["gradient"] += f"; {potential.notice}"
+        notes += [backend.notice] if backend.notice else []
         return Posterior(
             kind="samples",
             method=self,
@@ -134,54 +166,51 @@ class NUTS:
             chains=self.chains,
             diagnostics=found,
             warnings=notes + sampling_warnings(found, stats["lp"].size),
-            timings={"warmup": 0.0, **meter.timings},
+            timings=run.timings(meter.timings),
             sample_stats=stats,
             converged=not watch.stopped,
         )
 
-    def begin(
-        self, joint: LogJoint, potential: ValueAndGrad, seeds: list[np.random.SeedSequence]
-    ) -> tuple[list[Record], list[Any]]:
-        """Every chain at the best of its own tries."""
-        settings = Settings(self.warmup, self.draws, self.target_accept, self.max_depth, self.dense_mass)
+    def begin(self, joint: LogJoint, potential: ValueAndGrad, backend: Backend) -> Run:
+        """Every chain where it starts."""
+        seeds = np.random.SeedSequence(joint.problem.seed).spawn(self.chains)
         generators = [np.random.default_rng(s) for s in seeds]
-        tries = np.stack([starting_points(joint, self.tries, s, g) for s, g in zip(seeds, generators, strict=True)], 1)
-        values, gradients = (np.stack(found) for found in zip(*(potential.numpy(t) for t in tries), strict=True))
-        usable = np.isfinite(values) & np.isfinite(gradients).all(-1)
-        records, chains = [], []
-        for c, rng in enumerate(generators):
-            if not usable[:, c].any():
-                raise no_start(joint, tries[:, c], values[:, c], gradients[:, c])
-            best = int(np.where(usable[:, c], values[:, c], -math.inf).argmax())
-            value = float(values[best, c])
-            records.append(Record(settings, tries[best, c], value))
-            chains.append(chain(tries[best, c], value, gradients[best, c], settings, rng, records[-1]))
-        return records, chains
+        dense = self.dense_mass if isinstance(self.dense_mass, bool) else DENSEST * joint.dim <= self.warmup
+        settings = Settings(self.warmup, self.draws, self.target_accept, self.max_depth, dense)
+        begun = starts(joint, potential, seeds, generators, self.init, self.tries)
+        records = [Record(settings, position, value) for position, value, _ in begun]
+        return Run(potential, backend, generators, [gradient for _, _, gradient in begun], records)
 
 
-def listed(names: list[str], most: int = 4) -> str:
-    """a, b, c, d, ..."""
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+@dataclass
+class Run:
+    """Chains at their starts, and what moves them."""
 
+    potential: ValueAndGrad
+    backend: Backend
+    generators: list[np.random.Generator]
+    gradients: list[NDArray]
+    records: list[Record]
 
-def starting_points(
-    joint: LogJoint, count: int, seed: np.random.SeedSequence, rng: np.random.Generator
-) -> NDArray[np.float64]:
-    """Tries of one chain, (count, dim): from the guide, the prior and Uniform(-2, 2) in turn."""
-    torch.manual_seed(int(seed.generate_state(1)[0]))
-    sources = [joint.prior_draw] if joint.problem.guide is None else [joint.guide_draw, joint.prior_draw]
-    points = []
-    for i in range(count):
-        point = rng.uniform(-2.0, 2.0, joint.dim)
-        if (turn := i % (len(sources) + 1)) < len(sources):
-            try:
-                drawn = sources[turn]()
-                flat = joint.flatten(drawn).double().cpu().numpy() if drawn else point
-                point = flat if np.isfinite(flat).all() else point
-            except torch.linalg.LinAlgError:
-                pass  # a draw of a covariance may be singular in rounding
-        points.append(point)
-    return np.stack(points)
+    def go(self, watch: Watch) -> None:
+        """To the end, or until the watch says stop."""
+        if self.backend.code is not None:
+            from .native import drive as drive_native
+
+            drive_native(self.backend.code, self.records, self.gradients, self.generators, watch)
+            return
+        parts = zip(self.records, self.gradients, self.generators, strict=True)
+        drive([chain(r.position, r.value, g, r.settings, rng, r) for r, g, rng in parts], self.potential.numpy, watch)
+
+    def timings(self, measured: dict[str, float]) -> dict[str, float]:
+        """Measured seconds; chains that ran one after the other share theirs between warm-up and draws as each spent them."""
+        found = {"warmup": 0.0, "run": 0.0, **measured}
+        warm, total = np.sum([r.seconds for r in self.records], 0)
+        if total > 0:
+            both = found["warmup"] + found["run"]
+            found["warmup"] = float(both * warm / total)
+            found["run"] = both - found["warmup"]
+        return found
 
 
 class Watch:
@@ -267,66 +296,3 @@ def failure(joint: LogJoint, records: list[Record], error: Failed) -> Exception:
         state=state,
         step=step,
     )
-
-
-def no_start(joint: LogJoint, tries: NDArray, values: NDArray, gradients: NDArray) -> ValueError:
-    """Why no try can be started from: an impossible observation, or a latent whose gradient is not a number."""
-    what = f"none of {len(tries)} starting points has a finite density and gradient"
-    points = [torch.from_numpy(t).to(joint.problem.device, joint.problem.dtype) for t in tries]
-    finite = np.isfinite(values)
-    if finite.any():
-        bad = ~np.isfinite(gradients[finite]).all(0)
-        names = [b.name for b in joint.blocks if bad[b.start : b.stop].any()]
-        return ValueError(
-            f"{what}: the density is finite and its gradient with respect to {listed(names)} is not a number; look for a "
-            f"square root at 0, a division by 0 or 0 * inf in what depends on {names[0]}"
-        )
-    found = [impossible(joint, p) for p in points]
-    always = [cause for cause in dict.fromkeys(found) if cause and found.count(cause) == len(found)]
-    if not always:
-        sites = list(dict.fromkeys(c[0] for c in found if c))
-        at = f" at {listed(sites)}" if sites else ""
-        return ValueError(
-            f"{what}: the log density is infinite or not a number{at}; tighten the priors or standardise the data"
-        )
-    site, index, value = always[0]
-    where = f"[{', '.join(map(str, index))}]" if index else ""
-    return ValueError(
-        f"{what}: site {site!r} gives its observed value {site}{where} = {value} no density under any of them; the value is "
-        f"impossible under the story, correct one or the other"
-    )
-
-
-def impossible(joint: LogJoint, flat: torch.Tensor) -> tuple[str, tuple[int, ...], str] | None:
-    """The first observed site, index and value without finite density in any state of the finite latents."""
-    with torch.no_grad():
-        try:
-            trace, names = joint.trace(joint.constrain(flat))
-            factors = joint.factors_of(trace, names)
-        except (torch.linalg.LinAlgError, ValueError):
-            return None
-    for factor in factors:
-        if joint.structure[factor.name].kind != "observed":
-            continue
-        plates = [d for d in factor.dims if d in factor.plates]
-        states = tuple(i for i, d in enumerate(factor.dims) if d not in factor.plates)
-        best = factor.value.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
-        best = best.amax(states) if states else best
-        bad = ~best.isfinite()
-        if bad.any():
-            node = trace.nodes[factor.name]
-            index = dict(zip(plates, bad.nonzero()[0].tolist(), strict=True))
-            frames = {f.name: f.dim - node["fn"].event_dim for f in node["cond_indep_stack"] if f.vectorized}
-            value, places = node["value"], {frames[p]: i for p, i in index.items() if -frames[p] <= node["value"].ndim}
-            for dim, i in sorted(places.items()):
-                value = value.select(dim, i if value.shape[dim] > 1 else 0).unsqueeze(dim)
-            return factor.name, tuple(index.values()), described(value.squeeze())
-    return None
-
-
-def described(value: torch.Tensor) -> str:
-    """A number, or the first few of several."""
-    if value.ndim == 0:
-        return f"{value.item():g}"
-    shown = [f"{v:g}" for v in value.flatten()[:6].tolist()]
-    return f"[{', '.join(shown)}{', ...' if value.numel() > 6 else ''}]"
