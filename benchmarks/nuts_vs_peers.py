@@ -48,7 +48,8 @@ def data_of(name: str) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     if name == "schools":
         return {
-            "y": np.array([28.0, 8, -3, 7, -1, 1, 18, 12]), "sigma": np.array([15.0, 10, 16, 11, 9, 11, 10, 18]),
+            "y": np.array([28.0, 8, -3, 7, -1, 1, 18, 12]),
+            "sigma": np.array([15.0, 10, 16, 11, 9, 11, 10, 18]),
         }
     if name == "logistic":
         X, w = rng.normal(size=(1000, 20)), rng.normal(size=20)
@@ -98,7 +99,10 @@ def factors(x: torch.Tensor) -> None:
 
 
 STORIES: dict[str, Callable[..., None]] = {
-    "schools": schools, "logistic": logistic, "mixture": mixture, "factors": factors,
+    "schools": schools,
+    "logistic": logistic,
+    "mixture": mixture,
+    "factors": factors,
 }
 
 
@@ -161,18 +165,30 @@ def numpyros(name: str, quick: bool) -> Side:
             with numpyro.plate("rows", 1000):
                 sample("y", nd.Bernoulli(logits=d["X"] @ w + b), obs=d["y"])
         elif name == "mixture":
-            theta, low, gap = sample("theta", nd.Beta(5, 5)), sample("low", nd.Normal(0, 2)), sample("gap", nd.HalfNormal(4))
+            theta, low, gap = (
+                sample("theta", nd.Beta(5, 5)),
+                sample("low", nd.Normal(0, 2)),
+                sample("gap", nd.HalfNormal(4)),
+            )
             s = sample("s", nd.HalfNormal(2 * jnp.ones(2)).to_event(1))
             parts = nd.Normal(jnp.stack([low, low + gap]), s)
             with numpyro.plate("rows", 1000):
                 sample("x", nd.MixtureSameFamily(nd.Categorical(jnp.stack([theta, 1 - theta])), parts), obs=d["x"])
         else:
-            W, psi = sample("W", nd.Normal(jnp.zeros((10, 2)), 1).to_event(2)), sample("psi", nd.HalfNormal(jnp.ones(10)).to_event(1))
+            W, psi = (
+                sample("W", nd.Normal(jnp.zeros((10, 2)), 1).to_event(2)),
+                sample("psi", nd.HalfNormal(jnp.ones(10)).to_event(1)),
+            )
             with numpyro.plate("rows", 500):
                 sample("x", nd.LowRankMultivariateNormal(jnp.zeros(10), W, psi**2), obs=d["x"])
 
     mcmc = MCMC(
-        Kernel(story), num_warmup=WARMUP, num_samples=DRAWS, num_chains=CHAINS, chain_method="sequential", progress_bar=False
+        Kernel(story),
+        num_warmup=WARMUP,
+        num_samples=DRAWS,
+        num_chains=CHAINS,
+        chain_method="sequential",
+        progress_bar=False,
     )
 
     def run(seed: int) -> tuple[Draws, float]:
@@ -210,9 +226,7 @@ def nutpies(name: str, quick: bool) -> Side:
 
     def run(seed: int) -> tuple[Draws, float]:
         start = time.perf_counter()
-        trace = nutpie.sample(
-            compiled, draws=DRAWS, tune=WARMUP, chains=CHAINS, cores=1, seed=seed, progress_bar=False
-        )
+        trace = nutpie.sample(compiled, draws=DRAWS, tune=WARMUP, chains=CHAINS, cores=1, seed=seed, progress_bar=False)
         taken = time.perf_counter() - start
         names = [v.name for v in model.free_RVs]
         return {n: np.asarray(trace.posterior[n]) for n in names}, taken
@@ -222,7 +236,10 @@ def nutpies(name: str, quick: bool) -> Side:
 
 #: Side -> (what has to be installed, what makes it).
 SIDES: dict[str, tuple[tuple[str, ...], Callable[[str, bool], Side]]] = {
-    "ours": ((), ours), "pyro": ((), pyros), "numpyro": (("numpyro",), numpyros), "nutpie": (("nutpie", "pymc", "numba"), nutpies),
+    "ours": ((), ours),
+    "pyro": ((), pyros),
+    "numpyro": (("numpyro",), numpyros),
+    "nutpie": (("nutpie", "pymc", "numba"), nutpies),
 }
 
 

@@ -132,6 +132,11 @@ class LogJoint:
             start = stop
         return tuple(blocks)
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the continuous latents and parameters."""
+        return [b.name for b in self.blocks]
+
     # -- running the story -------------------------------------------------------------------------------------------
 
     def factors(

@@ -111,7 +111,8 @@ class GaussianRows(RowTable):
         if self.shared is None:
             P = self.curvature(eye, few)
             self.shared = not self.holes() and bool((P - P[:1]).abs().max() <= 1e-9 * (1 + P.abs().max()))
-        P = self.curvature(eye, take_some(self.joint, self.kwargs, 1) if self.shared else self.kwargs)
+        one = self.shared and self.n > TRIAL_ROWS  # a story of few rows may insist on their number
+        P = self.curvature(eye, take_some(self.joint, self.kwargs, 1) if one else self.kwargs)
         self.level = self.table(torch.zeros_like(eye[0]))
         half = 0.5 * P.diagonal(dim1=-2, dim2=-1)
         self.slope = torch.stack([self.table(e) - self.level + half[..., i] for i, e in enumerate(eye)], -1)

@@ -76,11 +76,15 @@ class Problem:
     @property
     def thumbnail(self) -> Problem:
         """The same problem with its first rows only: enough to read how parameters enter, at no cost in rows."""
+        return self.over(self.few) if self.few else self
+
+    def over(self, kwargs: dict[str, Any]) -> Problem:
+        """The same problem with other rows, checked already."""
         plate, rows = self.structure.data_plate, self.structure.row_arguments
-        if not self.few or not rows or plate is None or self.few is self.kwargs:
+        if not rows or plate is None or kwargs is self.kwargs:
             return self
-        plates = {**self.structure.plates, plate: len(self.few[rows[0]])}
-        return replace(self, kwargs=self.few, structure=replace(self.structure, plates=plates))
+        plates = {**self.structure.plates, plate: len(kwargs[rows[0]])}
+        return replace(self, kwargs=kwargs, structure=replace(self.structure, plates=plates))
 
     @property
     def small(self) -> bool:

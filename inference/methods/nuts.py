@@ -119,14 +119,14 @@ class NUTS:
         """
         from ..capture import constrain_many, eager_potential, value_and_grad
         from ..diagnostics import sampling_diagnostics, sampling_warnings
-        from ..joint import LogJoint
+        from ..marginal import MarginalJoint, density_of_globals
         from ..meter import Meter
         from ..posterior import Posterior
         from .backends import choose_backend
 
         began = time.perf_counter()
         with Meter() as meter:
-            joint = LogJoint(problem)
+            joint = density_of_globals(problem)
             potential = eager_potential(joint) if self.backend == "eager" else value_and_grad(joint)
             if potential.random:
                 raise ValueError(
@@ -150,9 +150,13 @@ class NUTS:
             positions, stats, notes = gather(run.records, watch.stopped)
             flat = torch.from_numpy(positions.reshape(-1, joint.dim)).to(problem.device, problem.dtype)
             draws = {n: v.double().cpu() for n, v in constrain_many(joint, flat).items()}
+            if isinstance(joint, MarginalJoint):
+                draws.update(joint.local_draws(flat))
             meter.mark("run")
         found = sampling_diagnostics(stats, self.max_depth)
         found["backend"] = backend.text
+        if isinstance(joint, MarginalJoint):
+            found["locals"] = joint.how
         found["dense_mass"] = run.records[0].settings.dense_mass
         found["gradient"] = potential.mode + (f": {potential.reason}" if potential.reason else "")
         if potential.notice and backend.code is None:

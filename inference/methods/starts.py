@@ -95,11 +95,11 @@ def given_values(joint: LogJoint, init: Any, chains: int) -> dict[str, list[torc
     """
     blocks = {b.name: b for b in joint.blocks}
     if isinstance(init, Mapping):
-        if unknown := [n for n in init if n not in blocks]:
+        if unknown := [n for n in init if n not in joint.names]:
             raise ValueError(
-                f"NUTS(init=...) has {listed(unknown)}; the continuous latents are {listed(list(blocks), 20)}"
+                f"NUTS(init=...) has {listed(unknown)}; the continuous latents are {listed(joint.names, 20)}"
             )
-        known = dict(init)
+        known = {n: v for n, v in init.items() if n in blocks}
     else:
         known = {n: v for n, v in init.draws.items() if n in blocks}
         if not known:

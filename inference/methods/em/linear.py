@@ -218,6 +218,7 @@ def engine_for(joint: LogJoint, kwargs: Mapping[str, Any], estimate: str, ridge:
     found = LinearGaussian.recognise(joint, kwargs, estimate, ridge) if kernels else None
     if found is not None:
         return found
+    from ...marginal import MarginalJoint
     from .marginal import MarginalAscent
 
-    return MarginalAscent(joint, kwargs, estimate)
+    return MarginalAscent(MarginalJoint(joint.problem.over(dict(kwargs))), estimate)
