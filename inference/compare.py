@@ -116,7 +116,7 @@ def cell(value: Any) -> str:
 def compare(
     story: Any,
     data: Any,
-    methods: Sequence[str | Method] | Mapping[str, str | Method] = ("em", "svi", "nuts"),
+    methods: Sequence[str | Method] | Mapping[str, str | Method] = ("exact", "em", "svi", "nuts"),
     *,
     test: Any = 0.2,
     guide: Any = None,

@@ -232,3 +232,44 @@ def test_khat_of_equal_and_of_heavy_weights():
     assert pareto_khat(np.zeros(1000)) <= 0
     u = np.random.default_rng(0).uniform(size=20_000)
     assert abs(pareto_khat(-np.log(u)) - 1.0) < 0.2
+
+
+@pytest.mark.parametrize("backend", ["graph", "auto"])
+@pytest.mark.parametrize("calls", [2, 5])
+def test_an_interrupted_run_goes_on_to_the_same_bits(monkeypatch, tmp_path, backend, calls):
+    """Stopped in the warm-up or later, then asked for again: the draws of a run that nobody stopped; the file is gone."""
+    from inference.methods.nuts import Watch
+
+    monkeypatch.setattr("inference.methods.nuts.EVERY", 0.002)
+    x, path = torch.linspace(-1, 1, 20), tmp_path / "chains.state"
+    options = {"chains": 2, "warmup": 150, "draws": 60_000 if backend == "auto" else 150, "backend": backend}
+    if backend == "auto":
+        monkeypatch.setattr("inference.methods.backends.pilot", lambda *_: (1.0, 0.0))
+    whole = fit(location_scale, x, NUTS(**options), seed=3)
+    left, look = [calls * (40 if backend == "graph" else 1)], Watch.__call__
+
+    def interrupted(self):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return look(self)
+
+    monkeypatch.setattr(Watch, "__call__", interrupted)
+    first = fit(location_scale, x, NUTS(**options, checkpoint=path), seed=3)
+    monkeypatch.setattr(Watch, "__call__", look)
+    assert not first.converged and path.exists()
+    with pytest.raises(ValueError, match="belongs to another fit"):
+        fit(location_scale, x, NUTS(**options, checkpoint=path), seed=4)
+    again = fit(location_scale, x, NUTS(**options, checkpoint=path), seed=3)
+    assert again.converged and not path.exists()
+    for name in whole.draws:
+        assert torch.equal(whole.draws[name], again.draws[name])
+    np.testing.assert_array_equal(whole.sample_stats["energy"], again.sample_stats["energy"])
+
+
+def test_checkpoints_are_checked(tmp_path):
+    (tmp_path / "x").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="no checkpoint of NUTS"):
+        fit(location_scale, torch.randn(5), NUTS(checkpoint=tmp_path / "x"), seed=0)
+    with pytest.raises(ValueError, match="does not exist"):
+        fit(location_scale, torch.randn(5), NUTS(checkpoint=tmp_path / "no" / "x"), seed=0)

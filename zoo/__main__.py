@@ -145,7 +145,7 @@ def compare(
     *,
     data: Data = None,
     columns: Columns = None,
-    methods: str = "em,svi,nuts",
+    methods: str = "exact,em,svi,nuts",
     test: Annotated[float, Parameter(validator=Number(gt=0, lt=1))] = 0.2,
     set_: Settings = None,
     seed: Seed = 0,

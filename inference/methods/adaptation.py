@@ -36,6 +36,19 @@ class DualAveraging:
         self.step = math.exp(log_step)
 
     @property
+    def numbers(self) -> NDArray:
+        """Target, centre, error, average, count and step: enough to go on from."""
+        return np.array([self._target, self._centre, self._error, self._average, self._count, self.step])
+
+    @classmethod
+    def restored(cls, numbers: NDArray) -> DualAveraging:
+        """Where `numbers` were taken."""
+        new = cls(1.0, float(numbers[0]))
+        _, new._centre, new._error, new._average, count, new.step = numbers.tolist()
+        new._count = int(count)
+        return new
+
+    @property
     def final(self) -> float:
         """The averaged step size, to draw with."""
         return math.exp(self._average) if self._count else self.step
@@ -54,6 +67,22 @@ class Metric:
         self._count = 0
         self._mean = np.zeros(self._dim)
         self._spread = np.zeros_like(self._inverse)
+
+    @property
+    def arrays(self) -> dict[str, NDArray]:
+        """Copies of everything but the count of states seen: enough to go on from."""
+        found = {"inverse": self._inverse, "factor": self._factor, "mean": self._mean, "spread": self._spread}
+        return {name: value.copy() for name, value in found.items()}
+
+    @property
+    def seen(self) -> int:
+        """States in the running estimate."""
+        return self._count
+
+    def restore(self, arrays: dict[str, NDArray], seen: int) -> None:
+        """Go back to where `arrays` were taken."""
+        self._inverse, self._factor = arrays["inverse"].copy(), arrays["factor"].copy()
+        self._mean, self._spread, self._count = arrays["mean"].copy(), arrays["spread"].copy(), seen
 
     def velocity(self, momentum: NDArray) -> NDArray:
         """Inverse mass times momentum."""

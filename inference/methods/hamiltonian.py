@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .adaptation import DualAveraging, Metric, windows
+from .snapshots import Camera, Snapshot
 
 #: Energy error beyond which a trajectory counts as diverged.
 DIVERGENCE = 1000.0
@@ -79,6 +80,8 @@ class Record:
         Iterations, warm-up included.
     seconds
         Of the warm-up and of everything, where the chain ran on its own.
+    camera
+        Takes the snapshots of a checkpoint.
     """
 
     settings: Settings
@@ -88,6 +91,7 @@ class Record:
     step: float = 1.0
     divergences: int = 0
     seconds: tuple[float, float] = (0.0, 0.0)
+    camera: Camera = field(default_factory=Camera)
     positions: NDArray = field(init=False)
     stats: dict[str, NDArray] = field(init=False)
 
@@ -97,6 +101,16 @@ class Record:
         kinds = {"diverging": bool, "tree_depth": np.int64, "n_steps": np.int64}
         names = ("diverging", "energy", "tree_depth", "n_steps", "acceptance_rate", "step_size", "lp")
         self.stats = {name: np.zeros(count, kinds.get(name, np.float64)) for name in names}
+
+    def restore(self, shot: Snapshot) -> None:
+        """Go back to where a snapshot was taken."""
+        for name in ("done", "divergences", "step", "value"):
+            setattr(self, name, shot.numbers[name])
+        self.position = shot.arrays["position"]
+        self.positions[: self.kept] = shot.arrays["positions"]
+        for name, values in self.stats.items():
+            values[: self.kept] = shot.arrays[f"stats/{name}"]
+        self.camera.latest = shot
 
     @property
     def kept(self) -> int:
@@ -143,34 +157,46 @@ class Walk:
         return self.accepted / max(1, self.steps)
 
 
-def chain(
-    position: NDArray, value: float, gradient: NDArray, settings: Settings, rng: np.random.Generator, record: Record
-) -> Chain:
-    """Warm up, then draw; everything worth keeping goes to `record`.
+def chain(position: NDArray, gradient: NDArray, rng: np.random.Generator, record: Record) -> Chain:
+    """Warm up, then draw, from the record's start or its last snapshot; everything worth keeping goes to `record`.
 
     Raises
     ------
     Failed
         No step size gives a bearable energy error.
     """
+    settings, shot = record.settings, record.camera.latest
     metric = Metric(len(position), settings.dense_mass)
-    state = State(position, np.zeros_like(position), np.zeros_like(position), value, gradient)
+    state = State(position, np.zeros_like(position), np.zeros_like(position), record.value, gradient)
     begin, ends = windows(settings.warmup)
-    step = yield from reasonable_step(state, 1.0, metric, rng)
-    averaging = DualAveraging(step, settings.target_accept)
-    for i in range(settings.warmup):
-        state, walk = yield from transition(state, averaging.step, metric, settings.max_depth, rng)
+    if shot is None:
+        step = yield from reasonable_step(state, 1.0, metric, rng)
+        averaging = DualAveraging(step, settings.target_accept)
+    else:
+        metric.restore(shot.arrays, shot.numbers["seen"])
+        averaging = DualAveraging.restored(shot.arrays["adaptation"])
+    for i in range(record.done, settings.warmup + settings.draws):
+        warm = i >= settings.warmup
+        step = averaging.final if warm else averaging.step
+        state, walk = yield from transition(state, step, metric, settings.max_depth, rng)
         record.keep(state, walk)
-        averaging.learn(walk.acceptance)
-        if ends and begin <= i < ends[-1]:
-            metric.see(state.position)
-        if i + 1 in ends:
-            metric.renew()
-            step = yield from reasonable_step(state, averaging.step, metric, rng)
-            averaging = DualAveraging(step, settings.target_accept)
-    for _ in range(settings.draws):
-        state, walk = yield from transition(state, averaging.final, metric, settings.max_depth, rng)
-        record.keep(state, walk)
+        if not warm:
+            averaging.learn(walk.acceptance)
+            if ends and begin <= i < ends[-1]:
+                metric.see(state.position)
+            if i + 1 in ends:
+                metric.renew()
+                step = yield from reasonable_step(state, averaging.step, metric, rng)
+                averaging = DualAveraging(step, settings.target_accept)
+        if record.camera.due and i + 1 < settings.warmup + settings.draws:
+            record.camera.keep(record, rng, taken(state, metric, averaging, record))
+
+
+def taken(state: State, metric: Metric, averaging: DualAveraging, record: Record) -> Snapshot:
+    """A chain between two iterations."""
+    arrays = {"position": state.position.copy(), "gradient": state.gradient.copy(), "adaptation": averaging.numbers}
+    numbers = {"value": float(state.value), "done": record.done, "seen": metric.seen, "step": float(record.step)}
+    return Snapshot({**arrays, **metric.arrays}, numbers)
 
 
 def reasonable_step(

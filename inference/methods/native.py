@@ -14,13 +14,16 @@ from numpy.typing import NDArray
 from ..compiled import Compiled, sampler
 from .adaptation import windows
 from .hamiltonian import Failed, Record
+from .snapshots import Snapshot
 
 #: What the sampler returns, as in nuts.c.
-FINISHED, STOPPED, FLAT, STEEP = range(4)
+FINISHED, STOPPED, FLAT, STEEP, PAUSED = range(5)
 FAILURES = {
     FLAT: "the log density hardly changes over any distance: the posterior is improper",
     STEEP: "the log density has no finite value or gradient next to the start",
 }
+#: Iterations between two looks at whether a snapshot is due.
+STRETCH = 10
 #: Trajectories that the sampler has room for.
 DEEPEST = 30
 
@@ -43,6 +46,7 @@ class Chain(ctypes.Structure):
         ("dense", _long),
         ("window_begin", _long),
         ("window_count", _long),
+        ("limit", _long),
         ("windows", _pointer),
         ("target", _double),
         ("work", _pointer),
@@ -51,6 +55,10 @@ class Chain(ctypes.Structure):
         ("gradient", _pointer),
         ("inverse", _pointer),
         ("factor", _pointer),
+        ("mean", _pointer),
+        ("spread", _pointer),
+        ("adaptation", _pointer),
+        ("seen", _long),
         ("value", _double),
         ("step", _double),
         ("warm_seconds", _double),
@@ -82,17 +90,17 @@ class Runner:
         dense = int(settings.dense_mass)
         room = library.nuts_work(_long(dim), _long(settings.max_depth), _long(dense))
         generator = rng.bit_generator.ctypes
-        self.record, self._library = record, library
-        self._position = np.array(record.position, np.float64)
+        self.record, self._rng, self._library = record, rng, library
         start = np.eye(dim).ravel() if dense else np.ones(dim)
-        inverse, factor = start.copy(), start.copy()
-        gradient, work, arena, marks = (
-            np.array(gradient, np.float64),
-            np.zeros(room),
-            code.arena(),
-            np.array(ends, np.int64),
-        )
-        self._kept = (code, gradient, inverse, factor, work, arena, marks, generator, rng, stop)
+        shot = record.camera.latest
+        given = shot.arrays if shot else {"inverse": start, "factor": start, "mean": np.zeros(dim), "spread": 0 * start}
+        self._state = {n: np.array(given[n], np.float64).ravel() for n in ("inverse", "factor", "mean", "spread")}
+        self._state["adaptation"] = np.array(shot.arrays["adaptation"]) if shot else np.zeros(6)
+        self._state["position"] = np.array(record.position, np.float64)
+        self._state["gradient"] = np.array(gradient, np.float64)
+        work, arena, marks = np.zeros(room), code.arena(), np.array(ends, np.int64)
+        self._kept = (code, work, arena, marks, generator, stop)
+        self._shape = (dim, dim) if dense else (dim,)
         stats: dict[str, Any] = {n: v.ctypes.data for n, v in record.stats.items()}
         self.chain = Chain(
             density=code.address,
@@ -107,16 +115,16 @@ class Runner:
             dense=dense,
             window_begin=begin,
             window_count=len(ends),
+            limit=settings.warmup + settings.draws,
             windows=marks.ctypes.data,
             target=settings.target_accept,
             work=work.ctypes.data,
             stop=stop.ctypes.data,
-            position=self._position.ctypes.data,
-            gradient=gradient.ctypes.data,
-            inverse=inverse.ctypes.data,
-            factor=factor.ctypes.data,
+            seen=shot.numbers["seen"] if shot else 0,
             value=record.value,
-            step=1.0,
+            step=record.step,
+            done=record.done,
+            divergences=record.divergences,
             positions=record.positions.ctypes.data,
             energy=stats["energy"],
             acceptance=stats["acceptance_rate"],
@@ -125,18 +133,36 @@ class Runner:
             tree_depth=stats["tree_depth"],
             n_steps=stats["n_steps"],
             diverging=stats["diverging"],
+            **{name: value.ctypes.data for name, value in self._state.items()},
         )
 
     def __call__(self) -> int:
         """Run to the end, or until it is told to stop; the interpreter is free meanwhile."""
-        return int(self._library.nuts_run(ctypes.byref(self.chain)))
+        if self.record.camera.off:
+            return int(self._library.nuts_run(ctypes.byref(self.chain)))
+        while True:
+            self.chain.limit = self.chain.done + STRETCH
+            status = int(self._library.nuts_run(ctypes.byref(self.chain)))
+            if status != PAUSED:
+                return status
+            self.report()
+            if self.record.camera.due:
+                self.record.camera.keep(self.record, self._rng, self._taken())
+
+    def _taken(self) -> Snapshot:
+        """The chain between two iterations."""
+        arrays = {name: value.copy() for name, value in self._state.items()}
+        for name in ("inverse", "factor", "spread"):
+            arrays[name] = arrays[name].reshape(self._shape)
+        chain = self.chain
+        return Snapshot(arrays, {"value": chain.value, "done": chain.done, "seen": chain.seen, "step": chain.step})
 
     def report(self, ended: bool = False) -> None:
         """Bring the record up to date; the place only when the chain no longer moves."""
         self.record.done, self.record.step = self.chain.done, self.chain.step
         self.record.divergences = self.chain.divergences
         if ended:
-            self.record.position, self.record.value = self._position.copy(), self.chain.value
+            self.record.position, self.record.value = self._state["position"].copy(), self.chain.value
             self.record.seconds = (self.chain.warm_seconds, self.chain.seconds)
 
 

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from .base import Verdict, density_objection, gradient_objection, one_of, positive_float, positive_int
 from .hamiltonian import Failed, Record, Settings, chain, drive
+from .snapshots import EVERY, ChainFile
 from .starts import WORDS, listed, starts
 
 if TYPE_CHECKING:
@@ -59,18 +61,22 @@ class NUTS:
         Where chains begin. "tries" (or "auto"): each at its best point of those from the story's guide, its prior and
         Uniform(-2, 2) in free space in turn; "prior": each at a draw from the prior. A mapping of latents to values, one
         for all chains or (chains, ...) of them, or a `Posterior` of the same story; what it lacks comes from the prior.
+    checkpoint
+        A file that is kept up to date while chains run. The same fit (story, data, seed, options) goes on from it, and ends
+        with the same draws to the last bit; it is removed at the end.
     """
 
     name: ClassVar[str] = "nuts"
     chains: int = 4
-    warmup: int = 500
-    draws: int = 500
+    warmup: int = 1000
+    draws: int = 1000
     target_accept: float = 0.8
     max_depth: int = 10
     dense_mass: bool | str = "auto"
     tries: int = 20
     backend: str = "auto"
     init: str | Mapping[str, Any] | Posterior = field(default="auto", compare=False)
+    checkpoint: str | Path | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         for option in ("chains", "draws", "max_depth", "tries"):
@@ -136,9 +142,13 @@ class NUTS:
                 )
             iterations = self.warmup + self.draws
             backend = choose_backend(potential, self.backend, iterations, self.max_depth, problem.budget)
-            run = self.begin(joint, potential, backend)
+            file = None
+            if self.checkpoint is not None:
+                layout = [(b.name, b.shape) for b in joint.blocks]
+                file = ChainFile(Path(self.checkpoint), problem, self.chain_options, backend.name, layout)
+            run = self.begin(joint, potential, backend, file)
             meter.mark("setup")
-            watch = Watch(problem, run.records, began, meter)
+            watch = Watch(problem, run.records, began, meter, file)
             with watch:
                 try:
                     run.go(watch)
@@ -175,15 +185,32 @@ class NUTS:
             converged=not watch.stopped,
         )
 
-    def begin(self, joint: LogJoint, potential: ValueAndGrad, backend: Backend) -> Run:
-        """Every chain where it starts."""
+    @property
+    def chain_options(self) -> tuple[Any, ...]:
+        """What the path of a chain depends on."""
+        return (self.chains, self.warmup, self.draws, self.target_accept, self.max_depth, self.dense_mass, self.tries)
+
+    def begin(self, joint: LogJoint, potential: ValueAndGrad, backend: Backend, file: ChainFile | None) -> Run:
+        """Every chain where it starts, or where the checkpoint left it."""
         seeds = np.random.SeedSequence(joint.problem.seed).spawn(self.chains)
         generators = [np.random.default_rng(s) for s in seeds]
         dense = self.dense_mass if isinstance(self.dense_mass, bool) else DENSEST * joint.dim <= self.warmup
         settings = Settings(self.warmup, self.draws, self.target_accept, self.max_depth, dense)
-        begun = starts(joint, potential, seeds, generators, self.init, self.tries)
-        records = [Record(settings, position, value) for position, value, _ in begun]
-        return Run(potential, backend, generators, [gradient for _, _, gradient in begun], records)
+        shots = file.read(self.chains) if file is not None else None
+        if shots is None:
+            begun = starts(joint, potential, seeds, generators, self.init, self.tries)
+            records = [Record(settings, position, value) for position, value, _ in begun]
+            gradients = [gradient for _, _, gradient in begun]
+        else:
+            records = [Record(settings, s.arrays["position"], s.numbers["value"]) for s in shots]
+            gradients = [s.arrays["gradient"] for s in shots]
+            for record, generator, shot in zip(records, generators, shots, strict=True):
+                record.restore(shot)
+                generator.bit_generator.state = shot.numbers["generator"]
+        if file is not None:
+            for record in records:
+                record.camera.every = EVERY
+        return Run(potential, backend, generators, gradients, records)
 
 
 @dataclass
@@ -204,7 +231,7 @@ class Run:
             drive_native(self.backend.code, self.records, self.gradients, self.generators, watch)
             return
         parts = zip(self.records, self.gradients, self.generators, strict=True)
-        drive([chain(r.position, r.value, g, r.settings, rng, r) for r, g, rng in parts], self.potential.numpy, watch)
+        drive([chain(r.position, g, rng, r) for r, g, rng in parts], self.potential.numpy, watch)
 
     def timings(self, measured: dict[str, float]) -> dict[str, float]:
         """Measured seconds; chains that ran one after the other share theirs between warm-up and draws as each spent them."""
@@ -220,8 +247,10 @@ class Run:
 class Watch:
     """Progress of all chains on one bar, the phases of the run, and its end where the budget is used up."""
 
-    def __init__(self, problem: Problem, records: list[Record], began: float, meter: Any) -> None:
-        self.records, self.meter = records, meter
+    def __init__(
+        self, problem: Problem, records: list[Record], began: float, meter: Any, file: ChainFile | None = None
+    ) -> None:
+        self.records, self.meter, self.file = records, meter, file
         self.stopped = ""
         self.warm = False
         self.budget = problem.budget
@@ -230,6 +259,7 @@ class Watch:
         self._warmup = settings.warmup
         self._bar = tqdm(
             total=len(records) * (settings.warmup + settings.draws),
+            initial=sum(r.done for r in records),
             desc="NUTS",
             unit="draw",
             disable=not problem.progress,
@@ -243,6 +273,12 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self._show()
         self._bar.close()
+        if self.file is not None:
+            settings = self.records[0].settings
+            if all(r.done == settings.warmup + settings.draws for r in self.records):
+                self.file.state.path.unlink(missing_ok=True)
+            else:
+                self.file.write(self.records, now=True)
 
     def __call__(self) -> bool:
         now = time.perf_counter()
@@ -252,6 +288,8 @@ class Watch:
         if now - self._shown > 0.1:
             self._show()
             self._shown = now
+        if self.file is not None:
+            self.file.write(self.records)
         if now > self._deadline:
             self.stopped = f"the budget of {self.budget:g} s is used up"
         return bool(self.stopped)

@@ -19,13 +19,14 @@ typedef struct {
   char *arena;
   double (*uniform)(void *);
   void *generator;
-  int64_t dim, warmup, draws, max_depth, dense, window_begin, window_count;
+  int64_t dim, warmup, draws, max_depth, dense, window_begin, window_count, limit;
   const int64_t *windows;
   double target;
   double *work;
   const volatile int32_t *stop;
-  /* where it stands: position and gradient have `dim` numbers */
-  double *position, *gradient, *inverse, *factor;
+  /* where it stands: position and gradient have `dim` numbers, adaptation those of `averaging`; enough to go on from */
+  double *position, *gradient, *inverse, *factor, *mean, *spread, *adaptation;
+  int64_t seen;
   double value, step, warm_seconds, seconds;
   volatile int64_t done, divergences, gradients;
   /* what it leaves: positions (draws, dim), the rest (draws,) */
@@ -34,7 +35,7 @@ typedef struct {
   uint8_t *diverging;
 } chain;
 
-enum { FINISHED = 0, STOPPED = 1, FLAT = 2, STEEP = 3 };
+enum { FINISHED = 0, STOPPED = 1, FLAT = 2, STEEP = 3, PAUSED = 4 };
 
 /* A stretch of trajectory in the order in which it was made: `near` was reached first, `far` last. */
 typedef struct {
@@ -100,18 +101,18 @@ static void momentum(const chain *c, double *p, double *normal) {
 }
 
 /* One more state for the running (co)variance; spread is (dim,) or (dim, dim). */
-static void see(const chain *c, int64_t *count, double *mean, double *spread, double *gap) {
+static void see(chain *c, double *gap) {
   int64_t n = c->dim;
-  *count += 1;
+  c->seen++;
   for (int64_t i = 0; i < n; i++) {
-    gap[i] = c->position[i] - mean[i];
-    mean[i] += gap[i] / (double)*count;
+    gap[i] = c->position[i] - c->mean[i];
+    c->mean[i] += gap[i] / (double)c->seen;
   }
   for (int64_t i = 0; i < n; i++) {
     if (c->dense)
-      for (int64_t j = 0; j < n; j++) spread[i * n + j] += gap[i] * (c->position[j] - mean[j]);
+      for (int64_t j = 0; j < n; j++) c->spread[i * n + j] += gap[i] * (c->position[j] - c->mean[j]);
     else
-      spread[i] += gap[i] * (c->position[i] - mean[i]);
+      c->spread[i] += gap[i] * (c->position[i] - c->mean[i]);
   }
 }
 
@@ -136,12 +137,12 @@ static int refactor(const chain *c, double *lower) {
 }
 
 /* Take the estimate, shrunk towards a small multiple of the identity, and begin another. */
-static void renew(const chain *c, int64_t *count, double *mean, double *spread, double *lower) {
+static void renew(chain *c, double *lower) {
   int64_t n = c->dim, size = c->dense ? n * n : n;
-  if (*count > 1) {
-    double share = (double)*count / ((double)*count + 5.0), floor = 1e-3 * (1.0 - share);
+  if (c->seen > 1) {
+    double share = (double)c->seen / ((double)c->seen + 5.0), floor = 1e-3 * (1.0 - share);
     for (int64_t i = 0; i < size; i++) {
-      c->inverse[i] = share * spread[i] / (double)(*count - 1);
+      c->inverse[i] = share * c->spread[i] / (double)(c->seen - 1);
       if (!c->dense || i % (n + 1) == 0) c->inverse[i] += floor;
     }
     if (!c->dense || !refactor(c, lower))
@@ -154,9 +155,9 @@ static void renew(const chain *c, int64_t *count, double *mean, double *spread, 
         }
       }
   }
-  *count = 0;
-  memset(mean, 0, (size_t)n * sizeof(double));
-  memset(spread, 0, (size_t)size * sizeof(double));
+  c->seen = 0;
+  memset(c->mean, 0, (size_t)n * sizeof(double));
+  memset(c->spread, 0, (size_t)size * sizeof(double));
 }
 
 /* -- step size -------------------------------------------------------------------------------------------------------- */
@@ -354,12 +355,12 @@ static double now(void) {
 
 /* Numbers of scratch memory that a chain needs. */
 int64_t nuts_work(int64_t dim, int64_t max_depth, int64_t dense) {
-  return 4 * 3 * dim + 7 * dim * (max_depth + 2) + dim + 2 + 2 * dim + 2 * (dense ? dim * dim : dim);
+  return 4 * 3 * dim + 7 * dim * (max_depth + 2) + dim + 2 + dim + (dense ? dim * dim : dim);
 }
 
-/* Warm up and draw. */
+/* Warm up and draw, from where the chain stands until the end or until `limit` iterations are done. */
 int nuts_run(chain *c) {
-  int64_t n = c->dim, count = 0, end = 0;
+  int64_t n = c->dim, end = 0;
   double *at = c->work;
 #define PIECE(name, size) \
   (name) = at;            \
@@ -382,37 +383,45 @@ int nuts_run(chain *c) {
     PIECE(trees[i].q, n);
     PIECE(trees[i].g, n);
   }
-  double *normal, *mean, *gap, *spread, *lower;
+  double *normal, *gap, *lower;
   PIECE(normal, n + 2);
-  PIECE(mean, n);
   PIECE(gap, n);
-  PIECE(spread, c->dense ? n * n : n);
   PIECE(lower, c->dense ? n * n : n);
-  renew(c, &count, mean, spread, lower);
 
-  double step = 1.0, began = now();
-  int status = reasonable_step(c, &edge, normal, &step);
-  averaging a = average_from(step, c->target);
-  for (int64_t i = 0; status == FINISHED && i < c->warmup + c->draws; i++) {
+  double step = 1.0, began = now(), warm_before = c->warm_seconds, before = c->seconds;
+  int status = FINISHED;
+  averaging a;
+  if (c->done == 0) {
+    status = reasonable_step(c, &edge, normal, &step);
+    a = average_from(step, c->target);
+  } else
+    memcpy(&a, c->adaptation, sizeof a);
+  while (end < c->window_count && c->windows[end] <= c->done) end++;
+  for (int64_t i = c->done; status == FINISHED && i < c->warmup + c->draws; i++) {
+    if (i >= c->limit) {
+      status = PAUSED;
+      break;
+    }
     int warm = i >= c->warmup;
-    if (i == c->warmup) c->warm_seconds = now() - began;
     walk w = {warm ? (a.count ? exp(a.average) : a.step) : a.step, 0.0, 0.0, 0, 0, 0};
     double energy;
     status = transition(c, &w, ends, &edge, &trees[c->max_depth + 1], trees, normal, &energy);
     if (status != FINISHED) break;
     keep(c, &w, energy);
-    if (warm) continue;
-    learn(&a, w.accepted / (double)(w.steps > 1 ? w.steps : 1));
-    if (c->window_count && i >= c->window_begin && i < c->windows[c->window_count - 1]) see(c, &count, mean, spread, gap);
-    if (end < c->window_count && i + 1 == c->windows[end]) {
-      end++;
-      renew(c, &count, mean, spread, lower);
-      step = a.step;
-      status = reasonable_step(c, &edge, normal, &step);
-      a = average_from(step, c->target);
+    if (!warm) {
+      learn(&a, w.accepted / (double)(w.steps > 1 ? w.steps : 1));
+      if (c->window_count && i >= c->window_begin && i < c->windows[c->window_count - 1]) see(c, gap);
+      if (end < c->window_count && i + 1 == c->windows[end]) {
+        end++;
+        renew(c, lower);
+        step = a.step;
+        status = reasonable_step(c, &edge, normal, &step);
+        a = average_from(step, c->target);
+      }
+      c->warm_seconds = warm_before + now() - began;
     }
+    memcpy(c->adaptation, &a, sizeof a);
   }
-  c->seconds = now() - began;
-  if (c->done < c->warmup) c->warm_seconds = c->seconds;
+  c->seconds = before + now() - began;
   return status;
 }
