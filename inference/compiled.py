@@ -92,13 +92,18 @@ class Compiled:
 
     def __call__(self, flat: NDArray) -> tuple[float, NDArray]:
         """(dim,) -> value and gradient (dim,), in float64."""
-        flat = np.ascontiguousarray(flat, np.float64)
-        value, gradient, arena = np.zeros(1), np.zeros(self.dim), self.arena()
+        values, gradients = self.many(flat[None])
+        return float(values[0]), gradients[0]
+
+    def many(self, flats: NDArray) -> tuple[NDArray, NDArray]:
+        """(C, dim) -> values (C,) and gradients (C, dim), one after the other in the memory of one."""
+        flats = np.ascontiguousarray(flats, np.float64)
+        values, gradients, arena = np.zeros(len(flats)), np.zeros_like(flats), self.arena()
         call = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 5)(self.address)
-        call(
-            flat.ctypes.data, ctypes.addressof(self.inputs), arena.ctypes.data, value.ctypes.data, gradient.ctypes.data
-        )
-        return float(value[0]), gradient
+        for i in range(len(flats)):
+            ends = (values[i : i + 1].ctypes.data, gradients[i].ctypes.data)
+            call(flats[i].ctypes.data, ctypes.addressof(self.inputs), arena.ctypes.data, *ends)
+        return values, gradients
 
 
 def graph_of(potential: ValueAndGrad) -> PureGraph:

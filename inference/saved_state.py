@@ -88,7 +88,9 @@ class SavedState:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
             method, given = card["method"], card["print"]
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{self.path} is no checkpoint of {self.method}, or is damaged ({error}); remove it") from error
+            raise ValueError(
+                f"{self.path} is no checkpoint of {self.method}, or is damaged ({error}); remove it"
+            ) from error
         if (method, given) != (self.method, self.print):
             raise ValueError(
                 f"{self.path} belongs to another fit (other data, story, seed or options; a checkpoint needs a fixed seed): "

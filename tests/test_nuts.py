@@ -178,7 +178,9 @@ def test_ctrl_c_returns_what_there_is(monkeypatch, untouched, calls, draws):
         return evaluate(self, flat)
 
     monkeypatch.setattr(ValueAndGrad, "numpy", interrupted)
-    posterior = fit(location_scale, torch.linspace(-1, 1, 20), NUTS(chains=2, warmup=200, draws=400, backend="graph"), seed=0)
+    posterior = fit(
+        location_scale, torch.linspace(-1, 1, 20), NUTS(chains=2, warmup=200, draws=400, backend="graph"), seed=0
+    )
     assert not posterior.converged and any("interrupted" in w for w in posterior.warnings)
     kept = len(posterior.draws["mu"]) // 2
     assert kept == draws if draws else 1 < kept < 400

@@ -198,7 +198,8 @@ class NUTS:
         settings = Settings(self.warmup, self.draws, self.target_accept, self.max_depth, dense)
         shots = file.read(self.chains) if file is not None else None
         if shots is None:
-            begun = starts(joint, potential, seeds, generators, self.init, self.tries)
+            evaluate = backend.code.many if backend.code is not None else potential.numpy
+            begun = starts(joint, evaluate, seeds, generators, self.init, self.tries)
             records = [Record(settings, position, value) for position, value, _ in begun]
             gradients = [gradient for _, _, gradient in begun]
         else:

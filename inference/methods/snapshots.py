@@ -104,7 +104,9 @@ class ChainFile:
     def write(self, records: list[Record], now: bool = False) -> None:
         """Keep the chains' latest snapshots, if all have one and it is time, or `now`."""
         latest = [r.camera.latest for r in records]
-        if any(s is None for s in latest) or not (now or time.perf_counter() - self._written >= records[0].camera.every):
+        if any(s is None for s in latest) or not (
+            now or time.perf_counter() - self._written >= records[0].camera.every
+        ):
             return
         shots = [s for s in latest if s is not None]
         tensors = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from ..capture import ValueAndGrad
     from ..joint import LogJoint
 
 #: Words for where chains begin.
@@ -25,7 +24,7 @@ def listed(names: list[str], most: int = 4) -> str:
 
 def starts(
     joint: LogJoint,
-    potential: ValueAndGrad,
+    evaluate: Callable[[NDArray], tuple[NDArray, NDArray]],
     seeds: list[np.random.SeedSequence],
     generators: list[np.random.Generator],
     init: Any,
@@ -35,8 +34,8 @@ def starts(
 
     Parameters
     ----------
-    joint, potential
-        The density.
+    joint, evaluate
+        The density, and values (C,) and gradients (C, dim) of it at points (C, dim).
     seeds, generators
         One a chain.
     init
@@ -57,7 +56,7 @@ def starts(
             points = starting_points(joint, tries, rng, prior_only=init == "prior")
         else:
             points = completed(joint, {n: v[c] for n, v in given.items()}, tries)
-        values, gradients = potential.numpy(points)
+        values, gradients = evaluate(points)
         usable = np.isfinite(values) & np.isfinite(gradients).all(-1)
         if not usable.any():
             raise no_start(joint, points, values, gradients)
