@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 #: What may compute gradients and move chains.
 BACKENDS = ("auto", "compiled", "graph", "eager")
+#: Draws of a chain from which on the effective sample size of the log density is shown.
+MANY_ENOUGH = 20
 #: Iterations of the warm-up for every free number, from which on all covariances are learned.
 DENSEST = 20
 
@@ -286,7 +288,7 @@ class Watch:
         if not self.warm and min(r.done for r in self.records) >= self._warmup:
             self.warm = True
             self.meter.mark("warmup")
-        if now - self._shown > 0.1:
+        if now - self._shown > 0.3:
             self._show()
             self._shown = now
         if self.file is not None:
@@ -299,10 +301,14 @@ class Watch:
         if self._bar.disable:
             return
         self._bar.n = sum(r.done for r in self.records)
-        self._bar.set_postfix_str(
-            f"{sum(r.divergences for r in self.records)} divergences, step {np.mean([r.step for r in self.records]):.3g}",
-            refresh=True,
-        )
+        found = f"{sum(r.divergences for r in self.records)} divergences, step {np.mean([r.step for r in self.records]):.3g}"
+        count = min(r.kept for r in self.records)
+        if count >= MANY_ENOUGH:
+            from ..diagnostics import rhat_ess
+
+            seen = rhat_ess({"lp": np.stack([r.stats["lp"][:count] for r in self.records])})
+            found += f", ESS {seen['ess_bulk']:.0f}"
+        self._bar.set_postfix_str(found, refresh=True)
 
 
 def gather(records: list[Record], stopped: str) -> tuple[NDArray, dict[str, NDArray], list[str]]:
