@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import tempfile
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .posterior import Posterior
 
-FORMAT = "pyro-model-zoo posterior 1"
+FORMAT = "pyro-model-zoo posterior 2"
 
 
 class CheckpointError(ValueError):
@@ -99,7 +100,7 @@ def describe(posterior: Posterior, tensors: dict[str, Tensor]) -> dict[str, Any]
         "story": story_card(problem.story, problem.structure),
         "kind": posterior.kind,
         "method": posterior.method.name,
-        "options": repr(posterior.method),
+        "options": options_of(posterior.method),
         "chains": posterior.chains,
         "converged": posterior.converged,
         "seed": posterior.seed,
@@ -115,6 +116,21 @@ def describe(posterior: Posterior, tensors: dict[str, Tensor]) -> dict[str, Any]
         "data_sha256": fingerprint({n: v for n, v in tensors.items() if n.startswith("data/")}),
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "pyro": pyro.__version__},
     }
+
+
+def options_of(method: Any) -> dict[str, Any]:
+    """A method's options that JSON can say; the others (starts, callbacks, files) belong to the run, not to the answer."""
+    options = {f.name: getattr(method, f.name) for f in fields(method) if f.compare and f.init}
+    return {n: v for n, v in options.items() if v is None or isinstance(v, (bool, int, float, str))}
+
+
+def with_options(method: Any, options: dict[str, Any]) -> Any:
+    """The method as it was saved, as far as its options are still known and valid here."""
+    known = {f.name for f in fields(method)}
+    try:
+        return replace(method, **{n: v for n, v in options.items() if n in known})
+    except (TypeError, ValueError):
+        return method
 
 
 def story_card(story: Any, structure: Any) -> dict[str, Any]:
@@ -231,6 +247,7 @@ def load(path: str | Path, story: Any) -> Posterior:
     method = METHODS.get(card["method"])
     if method is None:
         raise CheckpointError(f"{path}: method {card['method']!r} is unknown here; known are {list(METHODS)}")
+    method = with_options(method, card["options"])
     with problem.scope(card["seed"]):
         return Posterior(
             kind=card["kind"],

@@ -4,8 +4,9 @@ import pickle
 
 import pytest
 import torch
+from stories import normal_mixture
 
-from inference import EM, CheckpointError, fit, load
+from inference import EM, NUTS, CheckpointError, fit, load
 from zoo import GMM
 from zoo import load as data_set
 
@@ -81,3 +82,11 @@ def test_places_that_cannot_be_written_keep_the_old_file(saved, tmp_path, monkey
     with pytest.raises(OSError, match=r"kept.*No space left"):
         posterior.save(path)
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["kept"]
+
+
+def test_the_method_comes_back_with_its_options(tmp_path):
+    """An answer of two chains must not claim four."""
+    x = torch.linspace(-1, 1, 12)
+    method = NUTS(chains=2, warmup=30, draws=20, init={"mu": torch.tensor([0.0, 1.0])})
+    fit(normal_mixture, x, method, seed=0).save(tmp_path / "p")
+    assert load(tmp_path / "p", normal_mixture).method == method
