@@ -13,6 +13,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .calibration import Calibration, check
     from .checkpoint import CheckpointError, load
     from .choose import Choice, NoMethodError, choose
     from .compare import Comparison, compare
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from .structure import Site, Structure, inspect
 
 _HOME = {
+    "Calibration": "calibration",
+    "check": "calibration",
     "CheckpointError": "checkpoint",
     "load": "checkpoint",
     "Choice": "choose",
@@ -56,6 +59,7 @@ __all__ = [
     "EM",
     "NUTS",
     "SVI",
+    "Calibration",
     "CheckpointError",
     "Choice",
     "Comparison",
@@ -67,6 +71,7 @@ __all__ = [
     "Site",
     "Structure",
     "Verdict",
+    "check",
     "choose",
     "compare",
     "draw_plates",

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 #: Numbers that draws of the locals may fill, and that are at work at once.
 MOST_LOCALS, CHUNK = 20_000_000, 2_000_000
+#: Numbers among the locals that are sampled like the others.
+FEW_LOCALS = 50
 #: Largest difference between the two forms of the likelihood, relative to its size, at which the fast one is trusted.
 AGREEMENT = 1e-9
 
@@ -188,9 +190,13 @@ class MarginalJoint(LogJoint):
 def density_of_globals(problem: Problem) -> LogJoint:
     """What a sampler moves through: the globals alone where locals can be integrated out exactly, else everything.
 
-    Locals whose own spread is unknown stay: as it goes to 0, rows read off at unit distances lose all their digits.
+    A few locals stay: they cost less than their integrals. So do locals whose own spread is unknown: as it goes to 0, rows
+    read off at unit distances lose all their digits.
     """
     structure = problem.structure
+    if not structure.linear_gaussian:
+        return LogJoint(problem)
     unknown = {s.name for s in structure.latents if s.continuous and not s.local}
     hangs = any(unknown.intersection(s.parents) for s in structure.continuous_locals)
-    return MarginalJoint(problem) if structure.linear_gaussian and not hangs else LogJoint(problem)
+    few = sum(math.prod(s.shape) for s in structure.continuous_locals) <= FEW_LOCALS
+    return LogJoint(problem) if hangs or few else MarginalJoint(problem)

@@ -9,6 +9,7 @@ import numpy as np
 from .summary import column, entries, label
 
 if TYPE_CHECKING:
+    from .calibration import Calibration
     from .posterior import Posterior
 
 INK, ACCENT, FAINT = "#1b1f23", "#1f6f8b", "#c9d3d8"
@@ -138,3 +139,31 @@ def plot_data(posterior: Posterior, columns: tuple[int, int] = (0, 1), ax: Any =
         ax.set_title(f"colour: p({finite} | data)", fontsize=9, loc="left")
     tidy(ax)
     return ax.figure
+
+
+def calibration_figure(found: Calibration, most: int) -> Any:
+    """One panel a quantity: its empirical distribution of ranks less the uniform one, in a 95 % band."""
+    from matplotlib.figure import Figure
+    from scipy import stats
+
+    names = sorted(found.ranks, key=lambda n: found.p_values[n])[:most]
+    columns = min(4, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(2.6 * columns, 2.0 * rows + 0.4), layout="constrained")
+    z = np.arange(0, found.draws + 2)
+    share, count = z / (found.draws + 1), found.simulations
+    # Bonferroni over some independent looks is close to the simultaneous band, and on the safe side.
+    low, high = (stats.binom.ppf(q, count, share) / count - share for q in (0.05 / 40, 1 - 0.05 / 40))
+    for ax, name in zip(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat, names):
+        gap = np.searchsorted(np.sort(found.ranks[name]), z, side="left") / count - share
+        wrong = name in found.wrong
+        ax.fill_between(share, low, high, color=FAINT, alpha=0.6, lw=0)
+        ax.axhline(0, color=INK, lw=0.5)
+        ax.step(share, gap, where="mid", color=PALETTE[5] if wrong else ACCENT, lw=1.2)
+        ax.set_title(f"{name}{'  (wrong)' if wrong else ''}", fontsize=8, color=PALETTE[5] if wrong else INK)
+        tidy(ax)
+    for ax in figure.axes[len(names) :]:
+        ax.set_visible(False)
+    figure.supxlabel("rank of the truth among posterior draws", fontsize=8)
+    figure.supylabel("share of ranks below, less uniform", fontsize=8)
+    return figure

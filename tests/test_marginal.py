@@ -100,6 +100,7 @@ def test_sampling_without_the_locals_gives_the_same_posterior(monkeypatch):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(mu + s * z, 0.5), obs=x)
 
+    monkeypatch.setattr("inference.marginal.FEW_LOCALS", 0)
     x = torch.tensor([0.2, 1.4, -0.6, 2.2, 0.9, 1.1, -0.3, 0.4, 1.9, 0.1, 0.6, 1.3, -1.0, 0.8])
     method = NUTS(chains=4, warmup=500, draws=1500)
     integrated = fit(effects, x, method, seed=0)
@@ -114,6 +115,12 @@ def test_sampling_without_the_locals_gives_the_same_posterior(monkeypatch):
         torch.testing.assert_close(a.std(0), b.std(0), rtol=0.12, atol=0.0)
 
 
+def test_a_few_locals_are_sampled():
+    problem = prepare(eight_schools, SCHOOLS, seed=0)
+    with problem.scope(0):
+        assert density_of_globals(problem).dim == 10
+
+
 def test_an_effect_of_unknown_spread_is_sampled():
     """Centred effects are not integrated out: with a spread that goes to 0, rows read off at 1 have no digits left."""
 
@@ -123,6 +130,6 @@ def test_an_effect_of_unknown_spread_is_sampled():
             z = pyro.sample("z", dist.Normal(0.0, s))
             pyro.sample("x", dist.Normal(z, 0.5), obs=x)
 
-    problem = prepare(centred, torch.randn(20), seed=0)
+    problem = prepare(centred, torch.randn(80), seed=0)
     with problem.scope(0):
         assert not isinstance(density_of_globals(problem), MarginalJoint)

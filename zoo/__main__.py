@@ -183,6 +183,53 @@ def compare(
 
 
 @app.command
+def calibrate(
+    story: str,
+    /,
+    *,
+    data: Data = None,
+    columns: Columns = None,
+    method: str = "auto",
+    simulations: Annotated[int, Parameter(validator=Number(gte=1))] = 200,
+    set_: Settings = None,
+    seed: Seed = 0,
+    plot: Path | None = None,
+    quiet: Quiet = False,
+) -> None:
+    """Whether a method gives the right posterior of a story: answers to data whose truth is known.
+
+    Exit code 1 where it does not.
+
+    Parameters
+    ----------
+    story
+        Name, or file.py:name.
+    method
+        auto, exact, nuts or svi.
+    simulations
+        Data sets of the given size to draw and answer.
+    plot
+        Draw the distributions of the ranks into this file (.png, .svg, .pdf).
+    """
+    if method != "auto":
+        check_methods([method])
+    if plot:
+        check_writable(plot, (".png", ".svg", ".pdf"))
+    from inference import check as calibrated
+
+    found = find_story(story, parse_settings(set_), example_settings=data is None)
+    arguments = fill_arguments(found, data, columns, quiet)
+    progress = False if quiet else None
+    answer = calibrated(found.story, arguments, method, simulations=simulations, seed=seed, progress=progress)
+    print(answer)
+    if plot:
+        answer.plot().savefig(plot)
+        print(f"\nranks: {plot}")
+    if not answer.passed:
+        raise SystemExit(FAULT)
+
+
+@app.command
 def sample(
     story: str,
     /,
