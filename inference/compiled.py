@@ -1,6 +1,6 @@
 """The log density and its gradient as machine code: the captured graph, written in C and built by the system's compiler.
 
-The graph is broken down into simple operations, `codegen.py` writes them as loops, and the library is kept in a cache
+The graph is broken down into simple operations, `codegen` writes them as loops, and the library is kept in a cache
 (`compiled_cache.py`). Data are inputs, not part of the code: the same story on other data of the same shape is not built
 again. A program is trusted only after it agrees with the graph it came from, which agreed with the story.
 
@@ -209,8 +209,8 @@ def key_of(module: fx.GraphModule, position: Tensor, constants: list[Tensor]) ->
 def sources() -> str:
     """Hash of the files that translate."""
     here = Path(__file__).parent
-    names = ("codegen.py", "codegen_ops.py", "compiled.py", "recorder.py", "native/support.h", "native/nuts.c")
-    return hashlib.sha256(b"".join((here / n).read_bytes() for n in names)).hexdigest()
+    files = [here / "compiled.py", here / "recorder.py", *here.glob("codegen/*.py"), *here.glob("native/*")]
+    return hashlib.sha256(b"".join(f.read_bytes() for f in sorted(files) if f.is_file())).hexdigest()
 
 
 # -- torch's tracing ---------------------------------------------------------------------------------------------------

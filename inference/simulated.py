@@ -16,7 +16,7 @@ from .enumeration import sum_out
 from .labels import Axes, permute
 from .simulate import simulate
 from .structure import pair
-from .summary import entries, label
+from .summary import column, entries, label
 
 if TYPE_CHECKING:
     from .posterior import Posterior
@@ -83,8 +83,8 @@ def quantities(
     for name, (value, exact) in identified(posterior, some, mine, local).items():
         twice = name.endswith("^T")  # symmetric: one triangle says it all
         for index in [e for e in entries(tuple(value.shape[1:])) if not twice or e[-2] <= e[-1]][:MOST_ENTRIES]:
-            entry = (slice(None), *index)
-            found[label(name, index)] = ranked(value[entry].numpy(), float(exact[entry]), rng)
+            place = label(name, index)
+            found[place] = ranked(column(value.numpy(), index), float(column(exact.numpy(), index)[0]), rng)
     with posterior.problem.scope(posterior.seed), torch.no_grad():
         likelihood = np.array([log_likelihood(posterior, {n: v[i] for n, v in some.items()}) for i in range(draws)])
         reached = log_likelihood(posterior, {n: v[0] for n, v in mine.items()})
