@@ -334,19 +334,19 @@ def loads(path: Path) -> bool:
     return True
 
 
-@functools.lru_cache(maxsize=1)
-def sampler() -> ctypes.CDLL:
-    """The sampler's library, built at its first use on this machine.
+@functools.lru_cache(maxsize=4)
+def sampler(name: str = "nuts") -> ctypes.CDLL:
+    """A sampler's library, `native/{name}.c`, built at its first use on this machine.
 
     Raises
     ------
     NotCompiled
         It cannot be built.
     """
-    key = compiled_cache.key_of("nuts", sources(), *OPTIONS, toolchain(), compiled_cache.machine())
+    key = compiled_cache.key_of(name, sources(), *OPTIONS, toolchain(), compiled_cache.machine())
 
     def make(path: Path) -> dict[str, Any]:
-        build_library((NATIVE / "nuts.c").read_text(), path)
+        build_library((NATIVE / f"{name}.c").read_text(), path)
         return {}
 
     path, _ = compiled_cache.find(key) or compiled_cache.keep(key, make)

@@ -135,7 +135,7 @@ def ebfmi(energy: NDArray) -> NDArray:
     return (np.diff(energy, axis=1) ** 2).mean(1) / np.where(spread > 0, spread, math.nan)
 
 
-def sampling_diagnostics(stats: Mapping[str, NDArray], max_depth: int) -> dict[str, Any]:
+def sampling_diagnostics(stats: Mapping[str, NDArray], max_depth: int | None) -> dict[str, Any]:
     """Numbers about the trajectories of a Hamiltonian sampler.
 
     Parameters
@@ -143,17 +143,17 @@ def sampling_diagnostics(stats: Mapping[str, NDArray], max_depth: int) -> dict[s
     stats
         Name -> (chains, draws): "diverging", "energy", "tree_depth", "n_steps", "acceptance_rate", "step_size".
     max_depth
-        Depth at which trajectories were cut off.
+        Depth at which trajectories were cut off; None where their length is another matter.
     """
     return {
         "divergences": int(stats["diverging"].sum()),
         "divergences_by_chain": stats["diverging"].sum(1).astype(int).tolist(),
         "ebfmi": [float(v) for v in ebfmi(stats["energy"])],
-        "saturated": int((stats["tree_depth"] >= max_depth).sum()),
+        "saturated": int((stats["tree_depth"] >= max_depth).sum()) if max_depth is not None else 0,
         "mean_acceptance": float(stats["acceptance_rate"].mean()),
         "step_size": [float(v) for v in stats["step_size"][:, -1]],
         "gradients_per_draw": float(stats["n_steps"].mean()),
-        "max_depth": max_depth,
+        **({"max_depth": max_depth} if max_depth is not None else {}),
     }
 
 

@@ -237,7 +237,7 @@ def test_khat_of_equal_and_of_heavy_weights():
 
 
 @pytest.mark.parametrize("backend", ["graph", "auto"])
-@pytest.mark.parametrize("calls", [2, 5])
+@pytest.mark.parametrize("calls", [1, 3])
 def test_an_interrupted_run_goes_on_to_the_same_bits(monkeypatch, tmp_path, backend, calls):
     """Stopped in the warm-up or later, then asked for again: the draws of a run that nobody stopped; the file is gone."""
     from inference.methods.nuts import Watch
@@ -251,7 +251,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(monkeypatch, tmp_path, back
     left, look = [calls * (40 if backend == "graph" else 1)], Watch.__call__
 
     def interrupted(self):
-        left[0] -= 1
+        left[0] -= path.exists()
         if left[0] == 0:
             raise KeyboardInterrupt
         return look(self)

@@ -45,7 +45,7 @@ class Backend:
 
 
 def choose_backend(
-    potential: ValueAndGrad, wanted: str, iterations: int, deepest: int, budget: float | None = None
+    potential: ValueAndGrad, wanted: str, iterations: int, budget: float | None = None, deepest: int = 0
 ) -> Backend:
     """The fastest way that there is, or the one that is wanted.
 
@@ -57,10 +57,10 @@ def choose_backend(
         One of "auto", "compiled", "graph", "eager".
     iterations
         Of one chain: very few do not pay for building machine code.
-    deepest
-        Doublings of a trajectory that are allowed.
     budget
         Seconds that the whole run may take.
+    deepest
+        Doublings of a trajectory that are allowed.
 
     Raises
     ------

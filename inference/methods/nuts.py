@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from .base import Verdict, density_objection, gradient_objection, one_of, positive_float, positive_int
+from .base import Verdict, one_of, positive_float, positive_int
 from .hamiltonian import Failed, Record, Settings, chain, drive
+from .sampling import Watch, answer, beside_bar, potential_of, sampling_verdict, spread
 from .snapshots import EVERY, ChainFile
-from .starts import WORDS, listed, starts
+from .starts import WORDS, starts
 
 if TYPE_CHECKING:
     from ..capture import ValueAndGrad
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
 
 #: What may compute gradients and move chains.
 BACKENDS = ("auto", "compiled", "graph", "eager")
-#: Draws of a chain from which on the effective sample size of the log density is shown.
-MANY_ENOUGH = 20
 #: Iterations of the warm-up for every free number, from which on all covariances are learned.
 DENSEST = 20
 
@@ -100,19 +97,7 @@ class NUTS:
 
     def check(self, structure: Structure) -> Verdict:
         """Valid where the log joint is a differentiable function of continuous latents alone."""
-        objection = density_objection(structure) or gradient_objection(structure)
-        if objection:
-            return Verdict(False, objection)
-        if structure.learned or structure.has_modules:
-            what = structure.learned[0].name if structure.learned else "its networks"
-            return Verdict(False, f"the story learns {what} as a point; points are learned by SVI, not sampled")
-        continuous = [s.name for s in structure.latents if s.continuous]
-        if not continuous:
-            return Verdict(False, "no latent is continuous: nothing to sample, summing the finite ones out is exact")
-        text = f"draws of {listed(continuous)}"
-        if structure.finite:
-            text += f"; {listed([s.name for s in structure.finite])} summed out exactly"
-        return Verdict(True, text)
+        return sampling_verdict(structure)
 
     def run(self, problem: Problem) -> Posterior:
         """Find starts, warm up and draw.
@@ -125,67 +110,40 @@ class NUTS:
         DivergenceError
             No step size suits a chain.
         """
-        from ..capture import constrain_many, eager_potential, value_and_grad
-        from ..diagnostics import sampling_diagnostics, sampling_warnings
-        from ..marginal import MarginalJoint, density_of_globals
+        from ..marginal import density_of_globals
         from ..meter import Meter
-        from ..posterior import Posterior
         from .backends import choose_backend
 
         began = time.perf_counter()
         with Meter() as meter:
             joint = density_of_globals(problem)
-            potential = eager_potential(joint) if self.backend == "eager" else value_and_grad(joint)
-            if potential.random:
-                raise ValueError(
-                    "the log density of the story differs from call to call at one and the same point: it draws random "
-                    "numbers outside its sample sites (torch.randn, dropout, a plate with subsample_size); make them latent "
-                    "sites or fix them, or use method='svi'"
-                )
-            iterations = self.warmup + self.draws
-            backend = choose_backend(potential, self.backend, iterations, self.max_depth, problem.budget)
+            potential = potential_of(joint, self.backend)
+            backend = choose_backend(
+                potential, self.backend, self.warmup + self.draws, problem.budget, deepest=self.max_depth
+            )
             file = None
             if self.checkpoint is not None:
                 layout = [(b.name, b.shape) for b in joint.blocks]
                 file = ChainFile(Path(self.checkpoint), problem, self.chain_options, backend.name, layout)
             run = self.begin(joint, potential, backend, file)
             meter.mark("setup")
-            watch = Watch(problem, run.records, began, meter, file)
-            with watch:
+            total = self.warmup + self.draws
+            with Watch("NUTS", problem, meter, began, self.warmup, total, self.chains, run.progress, run.told) as watch:
                 try:
                     run.go(watch)
                 except KeyboardInterrupt:
                     watch.stopped = "interrupted"
                 except Failed as error:
                     raise failure(joint, run.records, error) from None
+                finally:
+                    run.leave()
             meter.mark("run" if watch.warm else "warmup")
             positions, stats, notes = gather(run.records, watch.stopped)
-            flat = torch.from_numpy(positions.reshape(-1, joint.dim)).to(problem.device, problem.dtype)
-            draws = {n: v.double().cpu() for n, v in constrain_many(joint, flat).items()}
-            if isinstance(joint, MarginalJoint):
-                draws.update(joint.local_draws(flat))
-            meter.mark("run")
-        found = sampling_diagnostics(stats, self.max_depth)
-        found["backend"] = backend.text
-        if isinstance(joint, MarginalJoint):
-            found["locals"] = joint.how
-        found["dense_mass"] = run.records[0].settings.dense_mass
-        found["gradient"] = potential.mode + (f": {potential.reason}" if potential.reason else "")
-        if potential.notice and backend.code is None:
-            found["gradient"] += f"; {potential.notice}"
-        notes += [backend.notice] if backend.notice else []
-        return Posterior(
-            kind="samples",
-            method=self,
-            problem=problem,
-            draws=draws,
-            chains=self.chains,
-            diagnostics=found,
-            warnings=notes + sampling_warnings(found, stats["lp"].size),
-            timings=run.timings(meter.timings),
-            sample_stats=stats,
-            converged=not watch.stopped,
-        )
+            facts = {"dense_mass": run.records[0].settings.dense_mass}
+            posterior = answer(
+                self, problem, joint, potential, backend, positions, stats, notes, facts, meter, not watch.stopped
+            )
+        return replace(posterior, timings=run.timings(meter.timings))
 
     @property
     def chain_options(self) -> tuple[Any, ...]:
@@ -194,8 +152,7 @@ class NUTS:
 
     def begin(self, joint: LogJoint, potential: ValueAndGrad, backend: Backend, file: ChainFile | None) -> Run:
         """Every chain where it starts, or where the checkpoint left it."""
-        seeds = np.random.SeedSequence(joint.problem.seed).spawn(self.chains)
-        generators = [np.random.default_rng(s) for s in seeds]
+        seeds, generators = spread(joint.problem.seed, self.chains)
         dense = self.dense_mass if isinstance(self.dense_mass, bool) else DENSEST * joint.dim <= self.warmup
         settings = Settings(self.warmup, self.draws, self.target_accept, self.max_depth, dense)
         shots = file.read(self.chains) if file is not None else None
@@ -213,7 +170,7 @@ class NUTS:
         if file is not None:
             for record in records:
                 record.camera.every = EVERY
-        return Run(potential, backend, generators, gradients, records)
+        return Run(potential, backend, generators, gradients, records, file)
 
 
 @dataclass
@@ -225,16 +182,43 @@ class Run:
     generators: list[np.random.Generator]
     gradients: list[NDArray]
     records: list[Record]
+    file: ChainFile | None = None
+
+    def progress(self) -> tuple[int, int]:
+        """Iterations that the slowest chain and all chains together have done."""
+        done = [r.done for r in self.records]
+        return min(done), sum(done)
+
+    def told(self) -> str:
+        """What stands beside the bar."""
+        count = min(r.kept for r in self.records)
+        lp = np.stack([r.stats["lp"][:count] for r in self.records])
+        return beside_bar(sum(r.divergences for r in self.records), float(np.mean([r.step for r in self.records])), lp)
+
+    def leave(self) -> None:
+        """Remove the checkpoint of a run that has come to its end, or write it once more."""
+        if self.file is not None:
+            settings = self.records[0].settings
+            if all(r.done == settings.warmup + settings.draws for r in self.records):
+                self.file.state.path.unlink(missing_ok=True)
+            else:
+                self.file.write(self.records, now=True)
 
     def go(self, watch: Watch) -> None:
-        """To the end, or until the watch says stop."""
+        """To the end, or until the watch says stop; the checkpoint is kept up to date on the way."""
+
+        def stop() -> bool:
+            if self.file is not None:
+                self.file.write(self.records)
+            return watch()
+
         if self.backend.code is not None:
             from .native import drive as drive_native
 
-            drive_native(self.backend.code, self.records, self.gradients, self.generators, watch)
+            drive_native(self.backend.code, self.records, self.gradients, self.generators, stop)
             return
         parts = zip(self.records, self.gradients, self.generators, strict=True)
-        drive([chain(r.position, g, rng, r) for r, g, rng in parts], self.potential.numpy, watch)
+        drive([chain(r.position, g, rng, r) for r, g, rng in parts], self.potential.numpy, stop)
 
     def timings(self, measured: dict[str, float]) -> dict[str, float]:
         """Measured seconds; chains that ran one after the other share theirs between warm-up and draws as each spent them."""
@@ -245,70 +229,6 @@ class Run:
             found["warmup"] = float(both * warm / total)
             found["run"] = both - found["warmup"]
         return found
-
-
-class Watch:
-    """Progress of all chains on one bar, the phases of the run, and its end where the budget is used up."""
-
-    def __init__(
-        self, problem: Problem, records: list[Record], began: float, meter: Any, file: ChainFile | None = None
-    ) -> None:
-        self.records, self.meter, self.file = records, meter, file
-        self.stopped = ""
-        self.warm = False
-        self.budget = problem.budget
-        self._deadline = began + problem.budget if problem.budget else math.inf
-        settings = records[0].settings
-        self._warmup = settings.warmup
-        self._bar = tqdm(
-            total=len(records) * (settings.warmup + settings.draws),
-            initial=sum(r.done for r in records),
-            desc="NUTS",
-            unit="draw",
-            disable=not problem.progress,
-            leave=False,
-        )
-        self._shown = 0.0
-
-    def __enter__(self) -> Watch:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._show()
-        self._bar.close()
-        if self.file is not None:
-            settings = self.records[0].settings
-            if all(r.done == settings.warmup + settings.draws for r in self.records):
-                self.file.state.path.unlink(missing_ok=True)
-            else:
-                self.file.write(self.records, now=True)
-
-    def __call__(self) -> bool:
-        now = time.perf_counter()
-        if not self.warm and min(r.done for r in self.records) >= self._warmup:
-            self.warm = True
-            self.meter.mark("warmup")
-        if now - self._shown > 0.3:
-            self._show()
-            self._shown = now
-        if self.file is not None:
-            self.file.write(self.records)
-        if now > self._deadline:
-            self.stopped = f"the budget of {self.budget:g} s is used up"
-        return bool(self.stopped)
-
-    def _show(self) -> None:
-        if self._bar.disable:
-            return
-        self._bar.n = sum(r.done for r in self.records)
-        found = f"{sum(r.divergences for r in self.records)} divergences, step {np.mean([r.step for r in self.records]):.3g}"
-        count = min(r.kept for r in self.records)
-        if count >= MANY_ENOUGH:
-            from ..diagnostics import rhat_ess
-
-            seen = rhat_ess({"lp": np.stack([r.stats["lp"][:count] for r in self.records])})
-            found += f", ESS {seen['ess_bulk']:.0f}"
-        self._bar.set_postfix_str(found, refresh=True)
 
 
 def gather(records: list[Record], stopped: str) -> tuple[NDArray, dict[str, NDArray], list[str]]:
@@ -331,6 +251,7 @@ def gather(records: list[Record], stopped: str) -> tuple[NDArray, dict[str, NDAr
 
 
 def stacked(records: list[Record], count: int) -> dict[str, NDArray]:
+    """The first `count` statistics of all chains, (chains, count) each."""
     return {name: np.stack([r.stats[name][:count] for r in records]) for name in records[0].stats}
 
 
