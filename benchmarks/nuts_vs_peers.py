@@ -1,4 +1,6 @@
-"""NUTS against Pyro's, NumPyro's and nutpie's: smallest bulk effective sample size a second, warm-up included, set-up not.
+"""NUTS and many-chain HMC against Pyro's, NumPyro's and nutpie's NUTS: smallest bulk effective sample size a second.
+
+Warm-up is included, set-up is not.
 
 Every side draws from the same posterior with its own defaults, all on one processor core, a round at a time in rotating
 order. Set-up (tracing, compiling) is timed apart. Pyro runs one shorter chain in the first round only: a round of four
@@ -27,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from _peers import Case, Report, Times, arguments, rotating
 
-from inference import NUTS, fit
+from inference import HMC, NUTS, fit
 from inference.diagnostics import rhat_ess
 
 #: Draws of every side: name -> (chains, draws, ...).
@@ -184,16 +186,21 @@ def base(name: str) -> str:
 # -- sides -------------------------------------------------------------------------------------------------------------
 
 
-def ours(name: str, quick: bool) -> Side:
+def ours(name: str, quick: bool, method: Any = None) -> Side:
     """This project: seconds of warm-up and draws, as the posterior tells them."""
-    data, method = data_of(base(name)), NUTS(chains=CHAINS, warmup=WARMUP, draws=DRAWS)
+    data, method = data_of(base(name)), method or NUTS(chains=CHAINS, warmup=WARMUP, draws=DRAWS)
 
     def run(seed: int) -> tuple[Draws, float]:
         posterior = fit(STORIES[name], data, method, seed=seed, progress=False)
-        draws = {n: v.numpy().reshape(CHAINS, DRAWS, *v.shape[1:]) for n, v in posterior.draws.items()}
+        draws = {n: v.numpy().reshape(posterior.chains, -1, *v.shape[1:]) for n, v in posterior.draws.items()}
         return draws, posterior.timings["warmup"] + posterior.timings["run"]
 
     return run
+
+
+def many(name: str, quick: bool) -> Side:
+    """This project's sixteen chains that move together."""
+    return ours(name, quick, HMC())
 
 
 def pyros(name: str, quick: bool) -> Side:
@@ -344,6 +351,7 @@ def nutpies(name: str, quick: bool) -> Side:
 #: Side -> (what has to be installed, what makes it).
 SIDES: dict[str, tuple[tuple[str, ...], Callable[[str, bool], Side]]] = {
     "ours": ((), ours),
+    "ours, hmc": ((), many),
     "pyro": ((), pyros),
     "numpyro": (("numpyro",), numpyros),
     "nutpie": (("nutpie", "pymc", "numba"), nutpies),
@@ -384,12 +392,15 @@ def measure(case: Case, name: str, rounds: int, quick: bool) -> None:
         worst[side] = max(worst[side], found["rhat"])
     case.times = {n: Times(c) for n, c in costs.items()}
     for side, rhat in worst.items():
-        if side == "ours":
-            case.check("R-hat", rhat, 1.01)
+        if side.startswith("ours"):
+            case.check(f"R-hat of {side}", rhat, 1.01)
         else:
             case.facts[f"{side}, R-hat"] = rhat
     for side, times in case.times.items():
         case.facts[f"{side}, effective draws a second"] = 1.0 / times.median
+    if "numpyro" in case.times:
+        ratio = case.times["numpyro"].median / case.times["ours, hmc"].median
+        case.facts["numpyro / ours, hmc"] = ratio
     case.faster("pyro", 20.0)
     for peer in ("numpyro", "nutpie"):
         if peer in case.times:

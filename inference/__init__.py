@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .data import DataNotice
     from .errors import DivergenceError
     from .fit import fit
-    from .methods import EM, NUTS, SVI, Exact, Verdict
+    from .methods import EM, HMC, NUTS, SVI, Exact, Verdict
     from .plates import draw_plates
     from .posterior import Posterior
     from .simulate import simulate
@@ -42,6 +42,7 @@ _HOME = {
     "fit": "fit",
     "EM": "methods",
     "Exact": "methods",
+    "HMC": "methods",
     "NUTS": "methods",
     "SVI": "methods",
     "Verdict": "methods",
@@ -57,6 +58,7 @@ _HOME = {
 
 __all__ = [
     "EM",
+    "HMC",
     "NUTS",
     "SVI",
     "Calibration",

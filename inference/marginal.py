@@ -164,8 +164,26 @@ class MarginalJoint(LogJoint):
         handler = Unconstrained(self.blocks, flat)
         with torch.no_grad():
             self.trace(handler)
+            if self.form is not None:
+                return self._by_form(handler.values)
             rows = GaussianRows(self.full, handler.values, self.problem.kwargs, self.shared)
         return rows.mean, rows.factor, rows.log_states
+
+    def _by_form(self, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The same by regression of z on x in every component, and Woodbury's identity for the components' densities."""
+        assert self.form is not None
+        W, b, psi, log_pi = self.form.read(dict(values))
+        y = self.x.to(W) - b.unsqueeze(1)  # (K, N, D)
+        weighted = W / psi.unsqueeze(-1)
+        M = torch.eye(W.shape[-1], dtype=W.dtype, device=W.device) + W.mT @ weighted
+        factor, _ = torch.linalg.cholesky_ex(M)
+        slope = y @ weighted  # (K, N, q)
+        mean = torch.cholesky_solve(slope.mT, factor).mT
+        if len(W) == 1:
+            return mean.movedim(0, 1), factor.unsqueeze(0), torch.zeros(len(self.x), 1, dtype=W.dtype, device=W.device)
+        log_det = psi.log().sum(1) + 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        square = (y * y / psi.unsqueeze(1)).sum(-1) - (slope * mean).sum(-1)
+        return mean.movedim(0, 1), factor.unsqueeze(0), log_pi - 0.5 * log_det - 0.5 * square.mT
 
     # -- in place of the full density --------------------------------------------------------------------------------
 

@@ -72,7 +72,7 @@ def test_large_data_go_to_svi():
 
 
 def test_a_refused_method_gives_the_reason_and_the_admissible_ones():
-    with pytest.raises(NoMethodError, match=r"integral.*admissible: nuts, svi"):
+    with pytest.raises(NoMethodError, match=r"integral.*admissible: nuts, hmc, svi"):
         fit(factor_model, COUNTS, "em")
 
 

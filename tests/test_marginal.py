@@ -90,6 +90,21 @@ def test_locals_drawn_back_are_their_posterior():
     torch.testing.assert_close(found, covariance, rtol=0.06, atol=0.02 * float(covariance.max()))
 
 
+@pytest.mark.parametrize("name", ["fa", "mfa"])
+def test_regression_and_rows_tell_the_same_locals(name):
+    """The closed form of the locals' posterior equals what is read off the rows of the story."""
+    story = FactorAnalysis(2) if name == "fa" else MixtureOfFactorAnalysers(2, 1)
+    joint = marginal_of(story, load("two_factors" if name == "fa" else "two_rods").x[:30])
+    with joint.problem.scope(0):
+        flat = joint.flatten(joint.prior_draw())
+        quick = joint._moments(flat)
+        joint.form = None
+        slow = joint._moments(flat)
+    for a, b in zip(quick[:2], slow[:2], strict=True):
+        torch.testing.assert_close(*torch.broadcast_tensors(a, b), rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(quick[2].softmax(-1), slow[2].softmax(-1), rtol=1e-7, atol=1e-9)
+
+
 def test_sampling_without_the_locals_gives_the_same_posterior(monkeypatch):
     """A regression with a random effect a row: the same means and sds whether effects are sampled or integrated out."""
 

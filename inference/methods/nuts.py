@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -87,13 +87,7 @@ class NUTS:
         if not isinstance(self.dense_mass, bool) and self.dense_mass != "auto":
             raise ValueError(f"NUTS(dense_mass={self.dense_mass!r}): dense_mass must be True, False or 'auto'")
         one_of("NUTS", "backend", self.backend, BACKENDS)
-        if isinstance(self.init, str):
-            one_of("NUTS", "init", self.init, WORDS)
-        elif not isinstance(self.init, Mapping) and not hasattr(self.init, "draws"):
-            raise TypeError(
-                f"NUTS(init=...) is a {type(self.init).__name__}; it must be one of {', '.join(map(repr, WORDS))}, a "
-                f"mapping of latents to values, or a Posterior"
-            )
+        check_init("NUTS", self.init)
 
     def check(self, structure: Structure) -> Verdict:
         """Valid where the log joint is a differentiable function of continuous latents alone."""
@@ -173,6 +167,23 @@ class NUTS:
         return Run(potential, backend, generators, gradients, records, file)
 
 
+def check_init(method: str, init: Any) -> None:
+    """Refuse what is no start.
+
+    Raises
+    ------
+    TypeError, ValueError
+        It is neither a word, a mapping nor a posterior.
+    """
+    if isinstance(init, str):
+        one_of(method, "init", init, WORDS)
+    elif not isinstance(init, Mapping) and not hasattr(init, "draws"):
+        raise TypeError(
+            f"{method}(init=...) is a {type(init).__name__}; it must be one of {', '.join(map(repr, WORDS))}, a mapping of "
+            f"latents to values, or a Posterior"
+        )
+
+
 @dataclass
 class Run:
     """Chains at their starts, and what moves them."""
@@ -204,7 +215,7 @@ class Run:
             else:
                 self.file.write(self.records, now=True)
 
-    def go(self, watch: Watch) -> None:
+    def go(self, watch: Callable[[], bool]) -> None:
         """To the end, or until the watch says stop; the checkpoint is kept up to date on the way."""
 
         def stop() -> bool:
