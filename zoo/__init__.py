@@ -30,7 +30,12 @@ _LAZY = {
     "NaiveBayes": ".basics.naive_bayes",
     "PPCA": ".factors.ppca",
     "PoissonMixture": ".mixtures.poisson",
+    "Corpus": ".data",
     "Dataset": ".data",
+    "fetch_corpus": ".data",
+    "from_texts": ".data",
+    "load_corpus": ".data",
+    "read_corpus": ".data",
     "datasets": ".data",
     "load": ".data",
     "read": ".data",
@@ -45,6 +50,7 @@ __all__ = [
     "CategoricalMixture",
     "CellTable",
     "ConjugateGMM",
+    "Corpus",
     "Dataset",
     "FactorAnalysis",
     "GaussianHMM",
@@ -57,8 +63,12 @@ __all__ = [
     "catalog",
     "datasets",
     "examples",
+    "fetch_corpus",
+    "from_texts",
     "load",
+    "load_corpus",
     "read",
+    "read_corpus",
 ]
 
 
