@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .data import DataNotice
     from .errors import DivergenceError
     from .fit import fit
-    from .methods import EM, NUTS, SVI, Exact, Verdict
+    from .methods import EM, NUTS, SVI, Exact, Gibbs, Verdict
     from .plates import draw_plates
     from .posterior import Posterior
     from .simulate import simulate
@@ -39,6 +39,7 @@ _HOME = {
     "fit": "fit",
     "EM": "methods",
     "Exact": "methods",
+    "Gibbs": "methods",
     "NUTS": "methods",
     "SVI": "methods",
     "Verdict": "methods",
@@ -62,6 +63,7 @@ __all__ = [
     "DataNotice",
     "DivergenceError",
     "Exact",
+    "Gibbs",
     "NoMethodError",
     "Posterior",
     "Site",

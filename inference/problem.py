@@ -51,6 +51,8 @@ class Problem:
         Whether to draw progress bars.
     few
         The same arguments with the first rows only.
+    admixture
+        Which site plays which role, where the story is a topic model (`topics.form.Admixture`), else None.
     """
 
     story: Any
@@ -65,6 +67,7 @@ class Problem:
     progress: bool = False
     want: str = "auto"
     few: dict[str, Any] = field(default_factory=dict)
+    admixture: Any = None
 
     @property
     def sketch(self) -> dict[str, Any]:
@@ -103,7 +106,10 @@ class Problem:
         kwargs = bind(self.model, data, self.dtype, self.device)
         for name, value in kwargs.items():
             fitted = self.kwargs.get(name)
-            if isinstance(value, Tensor) and isinstance(fitted, Tensor) and value.shape[1:] != fitted.shape[1:]:
+            ragged = self.admixture is not None and name in self.admixture.ragged
+            if ragged or not isinstance(value, Tensor) or not isinstance(fitted, Tensor):
+                pass  # padded rows may be wider
+            elif value.shape[1:] != fitted.shape[1:]:
                 raise ValueError(
                     f"{name} has shape {tuple(value.shape)}; the story was fitted to rows of shape {tuple(fitted.shape[1:])}"
                 )
@@ -214,6 +220,8 @@ def prepare(
         with problem.scope(0):
             found = is_linear_gaussian(problem)
         problem = replace(problem, structure=replace(structure, linear_gaussian=found))
+        if not found:
+            problem = with_admixture(problem)
     elif structure.latents and not any(s.discrete or s.local for s in structure.latents):
         from .conjugate import closed_form
 
@@ -224,6 +232,23 @@ def prepare(
                 conjugate = False  # the story has another fault, which its method will name
         problem = replace(problem, structure=replace(structure, conjugate=conjugate))
     return problem
+
+
+def with_admixture(problem: Problem) -> Problem:
+    """The same problem with the roles of its sites, where the story is a topic model."""
+    from .topics.form import candidate, recognise
+
+    if candidate(problem) is None:
+        return problem
+    with problem.scope(0):
+        try:
+            form = recognise(problem)
+        except (ValueError, RuntimeError, NotImplementedError, IndexError):
+            form = None  # of another form than it seemed, or with a fault that its method will name
+    if form is None:
+        return problem
+    kind = "dynamic" if form.walk else "static"
+    return replace(problem, admixture=form, structure=replace(problem.structure, admixture=kind))
 
 
 def see_through(direct: dict[str, tuple[str, ...]], records: dict[str, Record]) -> dict[str, tuple[str, ...]]:

@@ -100,7 +100,9 @@ def test_documents_of_a_dynamic_model_see_their_own_slice(sparse):
     _, theta = globals_of(K, V, len(corpus))
     words, counts = (torch.from_numpy(a) for a in corpus.padded())
     data = {"w": counts, "words": words} if sparse else {"w": torch.from_numpy(corpus.counts.toarray())}
-    found = log_joint(story.model, {"m": m, "beta": beta, "theta": theta}, **data, times=times, num_words=V)
+    found = log_joint(
+        story.model, {"m": m, "beta": beta, "theta": theta}, **data, times=times, num_words=V, num_slices=4
+    )
     expected = scipy.stats.norm(0, 5).logpdf(m).sum() + scipy.stats.norm(m, 1.0).logpdf(beta[:, 0]).sum()
     expected += scipy.stats.norm(0, 0.5).logpdf(beta[:, 1:] - beta[:, :-1]).sum()
     phi = scipy.special.softmax(beta.numpy(), -1)
@@ -167,8 +169,9 @@ def test_the_guides_shares_are_the_best_for_their_topics():
         (lambda: TokenLDA(2).model(torch.ones(2, 2)), ["word ids"]),
         (lambda: DTM(2, drift=0.0), ["drift", "positive"]),
         (lambda: DTM(2).model(torch.ones(2, 3), times=torch.tensor([0, 3]), num_slices=2), ["times", "0 to 1", "3"]),
-        (lambda: DTM(2).model(torch.ones(2, 3), times=torch.tensor([0])), ["times", "(1,)", "(2,)"]),
-        (lambda: DTM(2).model(torch.ones(2, 3), times=torch.tensor([0.0, 1.5])), ["whole numbers"]),
+        (lambda: DTM(2).model(torch.ones(2, 3), times=torch.tensor([0]), num_slices=1), ["times", "(1,)", "(2,)"]),
+        (lambda: DTM(2).model(torch.ones(2, 3), times=torch.tensor([0, 1])), ["num_slices"]),
+        (lambda: DTM(2).model(torch.ones(2, 3), times=torch.tensor([0.0, 1.5]), num_slices=3), ["whole numbers"]),
     ],
 )
 def test_what_is_wrong_is_named(make, texts):

@@ -318,7 +318,8 @@ class Corpus:
         """What a story with these arguments wants to see of the documents.
 
         A story with `words` gets distinct words and their counts side by side, one with `num_words` alone gets word ids in
-        order, any other a table (D, V) of counts as its first argument; `times` are added where they are asked for.
+        order, any other a table (D, V) of counts as its first argument; `times` and `num_slices` are added where they
+        are asked for.
         """
         if not names:
             return {}
@@ -332,6 +333,7 @@ class Corpus:
             given[names[0]] = self.counts.toarray()
         if "times" in names and self.times is not None:
             given["times"] = self.times
+            given["num_slices"] = int(self.times.max()) + 1
         return {name: value for name, value in given.items() if name in names}
 
 

@@ -92,7 +92,7 @@ class DTM:
         times
             (D,) the slice of each document, from 0; None deals them out evenly.
         num_words, num_slices
-            V and T; without `num_slices`, up to the last of `times`, or else 5.
+            V, and T: to be told wherever there are `times`, since some documents do not show how many slices there are.
         num_documents, length
             D and the words of a document where there is no `w`.
 
@@ -153,7 +153,11 @@ class DTM:
 
         drifting = load("drifting_words")
         assert drifting.labels is not None
-        return cls(num_topics=2, drift=0.4, concentration=0.5), {"w": drifting.x, "times": drifting.labels}
+        return cls(num_topics=2, drift=0.4, concentration=0.5), {
+            "w": drifting.x,
+            "times": drifting.labels,
+            "num_slices": 6,
+        }
 
     def _learned(self) -> tuple[Tensor, Tensor]:
         """alpha (K,) and sigma (): settings, or parameters to learn."""
@@ -169,11 +173,11 @@ class DTM:
     @staticmethod
     def _slices(times: Tensor | None, num_slices: int | None, D: int) -> tuple[Tensor, int]:
         """The slice of each document, and T."""
+        if times is not None and num_slices is None:
+            raise ValueError("times tells the slice of each document; tell num_slices, the number of slices, too")
         T = count_setting("num_slices", num_slices) if num_slices is not None else 5
         if times is None:
             return torch.arange(D) * T // D, T
-        if num_slices is None and not times.is_floating_point():
-            T = int(times.max()) + 1
         check_times(times, D, T)
         return times, T
 

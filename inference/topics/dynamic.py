@@ -1,0 +1,389 @@
+r"""The dynamic topic model: whole walks of all topics and words improved at once by Newton steps.
+
+Given expected counts S (T, K, V) of words in topics and slices, with totals n (T, K), the log posterior of the walks is
+
+.. math::
+   \sum_{tk} \Big[\sum_v S_{tkv}\beta_{tkv} - n_{tk} \log\sum_v e^{\beta_{tkv}}\Big]
+   - \frac{1}{2 s^2}\|\beta_1 - m\|^2 - \frac{1}{2\sigma^2}\sum_t \|\beta_t - \beta_{t-1}\|^2 .
+
+Its negative Hessian is tridiagonal over time but for the coupling :math:`-n\pi\pi^\top` of the words of one topic and slice.
+Conjugate gradients solve for the Newton step, with the tridiagonal part as preconditioner: K V chains of length T, all at once
+in T steps over vectors.  The same chains are the precision of a Gaussian Markov guide around the mode, which gives bands, draws,
+and the expected squared moves that sigma is learned from (Blei and Lafferty, *Dynamic topic models*, ICML 2006, by a Laplace
+approximation instead of variational observations).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..meter import Meter
+from .documents import Block, by_slice
+from .expected import climb, concentration_terms, settle
+from .fits import DRAW_NUMBERS, DRAWS, WORD_TOL, deadline_of, learned, plan, want_notes
+from .form import Admixture, Walk
+
+if TYPE_CHECKING:
+    from ..posterior import Posterior
+    from ..problem import Problem
+
+#: Newton steps in one M-step, conjugate-gradient rounds in one of them, and how far a word's weight may move in one.
+NEWTON, ROUNDS, FAR = 2, 6, 1.5
+#: Passes of the static model that the walks start from, and rounds within a document.
+STATIC, INNER = 15, 5
+#: Iterations before sigma and alpha are learned, and the bounds of sigma.
+BURN, LEAST, MOST = 2, 0.01, 3.0
+
+
+@dataclass
+class Chains:
+    """Tridiagonal systems side by side, eliminated forwards: `pivot` (T, N) and the constant off-diagonal."""
+
+    pivot: Tensor
+    off: Tensor
+
+    @classmethod
+    def of(cls, diagonal: Tensor, off: Tensor) -> Chains:
+        """LDL^T of symmetric tridiagonal matrices with diagonals (T, N) and off-diagonal (N,) or one number."""
+        pivot = diagonal.clone()
+        for t in range(1, len(pivot)):
+            pivot[t].sub_(off * off / pivot[t - 1])
+        return cls(pivot, off)
+
+    def solve(self, b: Tensor) -> Tensor:
+        """x with A x = b, (T, N)."""
+        y = b.clone()
+        for t in range(1, len(y)):
+            y[t].sub_(self.off / self.pivot[t - 1] * y[t - 1])
+        y.div_(self.pivot)
+        for t in range(len(y) - 2, -1, -1):
+            y[t].sub_(self.off / self.pivot[t] * y[t + 1])
+        return y
+
+    def spreads(self) -> tuple[Tensor, Tensor]:
+        """Variances (T, N), and covariances of neighbours (T - 1, N), under the precision A."""
+        variance, between = 1 / self.pivot, torch.zeros_like(self.pivot[1:])
+        for t in range(len(variance) - 2, -1, -1):
+            g = self.off / self.pivot[t]
+            between[t] = -g * variance[t + 1]
+            variance[t] += g * g * variance[t + 1]
+        return variance, between
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """A draw with precision A around zero, (T, N)."""
+        noise = torch.empty_like(self.pivot).normal_(generator=generator)
+        x = noise / self.pivot.sqrt()
+        for t in range(len(x) - 2, -1, -1):
+            x[t].sub_(self.off / self.pivot[t] * x[t + 1])
+        return x
+
+
+@dataclass
+class Walks:
+    """Modes of the walks and what they depend on.
+
+    Attributes
+    ----------
+    beta
+        (T, K, V).
+    base
+        m, (V,).
+    first, step
+        s and sigma.
+    """
+
+    beta: Tensor
+    base: Tensor
+    first: float
+    step: float
+
+    def pull(self, x: Tensor) -> Tensor:
+        """The walk's precision times x (T, K, V)."""
+        found, move = torch.zeros_like(x), (x[1:] - x[:-1]) / self.step**2
+        found[1:] += move
+        found[:-1] -= move
+        found[0] += x[0] / self.first**2
+        return found
+
+    def chains(self, counts: Tensor) -> Chains:
+        """The tridiagonal part of the negative Hessian where `counts` (T, K, V) are n pi."""
+        T = len(self.beta)
+        diagonal = counts.reshape(T, -1).clone()
+        if T > 1:
+            diagonal += 2 / self.step**2
+            diagonal[0] -= 1 / self.step**2
+            diagonal[-1] -= 1 / self.step**2
+        diagonal[0] += 1 / self.first**2
+        return Chains.of(diagonal, diagonal.new_tensor(-1 / self.step**2))
+
+    def objective(self, S: Tensor) -> float:
+        """The log posterior of the walks given the counts, without constants."""
+        n = S.sum(2)
+        value = (S * self.beta).sum() - (n * self.beta.logsumexp(2)).sum()
+        start, move = self.beta[0] - self.base, self.beta[1:] - self.beta[:-1]
+        return float(value - 0.5 * start.square().sum() / self.first**2 - 0.5 * move.square().sum() / self.step**2)
+
+    def newton(self, S: Tensor, steps: int = NEWTON, rounds: int = ROUNDS) -> Chains:
+        """Newton steps towards the mode; the chains at the last point."""
+        n, shape = S.sum(2, keepdim=True), S.shape
+        for _ in range(steps):
+            pi = self.beta.softmax(2)
+            counts = pi * n
+            offset = torch.zeros_like(self.beta)
+            offset[0] = self.base / self.first**2
+            residual = S - counts - self.pull(self.beta) + offset
+            chains = self.chains(counts)
+
+            def hessian(x: Tensor, pi: Tensor = pi, counts: Tensor = counts) -> Tensor:
+                return self.pull(x) + counts * x - counts * (pi * x).sum(2, keepdim=True)
+
+            move = conjugate(hessian, lambda r, c=chains: c.solve(r.reshape(len(r), -1)).view(shape), residual, rounds)
+            self.beta = self.beta + move.clamp(-FAR, FAR)
+        return self.chains(self.beta.softmax(2) * n)
+
+    def learn_step(self, chains: Chains) -> None:
+        """sigma from the expected squared moves under the Gaussian Markov guide."""
+        if len(self.beta) < 2:
+            return
+        variance, between = chains.spreads()
+        move = (self.beta[1:] - self.beta[:-1]).reshape(len(between), -1)
+        square = (move.square() + variance[1:] + variance[:-1] - 2 * between).mean()
+        self.step = min(max(float(square) ** 0.5, LEAST), MOST)
+
+    def learn_base(self, walk: Walk) -> None:
+        """m from the first slices of all topics and its own prior."""
+        if walk.base is None:
+            return
+        mine, prior = len(self.beta[0]) / self.first**2, walk.base_scale.to(self.base).square().reciprocal()
+        loc = walk.base_loc.to(self.base)
+        self.base = (self.beta[0].sum(0) / self.first**2 + prior * loc) / (mine + prior)
+
+
+def conjugate(hessian: Callable, precondition: Callable, b: Tensor, rounds: int) -> Tensor:
+    """Preconditioned conjugate gradients for one system a topic: (T, K, V)."""
+
+    def dot(x: Tensor, y: Tensor) -> Tensor:
+        return (x * y).sum((0, 2)).view(1, -1, 1)
+
+    tiny = torch.finfo(b.dtype).tiny
+    x, r = torch.zeros_like(b), b.clone()
+    z = precondition(r)
+    p, rz = z, dot(r, z)
+    for i in range(rounds):
+        Hp = hessian(p)
+        a = rz / dot(p, Hp).clamp_min(tiny)
+        x = x + a * p
+        r = r - a * Hp
+        if i == rounds - 1:
+            break
+        z = precondition(r)
+        new = dot(r, z)
+        p, rz = z + new / rz.clamp_min(tiny) * p, new
+    return x
+
+
+@dataclass
+class Climb:
+    """Expectation and Newton steps in turn, for one corpus."""
+
+    form: Admixture
+    documents: Any
+    seed: int = 0
+    dtype: torch.dtype = torch.float32
+    slices: list[tuple[int, list[Block]]] = field(init=False)
+    history: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        form = self.form
+        walk = form.walk
+        assert walk is not None
+        self.alpha = form.alpha.to(self.dtype).cpu()
+        eta = torch.full((form.num_words, 1), 0.05)
+        static = climb(self.documents, self.alpha, eta, max_iter=STATIC, tol=0.0, seed=self.seed)
+        # a topic's own counts among those of all topics: rare words start at what they are on the whole
+        N = static.state.N.T.to(self.dtype)
+        common = (N.sum(0) + 0.5) / (N.sum() + 0.5 * form.num_words)
+        phi = (N + 50.0 * common) / (N.sum(1, keepdim=True) + 50.0)
+        start = phi.log() - common.log().mean()
+        base = common.log() - common.log().mean() if walk.base else walk.loc.to(self.dtype)
+        T = form.num_slices
+        self.walks = Walks(start.expand(T, -1, -1).clone(), base, walk.first, walk.step)
+        self.n = static.state.n.clone()
+        self.slices = list(by_slice(self.documents, T, self.dtype))
+        self.passes = 0
+
+    def expectation(self) -> tuple[Tensor, float]:
+        """Expected counts (T, K, V) at the present topics, and the log-likelihood of all words at the present shares."""
+        phi = self.walks.beta.softmax(2)
+        S, total = torch.zeros(phi.shape[0], phi.shape[2], phi.shape[1], dtype=self.dtype), 0.0
+        gain, weight = torch.zeros_like(self.alpha), torch.zeros(())
+        learn = self.form.alpha_param is not None and self.passes >= BURN
+        for t, parts in self.slices:
+            table = phi[t].T.contiguous()
+            for block in parts:
+                W = table[block.flat].view(*block.words.shape, -1)
+                n, r = settle(W, block.counts, self.n[block.rows], self.alpha, INNER)
+                self.n[block.rows] = n
+                S[t].index_add_(0, block.flat, r.view(-1, r.shape[-1]))
+                theta = (n + self.alpha) / (n + self.alpha).sum(1, keepdim=True)
+                p = (W @ theta.unsqueeze(2)).squeeze(2)
+                total += float(torch.xlogy(block.counts, p.clamp_min(1e-30)).sum())
+                if learn:
+                    g, w = concentration_terms(r / block.counts.clamp_min(1e-9).unsqueeze(2), block.counts, self.alpha)
+                    gain, weight = gain + g, weight + w
+        if learn:
+            self.alpha = (self.alpha * gain / weight).clamp(1e-4, 20.0)
+        return S.transpose(1, 2).contiguous(), total
+
+    def iterate(self) -> float:
+        """One expectation and one maximisation; the log-likelihood before."""
+        walk = self.form.walk
+        assert walk is not None
+        S, value = self.expectation()
+        self.chains = self.walks.newton(S)
+        self.walks.learn_base(walk)
+        if walk.step_param is not None and self.passes >= BURN:
+            self.walks.learn_step(self.chains)
+        self.passes += 1
+        self.history.append(value)
+        return value
+
+
+def run(problem: Problem, max_iter: int, tol: float, name: str, callback: Any = None) -> tuple[Climb, Meter, str, bool]:
+    """Climb until a word's log-likelihood rises by less than `tol`."""
+    over, stopped, converged = deadline_of(problem), "", False
+    with Meter() as meter:
+        documents = problem.admixture.documents(problem.kwargs)
+        run = Climb(problem.admixture, documents, problem.seed)
+        meter.mark("setup")
+        tokens = max(documents.num_tokens, 1.0)
+        with tqdm(total=max_iter, desc=name, disable=not problem.progress, leave=False) as bar:
+            while len(run.history) < max_iter:
+                value = run.iterate()
+                bar.update()
+                bar.set_postfix_str(f"{value / tokens:.4f} a word", refresh=False)
+                if callback is not None:
+                    callback(run.passes, value / tokens, {})
+                if run.passes > BURN + 3 and abs(run.history[-1] - run.history[-2]) < tol * tokens:
+                    converged = True
+                    break
+                if over():
+                    stopped = "the budget is used up: the best state so far is returned"
+                    break
+        meter.mark("run")
+    return run, meter, stopped, converged
+
+
+def parts_of(problem: Problem, run: Climb, count: int) -> dict[str, Tensor]:
+    """Everything but the walks as draws."""
+    form, walk = run.form, run.form.walk
+    assert walk is not None
+    draws = learned(problem, form, run.alpha, torch.zeros(1))
+    if walk.step_param:
+        shape = problem.structure[walk.step_param].shape
+        draws[walk.step_param] = torch.full((1, *shape), run.walks.step, dtype=torch.float64)
+    if walk.base:
+        draws[walk.base] = run.walks.base.double().reshape(1, *problem.structure[walk.base].shape)
+    return {n: v.expand(count, *v.shape[1:]).clone() for n, v in draws.items()}
+
+
+def extra_of(run: Climb) -> dict[str, Any]:
+    """Shares of the fitted documents, and standard deviations of the walks, (K, T, V)."""
+    variance, _ = run.chains.spreads()
+    sd = variance.sqrt().view_as(run.walks.beta).transpose(0, 1).double().contiguous()
+    step = torch.tensor(run.walks.step, dtype=torch.float64)
+    return {"topics": {"theta.concentration": (run.n + run.alpha).double(), "beta.sd": sd, "step": step}}
+
+
+def run_em(problem: Problem, em: Any) -> Posterior:
+    """Modes of the walks."""
+    from ..posterior import Posterior
+
+    climb, meter, stopped, converged = run(problem, em.max_iter, WORD_TOL * em.tol, "EM", em.callback)
+    notes = [stopped] if stopped else []
+    if not converged and not stopped:
+        notes.append(f"EM did not converge in {em.max_iter} iterations; raise max_iter or tol")
+    form = climb.form
+    return Posterior(
+        kind="point",
+        method=em,
+        problem=problem,
+        draws={
+            form.topics: climb.walks.beta.transpose(0, 1).double().contiguous()[None],
+            **parts_of(problem, climb, 1),
+        },
+        history=climb.history,
+        diagnostics={"plan": plan(form), "iterations": len(climb.history), "drift": climb.walks.step},
+        warnings=notes + want_notes(problem),
+        timings=meter.timings,
+        converged=converged,
+        extra={**extra_of(climb), "keep_labels": True},
+    )
+
+
+def run_svi(problem: Problem, svi: Any) -> Posterior:
+    """The Gaussian Markov chain around the modes, by draws."""
+    from ..posterior import Posterior
+
+    climb, meter, stopped, converged = run(problem, svi.steps, WORD_TOL * 1e-6, "SVI")
+    form, numbers = climb.form, climb.walks.beta.numel()
+    count = max(DRAWS, min(svi.draws, DRAW_NUMBERS // max(1, numbers)))
+    beta = torch.empty(count, *climb.walks.beta.transpose(0, 1).shape, dtype=torch.float64)
+    for i in range(count):
+        beta[i] = (climb.walks.beta + climb.chains.sample().view_as(climb.walks.beta)).transpose(0, 1)
+    notes = [stopped] if stopped else []
+    return Posterior(
+        kind="variational",
+        method=svi,
+        problem=problem,
+        draws={form.topics: beta, **parts_of(problem, climb, count)},
+        history=climb.history,
+        diagnostics={
+            "guide": "gaussian chain over time",
+            "mode": "Newton steps",
+            "steps": len(climb.history),
+            "drift": climb.walks.step,
+        },
+        warnings=[*notes, "the guide is a Laplace approximation: bands are those of a Gaussian around the mode"],
+        timings=meter.timings,
+        converged=converged,
+        extra=extra_of(climb),
+    )
+
+
+def forecast(posterior: Posterior, steps: int = 1, draws: int = 50, seed: int = 0) -> Tensor:
+    """Topics of a slice never seen, `steps` after the last: the mean of softmax(beta) over the walk's next steps, (K, V).
+
+    Parameters
+    ----------
+    posterior
+        Of a dynamic topic model.
+    draws, seed
+        Monte Carlo draws of the last slice and the steps after it.
+
+    Raises
+    ------
+    ValueError
+        The story has no slices, or `steps` is not positive.
+    """
+    from .answers import form_of
+
+    form = form_of(posterior)
+    if form.walk is None:
+        raise ValueError("the story has no slices of time: its topics stand still, and posterior.draws has them")
+    if steps < 1:
+        raise ValueError(f"steps must be a whole number from 1, got {steps!r}")
+    kept = posterior.extra["topics"]
+    last = posterior.draws[form.topics].mean(0)[:, -1]
+    sd = (kept["beta.sd"][:, -1].square() + steps * kept["step"] ** 2).sqrt()
+    generator = torch.Generator().manual_seed(seed)
+    total = torch.zeros_like(last)
+    for _ in range(draws):
+        total += (last + sd * torch.empty_like(last).normal_(generator=generator)).softmax(-1)
+    return total / draws
