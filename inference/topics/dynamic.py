@@ -8,9 +8,11 @@ Given expected counts S (T, K, V) of words in topics and slices, with totals n (
 
 Its negative Hessian is tridiagonal over time but for the coupling :math:`-n\pi\pi^\top` of the words of one topic and slice.
 Conjugate gradients solve for the Newton step, with the tridiagonal part as preconditioner: K V chains of length T, all at once
-in T steps over vectors.  The same chains are the precision of a Gaussian Markov guide around the mode, which gives bands, draws,
-and the expected squared moves that sigma is learned from (Blei and Lafferty, *Dynamic topic models*, ICML 2006, by a Laplace
-approximation instead of variational observations).
+in T steps over vectors.  The same chains are the precision of a Gaussian Markov guide around the mode, which gives bands and
+draws (Blei and Lafferty, *Dynamic topic models*, ICML 2006, by a Laplace approximation instead of variational observations).
+
+A learned sigma is the one of `DRIFTS` that foretells documents set aside best; where these are too few to tell, it follows from
+the expected squared moves under the guide, which errs downwards on sparse counts.
 """
 
 from __future__ import annotations
@@ -19,24 +21,31 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ..meter import Meter
-from .documents import Block, by_slice
-from .expected import climb, concentration_terms, settle
+from .documents import Block, Documents, by_slice
+from .expected import climb, concentration_terms, set_aside, settle
 from .fits import DRAW_NUMBERS, DRAWS, WORD_TOL, deadline_of, learned, plan, want_notes
 from .form import Admixture, Walk
+from .perplexity import complete
 
 if TYPE_CHECKING:
     from ..posterior import Posterior
     from ..problem import Problem
 
-#: Newton steps in one M-step, conjugate-gradient rounds in one of them, and how far a word's weight may move in one.
-NEWTON, ROUNDS, FAR = 2, 6, 1.5
+#: Newton steps in one M-step (one where there are so many numbers), rounds of conjugate gradients in one of them, and how far a
+#: word's weight may move in one.
+NEWTON, LARGE, ROUNDS, FAR = 2, 5_000_000, 6, 1.5
 #: Passes of the static model that the walks start from, and rounds within a document.
 STATIC, INNER = 15, 5
+#: Drifts that are tried, for how many iterations, and words set aside that are enough to choose by.
+DRIFTS, SHORT, ENOUGH = (0.1, 0.2, 0.4, 0.7, 1.0), 6, 2000
+#: EM's tolerance, for one word of a document.
+TOL = 10 * WORD_TOL
 #: Iterations before sigma and alpha are learned, and the bounds of sigma.
 BURN, LEAST, MOST = 2, 0.01, 3.0
 
@@ -129,8 +138,9 @@ class Walks:
         start, move = self.beta[0] - self.base, self.beta[1:] - self.beta[:-1]
         return float(value - 0.5 * start.square().sum() / self.first**2 - 0.5 * move.square().sum() / self.step**2)
 
-    def newton(self, S: Tensor, steps: int = NEWTON, rounds: int = ROUNDS) -> Chains:
+    def newton(self, S: Tensor, steps: int = 0, rounds: int = ROUNDS) -> Chains:
         """Newton steps towards the mode; the chains at the last point."""
+        steps = steps or (1 if S.numel() > LARGE else NEWTON)
         n, shape = S.sum(2, keepdim=True), S.shape
         for _ in range(steps):
             pi = self.beta.softmax(2)
@@ -193,8 +203,10 @@ class Climb:
     """Expectation and Newton steps in turn, for one corpus."""
 
     form: Admixture
-    documents: Any
+    documents: Documents
     seed: int = 0
+    start: Any = None
+    drift: float | None = None
     dtype: torch.dtype = torch.float32
     slices: list[tuple[int, list[Block]]] = field(init=False)
     history: list[float] = field(default_factory=list)
@@ -205,7 +217,8 @@ class Climb:
         assert walk is not None
         self.alpha = form.alpha.to(self.dtype).cpu()
         eta = torch.full((form.num_words, 1), 0.05)
-        static = climb(self.documents, self.alpha, eta, max_iter=STATIC, tol=0.0, seed=self.seed)
+        static = self.start or climb(self.documents, self.alpha, eta, max_iter=STATIC, tol=0.0, seed=self.seed)
+        self.start = static
         # a topic's own counts among those of all topics: rare words start at what they are on the whole
         N = static.state.N.T.to(self.dtype)
         common = (N.sum(0) + 0.5) / (N.sum() + 0.5 * form.num_words)
@@ -213,7 +226,8 @@ class Climb:
         start = phi.log() - common.log().mean()
         base = common.log() - common.log().mean() if walk.base else walk.loc.to(self.dtype)
         T = form.num_slices
-        self.walks = Walks(start.expand(T, -1, -1).clone(), base, walk.first, walk.step)
+        step = self.drift or walk.step
+        self.walks = Walks(start.expand(T, -1, -1).clone(), base, walk.first, step)
         self.n = static.state.n.clone()
         self.slices = list(by_slice(self.documents, T, self.dtype))
         self.passes = 0
@@ -248,7 +262,7 @@ class Climb:
         S, value = self.expectation()
         self.chains = self.walks.newton(S)
         self.walks.learn_base(walk)
-        if walk.step_param is not None and self.passes >= BURN:
+        if walk.step_param is not None and self.drift is None and self.passes >= BURN:
             self.walks.learn_step(self.chains)
         self.passes += 1
         self.history.append(value)
@@ -260,7 +274,8 @@ def run(problem: Problem, max_iter: int, tol: float, name: str, callback: Any = 
     over, stopped, converged = deadline_of(problem), "", False
     with Meter() as meter:
         documents = problem.admixture.documents(problem.kwargs)
-        run = Climb(problem.admixture, documents, problem.seed)
+        drift = best_drift(problem.admixture, documents, problem.seed)
+        run = Climb(problem.admixture, documents, problem.seed, drift=drift)
         meter.mark("setup")
         tokens = max(documents.num_tokens, 1.0)
         with tqdm(total=max_iter, desc=name, disable=not problem.progress, leave=False) as bar:
@@ -278,6 +293,28 @@ def run(problem: Problem, max_iter: int, tol: float, name: str, callback: Any = 
                     break
         meter.mark("run")
     return run, meter, stopped, converged
+
+
+def best_drift(form: Admixture, documents: Documents, seed: int) -> float | None:
+    """The drift under which documents set aside are foretold best; None where the story fixes it, or they cannot tell."""
+    aside, rest = set_aside(documents, seed)
+    if form.walk is None or form.walk.step_param is None or aside is None or aside.num_tokens < ENOUGH:
+        return None
+    halves, start, found = aside.halves(np.random.default_rng(seed)), None, {}
+    for drift in DRIFTS:
+        run = Climb(form, rest, seed, start=start, drift=drift)
+        start = run.start
+        for _ in range(SHORT):
+            run.iterate()
+        phi, total = run.walks.beta.softmax(2).double(), 0.0
+        for t in np.unique(np.asarray(aside.times)):
+            which = np.flatnonzero(np.asarray(aside.times) == t)
+            first, second = (h.take(which) for h in halves)
+            total += float(complete(phi[t], run.alpha.double(), first, second).sum())
+        found[drift] = total
+        if len(found) > 2 and total < min(list(found.values())[-3:-1]):
+            break  # past the best
+    return max(found, key=lambda d: found[d])
 
 
 def parts_of(problem: Problem, run: Climb, count: int) -> dict[str, Tensor]:
@@ -305,7 +342,7 @@ def run_em(problem: Problem, em: Any) -> Posterior:
     """Modes of the walks."""
     from ..posterior import Posterior
 
-    climb, meter, stopped, converged = run(problem, em.max_iter, WORD_TOL * em.tol, "EM", em.callback)
+    climb, meter, stopped, converged = run(problem, em.max_iter, TOL * em.tol, "EM", em.callback)
     notes = [stopped] if stopped else []
     if not converged and not stopped:
         notes.append(f"EM did not converge in {em.max_iter} iterations; raise max_iter or tol")
@@ -331,7 +368,7 @@ def run_svi(problem: Problem, svi: Any) -> Posterior:
     """The Gaussian Markov chain around the modes, by draws."""
     from ..posterior import Posterior
 
-    climb, meter, stopped, converged = run(problem, svi.steps, WORD_TOL * 1e-6, "SVI")
+    climb, meter, stopped, converged = run(problem, svi.steps, TOL * 1e-6, "SVI")
     form, numbers = climb.form, climb.walks.beta.numel()
     count = max(DRAWS, min(svi.draws, DRAW_NUMBERS // max(1, numbers)))
     beta = torch.empty(count, *climb.walks.beta.transpose(0, 1).shape, dtype=torch.float64)
@@ -357,15 +394,16 @@ def run_svi(problem: Problem, svi: Any) -> Posterior:
     )
 
 
-def forecast(posterior: Posterior, steps: int = 1, draws: int = 50, seed: int = 0) -> Tensor:
-    """Topics of a slice never seen, `steps` after the last: the mean of softmax(beta) over the walk's next steps, (K, V).
+def forecast(posterior: Posterior, steps: int = 1, draws: int = 0, seed: int = 0) -> Tensor:
+    """Topics of a slice never seen, `steps` after the last: (K, V), or (draws, K, V).
 
     Parameters
     ----------
     posterior
         Of a dynamic topic model.
     draws, seed
-        Monte Carlo draws of the last slice and the steps after it.
+        0: the topics where the walk's mean stands, which is where it stood last.  Otherwise draws of the last slice and of the
+        steps after it, whose spread shows how little is known.
 
     Raises
     ------
@@ -381,9 +419,8 @@ def forecast(posterior: Posterior, steps: int = 1, draws: int = 50, seed: int = 
         raise ValueError(f"steps must be a whole number from 1, got {steps!r}")
     kept = posterior.extra["topics"]
     last = posterior.draws[form.topics].mean(0)[:, -1]
+    if draws < 1:
+        return last.softmax(-1)
     sd = (kept["beta.sd"][:, -1].square() + steps * kept["step"] ** 2).sqrt()
-    generator = torch.Generator().manual_seed(seed)
-    total = torch.zeros_like(last)
-    for _ in range(draws):
-        total += (last + sd * torch.empty_like(last).normal_(generator=generator)).softmax(-1)
-    return total / draws
+    noise = torch.empty(draws, *last.shape, dtype=last.dtype).normal_(generator=torch.Generator().manual_seed(seed))
+    return (last + sd * noise).softmax(-1)

@@ -277,7 +277,8 @@ def climb(
     highest, history = -np.inf, []
     trial = min(TRIAL if rest.num_tokens > MANY else TRIAL_FEW, max_iter)
     for r in range(restarts):
-        run = ExpectedCounts(rest, alpha, eta, learn_alpha, learn_eta, seed + r, tied)
+        # far apart: the restarts of neighbouring seeds are not each other's
+        run = ExpectedCounts(rest, alpha, eta, learn_alpha, learn_eta, 1000 * seed + r, tied)
         run.begin()
         value = [run.sweep() for _ in range(trial if restarts > 1 else 1)]
         if best is None or value[-1] > highest:
@@ -332,7 +333,7 @@ class Watch:
 
         state = self.run.state
         score = complete(state.phi.double(), state.alpha.double(), *self.halves)
-        value = float(np.exp(-score.sum() / max(self.halves[1].num_tokens, 1.0)))
+        value = float(np.exp(-float(score.sum()) / max(self.halves[1].num_tokens, 1.0)))
         if self.seen and value > min(self.seen) * 1.0005:
             self.ended = True
             return True

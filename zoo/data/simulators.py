@@ -168,7 +168,7 @@ def drifting_words(num_data: int = 240, seed: int = 0) -> Dataset:
     `truth` has the phi of every topic and slice, (2, 6, 10).
     """
     rng, T = _generator(num_data, seed), 6
-    old = np.array([[5.0, 4, 1, 0, 0], [0, 0, 1, 4, 5]]).T
+    old = np.array([[4.0, 3, 4, 1, 0], [0, 1, 4, 3, 4]]).T
     beta = np.zeros((2, T, 10))
     for t in range(T):
         late = t / (T - 1)
