@@ -1,7 +1,7 @@
 """Dynamic topic models of State of the Union addresses: perplexity and processor time beside gensim, tomotopy and static LDA.
 
 Held-out passages of every slice are completed from half of their words; a last slice that was never seen is foretold.  gensim's
-`LdaSeqModel` takes hours on the whole corpus: it is timed on a part of it (--gensim-share), and so is ours for that ratio.
+`LdaSeqModel` takes hours on the whole corpus: it is timed on a part of it, and so is ours for that ratio.
 
     python -m pip install tomotopy gensim
     python benchmarks/dtm_sotu.py --data FOLDER [--quick]   # FOLDER holds docs.ldac, vocab.txt and meta.tsv with years
@@ -88,7 +88,7 @@ def heldout_case(options: Any, report: Report, corpus: Any, width: int, topics: 
 
     sliced = corpus.sliced(width)
     train, _, test = sliced.split(0.1, 0.1, seed=0)
-    slices = int(sliced.times.max()) + 1
+    slices, iterations = int(sliced.times.max()) + 1, 20 if options.quick else 300
     with report.case(f"slices of {width} years, {slices} slices, {topics} topics") as case:
         rounds: dict[str, list[float]] = {}
         scores: dict[str, list[float]] = {}
@@ -101,7 +101,6 @@ def heldout_case(options: Any, report: Report, corpus: Any, width: int, topics: 
             rounds.setdefault("static LDA", []).append(seconds)
             scores.setdefault("static LDA", []).append(perplexity(posterior, test).value)
             if find_spec("tomotopy"):
-                iterations = 20 if options.quick else 300
                 found, seconds = cpu_seconds(
                     lambda seed=seed: tomotopy_dtm(train, topics, slices, seed + 1, iterations)
                 )
@@ -133,14 +132,14 @@ def forecast_case(report: Report, corpus: Any, width: int, topics: int) -> None:
         case.goal("perplexity as a share of static LDA's", share, 0.92, most=True)
 
 
-def gensim_case(report: Report, corpus: Any, topics: int, share: float) -> None:
+def gensim_case(report: Report, corpus: Any, topics: int, part: float) -> None:
     """gensim and ours on a part of the corpus."""
     if not find_spec("gensim"):
         return
     rng = np.random.default_rng(0)
-    part = corpus.sliced(20)[rng.random(len(corpus)) < share].pruned(min_documents=5, min_length=5)
-    train, _, test = part.split(0.1, 0.1, seed=0)
-    slices = int(part.times.max()) + 1
+    some = corpus.sliced(20)[rng.random(len(corpus)) < part].pruned(min_documents=5, min_length=5)
+    train, _, test = some.split(0.1, 0.1, seed=0)
+    slices = int(some.times.max()) + 1
     with report.case(f"gensim on {len(train)} passages, {train.num_words} words, {slices} slices") as case:
         found, seconds = cpu_seconds(lambda: gensim_dtm(train, topics, slices, 0))
         case.times["gensim"] = Times([seconds])

@@ -66,19 +66,19 @@ def perplexities(options: Any, report: Report, train: Any, validation: Any, test
 
 
 def bounds(options: Any, report: Report, train: Any, topics: int) -> None:
-    """The bound of variational Bayes after the same sweeps as scikit-learn's."""
+    """Variational Bayes: the bound after scikit-learn's sweeps, and after far fewer of ours."""
     from sklearn.decomposition import LatentDirichletAllocation
 
     from inference import SVI, fit
     from zoo import LDA
 
-    sweeps = 25 if options.quick else 40
-    with report.case(f"variational Bayes, {sweeps} sweeps", unit="fit") as case:
+    theirs, ours = (10, 8) if options.quick else (40, 12)
+    with report.case(f"variational Bayes, {theirs} sweeps of scikit-learn, {ours} of ours", unit="fit") as case:
         peer = LatentDirichletAllocation(
-            topics, doc_topic_prior=0.1, topic_word_prior=0.1, max_iter=sweeps, random_state=0, evaluate_every=-1
+            topics, doc_topic_prior=0.1, topic_word_prior=0.1, max_iter=theirs, random_state=0, evaluate_every=-1
         )
         x = train.counts.astype(float)
-        svi = SVI(starts=1, steps=sweeps, tol=0.0)
+        svi = SVI(starts=1, steps=ours, tol=0.0, draws=25)
         rounds: dict[str, list[float]] = {OURS: [], "scikit-learn": []}
         for _ in range(options.repeats):
             posterior, seconds = cpu_seconds(
@@ -87,12 +87,12 @@ def bounds(options: Any, report: Report, train: Any, topics: int) -> None:
             rounds[OURS].append(seconds)
             _, seconds = cpu_seconds(lambda: peer.fit(x))
             rounds["scikit-learn"].append(seconds)
-        theirs = peer._approx_bound(x, peer._unnormalized_transform(x), sub_sampling=False)
+        bound = peer._approx_bound(x, peer._unnormalized_transform(x), sub_sampling=False)
         case.times = {name: Times(r) for name, r in rounds.items()}
         case.facts["bound a word, ours"] = posterior.diagnostics["elbo"] / train.num_tokens
-        case.facts["bound a word, scikit-learn"] = theirs / train.num_tokens
+        case.facts["bound a word, scikit-learn"] = bound / train.num_tokens
         case.check(
-            "how far our bound lies below, as a share", max(0.0, 1 - theirs / posterior.diagnostics["elbo"]), 0.01
+            "how far our bound lies below, as a share", max(0.0, posterior.diagnostics["elbo"] / bound - 1), 0.001
         )
         case.faster("scikit-learn", 3.0)
 

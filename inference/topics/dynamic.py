@@ -43,7 +43,7 @@ NEWTON, LARGE, ROUNDS, FAR = 2, 5_000_000, 6, 1.5
 #: Passes of the static model that the walks start from, and rounds within a document.
 STATIC, INNER = 15, 5
 #: Drifts that are tried, for how many iterations, and words set aside that are enough to choose by.
-DRIFTS, SHORT, ENOUGH = (0.1, 0.2, 0.4, 0.7, 1.0), 6, 2000
+DRIFTS, SHORT, ENOUGH = (0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5), 5, 2000
 #: EM's tolerance, for one word of a document.
 TOL = 10 * WORD_TOL
 #: Iterations before sigma and alpha are learned, and the bounds of sigma.
@@ -255,6 +255,15 @@ class Climb:
             self.alpha = (self.alpha * gain / weight).clamp(1e-4, 20.0)
         return S.transpose(1, 2).contiguous(), total
 
+    def foretell(self, first: Documents, second: Documents) -> float:
+        """log p of the second halves of new documents, completed from the first."""
+        phi, total, times = self.walks.beta.softmax(2).double(), 0.0, np.asarray(first.times)
+        for t in np.unique(times):
+            which = np.flatnonzero(times == t)
+            rows = complete(phi[t], self.alpha.double(), first.take(which), second.take(which))
+            total += float(rows.sum())
+        return total
+
     def iterate(self) -> float:
         """One expectation and one maximisation; the log-likelihood before."""
         walk = self.form.walk
@@ -300,21 +309,28 @@ def best_drift(form: Admixture, documents: Documents, seed: int) -> float | None
     aside, rest = set_aside(documents, seed)
     if form.walk is None or form.walk.step_param is None or aside is None or aside.num_tokens < ENOUGH:
         return None
-    halves, start, found = aside.halves(np.random.default_rng(seed)), None, {}
-    for drift in DRIFTS:
-        run = Climb(form, rest, seed, start=start, drift=drift)
-        start = run.start
-        for _ in range(SHORT):
-            run.iterate()
-        phi, total = run.walks.beta.softmax(2).double(), 0.0
-        for t in np.unique(np.asarray(aside.times)):
-            which = np.flatnonzero(np.asarray(aside.times) == t)
-            first, second = (h.take(which) for h in halves)
-            total += float(complete(phi[t], run.alpha.double(), first, second).sum())
-        found[drift] = total
-        if len(found) > 2 and total < min(list(found.values())[-3:-1]):
-            break  # past the best
-    return max(found, key=lambda d: found[d])
+    halves = aside.halves(np.random.default_rng(seed))
+    found: dict[int, float] = {}
+    start: Any = None
+
+    def value(i: int) -> float:
+        """log p of the second halves of the documents set aside, after a short climb with the i-th drift."""
+        nonlocal start
+        if not 0 <= i < len(DRIFTS):
+            return -np.inf
+        if i not in found:
+            run = Climb(form, rest, seed, start=start, drift=DRIFTS[i])
+            start = run.start
+            for _ in range(SHORT):
+                run.iterate()
+            found[i] = run.foretell(*halves)
+        return found[i]
+
+    at = len(DRIFTS) // 2
+    way = 1 if value(at + 1) > value(at) else -1
+    while value(at + way) > value(at):
+        at += way
+    return DRIFTS[at]
 
 
 def parts_of(problem: Problem, run: Climb, count: int) -> dict[str, Tensor]:
