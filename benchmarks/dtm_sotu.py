@@ -23,7 +23,7 @@ def our_dtm(train: Any, topics: int, drift: float | None, seed: int) -> Any:
     from inference import EM, fit
     from zoo import DTM
 
-    return fit(DTM(topics, drift=drift), train, EM(), seed=seed, device="cpu", progress=False)
+    return fit(DTM(topics, drift=drift, concentration=None), train, EM(), seed=seed, device="cpu", progress=False)
 
 
 def static_lda(train: Any, topics: int, seed: int) -> Any:
@@ -117,7 +117,7 @@ def heldout_case(options: Any, report: Report, corpus: Any, width: int, topics: 
 
 def forecast_case(report: Report, corpus: Any, width: int, topics: int) -> None:
     """The last slice but one, foretold by what came before."""
-    from inference.topics import forecast, perplexity
+    from inference.topics import forecast, forecast_concentration, perplexity
 
     sliced = corpus.sliced(width)
     last = int(sliced.times.max()) - 1
@@ -125,8 +125,9 @@ def forecast_case(report: Report, corpus: Any, width: int, topics: int) -> None:
     with report.case(f"a slice of {width} years never seen", unit="fit") as case:
         dynamic, seconds = cpu_seconds(lambda: our_dtm(train, topics, None, 0))
         case.times[OURS] = Times([seconds])
+        alpha = forecast_concentration(dynamic).numpy()
         static = static_lda(train, topics, 0)
-        case.facts["forecast, completion"] = perplexity((forecast(dynamic), 0.1), unseen).value
+        case.facts["forecast, completion"] = perplexity((forecast(dynamic), alpha), unseen).value
         case.facts["static LDA, completion"] = perplexity(static, unseen).value
         share = case.facts["forecast, completion"] / case.facts["static LDA, completion"]
         case.goal("perplexity as a share of static LDA's", share, 0.92, most=True)

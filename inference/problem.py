@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect as signatures
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from copy import deepcopy
@@ -13,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .data import bind, first_index, has_nan, take_rows
+from .data import DataNotice, bind, first_index, has_nan, take_rows
 from .handlers import supports_missing
 from .session import fresh_seed, isolated
 from .shapes import Record, check_supports, record, same_sites, without_values
 from .structure import Structure, build, find_data_plate, pair, row_arguments
+from .wide import wide_tables
 
 #: Runs of a quick story that are compared with the first: each could take another branch.
 MORE_RUNS = 5
@@ -231,6 +233,10 @@ def prepare(
             except (ValueError, RuntimeError, NotImplementedError, IndexError):
                 conjugate = False  # the story has another fault, which its method will name
         problem = replace(problem, structure=replace(structure, conjugate=conjugate))
+    if problem.admixture is None and (wide := wide_tables(runs.full, structure)):
+        for text in wide:
+            warnings.warn(text, DataNotice, stacklevel=3)
+        problem = replace(problem, structure=replace(problem.structure, notes=(*problem.structure.notes, *wide)))
     return problem
 
 

@@ -304,6 +304,7 @@ def test_drifting_topics_are_followed(method):
     assert posterior.local("theta").shape[1:] == (240, 2) and posterior.log_prob().shape == (240,)
     torch.testing.assert_close(tm.forecast(posterior), posterior.draws["beta"].mean(0)[:, -1].softmax(-1))
     assert tm.forecast(posterior, 3, draws=20).std(0).max() > 0
+    assert tm.forecast_concentration(posterior).sum() == pytest.approx(1.0)  # alpha's own total: 2 x 0.5
 
 
 def test_a_dynamic_model_foretells_better_than_a_static_one_where_words_drift():

@@ -13,6 +13,7 @@ _LAZY = {
     "coherence": ".quality",
     "diversity": ".quality",
     "forecast": ".dynamic",
+    "forecast_concentration": ".dynamic",
     "match_topics": ".quality",
     "perplexity": ".perplexity",
     "plot_streams": ".plots",

@@ -289,3 +289,17 @@ def forecast(posterior: Posterior, steps: int = 1, draws: int = 0, seed: int = 0
     sd = (kept["beta.sd"][:, -1].square() + steps * kept["step"] ** 2).sqrt()
     noise = torch.empty(draws, *last.shape, dtype=last.dtype).normal_(generator=torch.Generator().manual_seed(seed))
     return (last + sd * noise).softmax(-1)
+
+
+def forecast_concentration(posterior: Posterior) -> Tensor:
+    """Concentrations of the shares in a slice never seen: alpha's total, dealt out as the last slice dealt out its words, (K,).
+
+    The story's own alpha knows no time; topics that have come up lately are likelier in the next slice.
+    """
+    from .answers import alpha_of
+    from .quality import topic_share
+
+    alpha = alpha_of(posterior)
+    _, share = topic_share(posterior)
+    last = torch.from_numpy(share[-1])
+    return 0.9 * alpha.sum() * last + 0.1 * alpha
