@@ -72,7 +72,7 @@ def bounds(options: Any, report: Report, train: Any, topics: int) -> None:
     from inference import SVI, fit
     from zoo import LDA
 
-    theirs, ours = (10, 8) if options.quick else (40, 12)
+    theirs, ours = (10, 8) if options.quick else (40, 20)
     with report.case(f"variational Bayes, {theirs} sweeps of scikit-learn, {ours} of ours", unit="fit") as case:
         peer = LatentDirichletAllocation(
             topics, doc_topic_prior=0.1, topic_word_prior=0.1, max_iter=theirs, random_state=0, evaluate_every=-1

@@ -241,3 +241,25 @@ def test_tables_of_topics_by_words_by_vocabulary_are_announced():
         warnings.simplefilter("error")
         inspect(naive, w[:20])
         inspect(LDA(50), torch.ones(100, 5000))
+
+
+@pytest.mark.parametrize(("wrong", "text"), [(-1.0, "-1"), (0.5, "0.5")])
+def test_counts_that_are_none_are_refused_before_any_work(wrong, text):
+    """A negative or broken count that a fit runs on with for minutes."""
+    x = load_data("bars").x[:12].clone()
+    x[3, 0] = wrong
+    with pytest.raises(ValueError, match=rf"site 'w': 1 of 12 .*outside the support.*\[{text}") as error:
+        fit(LDA(2), x)
+    assert "index 3" in str(error.value)
+
+
+def test_poor_corpora_are_answered():
+    """No words at all, one document, more topics than words: priors, and nothing that is not finite."""
+    for x, K in (
+        (torch.zeros(5, 4), 3),
+        (torch.tensor([[3.0, 0, 1]]), 2),
+        (torch.tensor([[1.0, 0, 0], [0, 1, 0]]), 20),
+    ):
+        for method in (EM(restarts=1), SVI(starts=1), Gibbs(chains=1, warmup=5, draws=5)):
+            posterior = fit(LDA(K), x, method, seed=0)
+            assert posterior.draws["phi"].isfinite().all() and posterior.local("theta").isfinite().all()

@@ -53,6 +53,7 @@ class BagOfWords(TorchDistribution):
         self.theta, self.phi, self.words, self.times, self.length = theta, phi, words, times, length
         event = phi.shape[-1] if words is None else words.shape[-1]
         super().__init__(theta.shape[:-1], Size([event]), validate_args=False)
+        del self._validate_args  # parameters need no look at every step, observed counts do
 
     @constraints.dependent_property(is_discrete=True, event_dim=1)
     def support(self) -> Any:
@@ -100,6 +101,7 @@ class Word(TorchDistribution):
     def __init__(self, phi: Tensor, z: Tensor) -> None:
         self.phi, self.z = phi, z
         super().__init__(torch.broadcast_shapes(z.shape, phi.shape[:-2]), Size([]), validate_args=False)
+        del self._validate_args
 
     @constraints.dependent_property(is_discrete=True, event_dim=0)
     def support(self) -> Any:
