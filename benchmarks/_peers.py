@@ -33,7 +33,9 @@ OURS = "ours"
 # -- command line --------------------------------------------------------------------------------------------
 
 
-def arguments(description: str | None, *, repeats: int, device: bool = False) -> argparse.Namespace:
+def arguments(
+    description: str | None, *, repeats: int, device: bool = False, data: str | None = None
+) -> argparse.Namespace:
     """The command line of every benchmark: --quick, --repeats, --threads, --only and --json.
 
     One thread is the default: a BLAS whose threads wait for each other on a busy machine can take twenty
@@ -47,6 +49,8 @@ def arguments(description: str | None, *, repeats: int, device: bool = False) ->
         Rounds of a full run; --quick makes two.
     device
         Whether to offer --device.
+    data
+        What --data is to hold, where there is such an option.
     """
     parser = argparse.ArgumentParser(description=(description or "").strip().split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small data, two rounds, no JSON: does it still run?")
@@ -56,6 +60,8 @@ def arguments(description: str | None, *, repeats: int, device: bool = False) ->
     parser.add_argument("--json", type=Path, help="where to write (default: beside the script; nowhere with --quick)")
     if device:
         parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    if data is not None:
+        parser.add_argument("--data", type=Path, help=data)
     options = parser.parse_args()
     for package in ("inference", "zoo", "threadpoolctl"):
         if find_spec(package) is None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .data import DataNotice
     from .errors import DivergenceError
     from .fit import fit
-    from .methods import EM, HMC, NUTS, SVI, Exact, Verdict
+    from .methods import EM, HMC, NUTS, SVI, Exact, Gibbs, Verdict
     from .plates import draw_plates
     from .posterior import Posterior
     from .simulate import simulate
@@ -43,6 +43,7 @@ _HOME = {
     "EM": "methods",
     "Exact": "methods",
     "HMC": "methods",
+    "Gibbs": "methods",
     "NUTS": "methods",
     "SVI": "methods",
     "Verdict": "methods",
@@ -68,6 +69,7 @@ __all__ = [
     "DataNotice",
     "DivergenceError",
     "Exact",
+    "Gibbs",
     "NoMethodError",
     "Posterior",
     "Site",

@@ -41,9 +41,10 @@ def choose(structure: Structure, want: str = "auto", *, slow: dict[str, str] | N
     """The first rule that holds.
 
     0. the posterior is known in closed form, and points were not asked for -> exact
-    1. want="point", or finite locals can be summed out and points for the globals are enough -> EM
-    2. continuous latents and data in memory, at a bearable cost -> NUTS
-    3. otherwise (large data, continuous locals in numbers, networks) -> SVI
+    1. a topic model -> EM on expected counts, or SVI by natural gradients for want="posterior"
+    2. want="point", or finite locals can be summed out and points for the globals are enough -> EM
+    3. continuous latents and data in memory, at a bearable cost -> NUTS
+    4. otherwise (large data, continuous locals in numbers, networks) -> SVI
 
     Parameters
     ----------
@@ -69,6 +70,10 @@ def choose(structure: Structure, want: str = "auto", *, slow: dict[str, str] | N
 
     if want != "point" and valid("exact"):
         return Choice(METHODS["exact"], opinions["exact"].reason, opinions)
+    if structure.admixture:
+        name = "svi" if want == "posterior" else "em"
+        why = "a distribution over them is asked for" if want == "posterior" else "points for the topics are enough"
+        return Choice(METHODS[name], f"a topic model, and {why} (want={want!r})", opinions)
     finite_locals = [s.name for s in structure.finite if s.local]
     if want != "posterior" and valid("em") and (want == "point" or structure.finite):
         what = ", ".join(finite_locals or [s.name for s in structure.finite]) or "no latent"

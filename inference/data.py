@@ -70,6 +70,8 @@ def bind(model: Callable, data: Any, dtype: torch.dtype, device: torch.device | 
 def _by_name(model: Callable, names: list[str], data: Any) -> dict[str, Any]:
     if data is None:
         return {}
+    if hasattr(data, "as_arguments"):  # an object that knows what a story wants to see of it, such as a corpus
+        return dict(data.as_arguments(names))
     if isinstance(data, Mapping):
         return dict(data)
     if hasattr(data, "columns") and hasattr(data, "to_numpy"):

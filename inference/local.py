@@ -46,6 +46,11 @@ def local_posterior(posterior: Posterior, site: str, data: Any, draws: int) -> T
             else "is no latent inside the data plate"
         )
         raise ValueError(f"{site!r} {what}; the local latents are {locals_}")
+    kept = data is None and site in posterior.draws and posterior.kind != "point"
+    if structure.admixture and not kept and (posterior.kind != "samples" or data is not None):
+        from .topics.answers import local
+
+        return local(posterior, site, data, draws)
     kwargs = posterior.problem.kwargs if data is None else posterior.problem.with_data(data)
     if structure[site].continuous:
         if data is None and site in posterior.draws and posterior.kind != "point":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect as signatures
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from copy import deepcopy
@@ -13,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .data import bind, first_index, has_nan, take_rows
+from .data import DataNotice, bind, first_index, has_nan, take_rows
 from .handlers import supports_missing
 from .session import fresh_seed, isolated
 from .shapes import Record, check_supports, record, same_sites, without_values
 from .structure import Structure, build, find_data_plate, pair, row_arguments
+from .wide import wide_tables
 
 #: Runs of a quick story that are compared with the first: each could take another branch.
 MORE_RUNS = 5
@@ -51,6 +53,8 @@ class Problem:
         Whether to draw progress bars.
     few
         The same arguments with the first rows only.
+    admixture
+        Which site plays which role, where the story is a topic model (`topics.form.Admixture`), else None.
     """
 
     story: Any
@@ -65,6 +69,7 @@ class Problem:
     progress: bool = False
     want: str = "auto"
     few: dict[str, Any] = field(default_factory=dict)
+    admixture: Any = None
 
     @property
     def sketch(self) -> dict[str, Any]:
@@ -107,7 +112,10 @@ class Problem:
         kwargs = bind(self.model, data, self.dtype, self.device)
         for name, value in kwargs.items():
             fitted = self.kwargs.get(name)
-            if isinstance(value, Tensor) and isinstance(fitted, Tensor) and value.shape[1:] != fitted.shape[1:]:
+            ragged = self.admixture is not None and name in self.admixture.ragged
+            if ragged or not isinstance(value, Tensor) or not isinstance(fitted, Tensor):
+                pass  # padded rows may be wider
+            elif value.shape[1:] != fitted.shape[1:]:
                 raise ValueError(
                     f"{name} has shape {tuple(value.shape)}; the story was fitted to rows of shape {tuple(fitted.shape[1:])}"
                 )
@@ -218,6 +226,8 @@ def prepare(
         with problem.scope(0):
             found = is_linear_gaussian(problem)
         problem = replace(problem, structure=replace(structure, linear_gaussian=found))
+        if not found:
+            problem = with_admixture(problem)
     elif structure.latents and not any(s.discrete or s.local for s in structure.latents):
         from .conjugate import closed_form
 
@@ -227,7 +237,28 @@ def prepare(
             except (ValueError, RuntimeError, NotImplementedError, IndexError):
                 conjugate = False  # the story has another fault, which its method will name
         problem = replace(problem, structure=replace(structure, conjugate=conjugate))
+    if problem.admixture is None and (wide := wide_tables(runs.full, structure)):
+        for text in wide:
+            warnings.warn(text, DataNotice, stacklevel=3)
+        problem = replace(problem, structure=replace(problem.structure, notes=(*problem.structure.notes, *wide)))
     return problem
+
+
+def with_admixture(problem: Problem) -> Problem:
+    """The same problem with the roles of its sites, where the story is a topic model."""
+    from .topics.form import candidate, recognise
+
+    if candidate(problem) is None:
+        return problem
+    with problem.scope(0):
+        try:
+            form = recognise(problem)
+        except (ValueError, RuntimeError, NotImplementedError, IndexError):
+            form = None  # of another form than it seemed, or with a fault that its method will name
+    if form is None:
+        return problem
+    kind = "dynamic" if form.walk else "static"
+    return replace(problem, admixture=form, structure=replace(problem.structure, admixture=kind))
 
 
 def see_through(direct: dict[str, tuple[str, ...]], records: dict[str, Record]) -> dict[str, tuple[str, ...]]:

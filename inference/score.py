@@ -53,6 +53,10 @@ class Score:
 
 def score(posterior: Posterior, data: Any, draws: int) -> Score:
     """See `Posterior.score`."""
+    if posterior.structure.admixture:
+        from .topics.answers import score as score_documents
+
+        return score_documents(posterior, data, draws)
     kwargs = posterior.problem.kwargs if data is None else posterior.problem.with_data(data)
     if posterior.structure.continuous_locals:
         from .local import integrated_rows

@@ -77,6 +77,7 @@ class Structure:
 
     `linear_gaussian`: given the globals and the finite locals, the log joint of a row is quadratic in its continuous locals.
     `conjugate`: the posterior of all unknowns is known in closed form.
+    `admixture`: "static" or "dynamic" where the story is a topic model with Dirichlet or drifting topics, else "".
     """
 
     sites: tuple[Site, ...]
@@ -91,6 +92,7 @@ class Structure:
     itemsize: int = 8
     linear_gaussian: bool = False
     conjugate: bool = False
+    admixture: str = ""
     _by_name: dict[str, Site] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -340,7 +340,7 @@ def test_example_leaves_the_world_alone_and_repeats_itself(entry):
     assert (np.random.get_state()[1] == before[1]).all() and random.getstate() == before[2]
     assert not list(pyro.get_param_store().keys())
     assert story == again[0] and data.keys() == again[1].keys()
-    assert all(torch.equal(data[name], again[1][name]) for name in data)
+    assert all(torch.equal(torch.as_tensor(data[name]), torch.as_tensor(again[1][name])) for name in data)
     assert isinstance(story, entry.story)
 
 

@@ -174,6 +174,30 @@ _ENTRIES = (
         symbols="pi (K,); A (K, K); B (K, V); z_t (N,)",
         methods="EM (Baum-Welch), NUTS (samples), SVI (approximation); z is summed out by forward-backward",
     ),
+    Entry(
+        name="LDA",
+        chapter="topics",
+        description="Latent Dirichlet allocation: every document mixes topics in shares of its own",
+        path="zoo.topics.lda:LDA",
+        symbols="phi (K, V); theta (D, K)",
+        methods="EM (points, on expected counts), SVI (natural gradients), Gibbs (samples), NUTS where it is tiny",
+    ),
+    Entry(
+        name="TokenLDA",
+        chapter="topics",
+        description="Latent Dirichlet allocation told word by word, every topic assignment in the open",
+        path="zoo.topics.tokens:TokenLDA",
+        symbols="phi (K, V); theta (D, K); z (D, N)",
+        methods="EM (points, on expected counts), SVI (natural gradients), Gibbs (samples), NUTS where it is tiny",
+    ),
+    Entry(
+        name="DTM",
+        chapter="topics",
+        description="Dynamic topic model: topics whose words drift from one slice of time to the next",
+        path="zoo.topics.dtm:DTM",
+        symbols="m (V,); beta (K, T, V); theta (D, K)",
+        methods="EM (points, Newton steps over whole walks), SVI (a Gaussian Markov chain over time)",
+    ),
 )
 
 

@@ -6,12 +6,20 @@ from typing import Any
 from .base import Method, Verdict
 from .em import EM
 from .exact import Exact
+from .gibbs import Gibbs
 from .hmc import HMC
 from .nuts import NUTS
 from .svi import SVI
 
 #: Names that `fit(..., method=...)` takes, strongest promise about the latents first.
-METHODS: dict[str, Method] = {"exact": Exact(), "em": EM(), "nuts": NUTS(), "hmc": HMC(), "svi": SVI()}
+METHODS: dict[str, Method] = {
+    "exact": Exact(),
+    "em": EM(),
+    "gibbs": Gibbs(),
+    "nuts": NUTS(),
+    "hmc": HMC(),
+    "svi": SVI(),
+}
 
 
 def resolve(method: Any) -> Method:
@@ -37,4 +45,4 @@ def resolve(method: Any) -> Method:
     return method
 
 
-__all__ = ["EM", "HMC", "METHODS", "NUTS", "SVI", "Exact", "Method", "Verdict", "resolve"]
+__all__ = ["EM", "HMC", "METHODS", "NUTS", "SVI", "Exact", "Gibbs", "Method", "Verdict", "resolve"]

@@ -89,6 +89,8 @@ class SVI:
         """The guide that "auto" stands for."""
         if self.guide != "auto":
             return self.guide
+        if structure.admixture:
+            return "topics"
         if structure.has_guide:
             return "story"
         size = sum(math.prod(s.shape) for s in structure.latents if s.continuous)
@@ -101,6 +103,13 @@ class SVI:
         if objection:
             return Verdict(False, objection)
         family = self.family(structure)
+        if family == "topics":
+            how = (
+                "Dirichlet factors by natural gradients"
+                if structure.admixture == "static"
+                else "a Gaussian chain over time"
+            )
+            return Verdict(True, f"approximate posterior of a topic model: {how}")
         if family == "story" and not structure.has_guide:
             return Verdict(
                 False, "SVI(guide='story') needs a guide: give the story a `guide` method or pass fit(guide=...)"
@@ -127,8 +136,12 @@ class SVI:
         from ..posterior import Posterior
         from .paired import PairTarget
 
+        family = self.family(problem.structure)
+        if family == "topics":
+            from ..topics.fits import run_svi
+
+            return run_svi(problem, self)
         with Meter() as meter:
-            family = self.family(problem.structure)
             target = self.target(problem, family)
             meter.mark("setup")
             began = time.perf_counter()

@@ -1,15 +1,18 @@
 """Data: sets that need no download, simulators that know the truth, readers for tables.
 
 `datasets()` lists names, `load(name)` gives one of them and `read(source)` a file or a data frame; the answer
-is always a `Dataset`.  Nothing here touches a global random state.
+is always a `Dataset`.  Texts are a `Corpus`: `read_corpus(path)`, `from_texts(texts)`, and `load_corpus()`, which needs
+no download.  Nothing here touches a global random state.
 """
 
 from importlib import import_module
 from typing import Any
 
 _LAZY = {"Dataset": ".dataset", "datasets": ".library", "load": ".library", "read": ".readers"}
+_LAZY |= {"Corpus": ".text"}
+_LAZY |= {name: ".corpus_readers" for name in ("fetch_corpus", "from_texts", "load_corpus", "read_corpus")}
 
-__all__ = ["Dataset", "datasets", "load", "read"]
+__all__ = ["Corpus", "Dataset", "datasets", "fetch_corpus", "from_texts", "load", "load_corpus", "read", "read_corpus"]
 
 
 def __getattr__(name: str) -> Any:

@@ -36,6 +36,8 @@ _BUNDLED = {
 _SIMULATED = (
     "answers",
     "bags_of_words",
+    "bars",
+    "drifting_words",
     "old_faithful",
     "patients",
     "poisson_counts",

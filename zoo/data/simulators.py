@@ -137,6 +137,60 @@ def _classes(name: str, x: Any, z: Any, names: tuple[str, ...], truth: dict[str,
     )
 
 
+def bars(num_data: int = 300, seed: int = 0) -> Dataset:
+    """Counts of nine words, the cells of a grid, whose six topics are its rows and columns; labelled by the strongest.
+
+    `truth` has the phi of `zoo.LDA`.
+
+    Griffiths & Steyvers, *Finding scientific topics* (PNAS 101, 2004), figure 1, on a smaller grid.
+    """
+    rng, grid = _generator(num_data, seed), np.arange(9).reshape(3, 3)
+    phi = np.zeros((6, 9))
+    for k in range(3):
+        phi[k, grid[k]] = phi[3 + k, grid[:, k]] = 1 / 3
+    theta = rng.dirichlet(np.full(6, 0.5), num_data)
+    x = np.stack([rng.multinomial(n, p / p.sum()) for n, p in zip(rng.integers(30, 60, num_data), theta @ phi)])
+    names = tuple(f"row {i + 1}, column {j + 1}" for i in range(3) for j in range(3))
+    return Dataset(
+        name="bars",
+        x=torch.from_numpy(x.astype(np.float64)),
+        labels=torch.from_numpy(theta.argmax(1)),
+        feature_names=names,
+        description="Documents whose topics are the bars of a grid.",
+        source="simulated",
+        truth={"phi": torch.from_numpy(phi)},
+    )
+
+
+def drifting_words(num_data: int = 240, seed: int = 0) -> Dataset:
+    """Counts of ten words in six slices of time (the labels), while two topics pass from old words to new ones.
+
+    `truth` has the phi of every topic and slice, (2, 6, 10).
+    """
+    rng, T = _generator(num_data, seed), 6
+    old = np.array([[4.0, 3, 4, 1, 0], [0, 1, 4, 3, 4]]).T
+    beta = np.zeros((2, T, 10))
+    for t in range(T):
+        late = t / (T - 1)
+        for k in range(2):
+            beta[k, t, 5 * k : 5 * k + 5] = 0.6 * ((1 - late) * old[:, 0] + late * old[:, 1]) + 1.0
+    phi = np.exp(beta) / np.exp(beta).sum(-1, keepdims=True)
+    times = np.sort(rng.integers(T, size=num_data))
+    times[:T] = np.arange(T)
+    theta = rng.dirichlet([0.5, 0.5], num_data)
+    probs = np.einsum("dk,kdv->dv", theta, phi[:, times])
+    x = np.stack([rng.multinomial(n, p / p.sum()) for n, p in zip(rng.integers(40, 80, num_data), probs)])
+    return Dataset(
+        name="drifting_words",
+        x=torch.from_numpy(x.astype(np.float64)),
+        labels=torch.from_numpy(times.astype(np.int64)),
+        feature_names=("quill", "ink", "letter", "wire", "mail", "ox", "plough", "field", "tractor", "drone"),
+        description="Writing and farming, from old words to new ones.",
+        source="simulated",
+        truth={"phi": torch.from_numpy(phi)},
+    )
+
+
 def rectangle(num_data: int = 60, seed: int = 0) -> Dataset:
     """Points spread evenly over a rectangle. `truth` has the sites of `zoo.Box`: low (2,) and size (2,)."""
     low, size = np.array([-1.0, 0.5]), np.array([3.0, 1.0])

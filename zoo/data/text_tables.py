@@ -39,7 +39,7 @@ def read_text(path: Path, encoding: str) -> Table:
     """
     import pandas as pd
 
-    text = _decode(path, encoding)
+    text = decode(path, encoding)
     separator = "\t" if path.suffix.lower() == ".tsv" else _separator(text)
     survey = _survey(text, separator, path.name)
     if not survey.lines:
@@ -66,12 +66,23 @@ def read_text(path: Path, encoding: str) -> Table:
     return Table(frame, path.name, lines=[line for row, line in enumerate(survey.lines) if row not in blank])
 
 
-def _decode(path: Path, encoding: str) -> str:
+def decode(path: Path, encoding: str) -> str:
+    """The text of a file, without its byte order mark.
+
+    Raises
+    ------
+    ValueError
+        An unknown encoding, a byte that is none of it, or a NUL byte, with its offset and a guess at what the file is.
+    """
+    return decode_bytes(path.read_bytes(), path.name, encoding)
+
+
+def decode_bytes(data: bytes, where: str, encoding: str) -> str:
+    """The same for bytes that came from `where`."""
     try:
         codecs.lookup(encoding)
     except LookupError:
         raise ValueError(f"encoding={encoding!r} is not known; try 'utf-8', 'latin-1' or 'utf-16'") from None
-    data = path.read_bytes()
     hint = next((name for mark, name in _BOMS.items() if data.startswith(mark)), "latin-1")
     if hint == encoding.lower():
         hint = "latin-1"
@@ -79,12 +90,12 @@ def _decode(path: Path, encoding: str) -> str:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path.name} is not {encoding}: byte {data[error.start]:#04x} at offset {error.start} "
+            f"{where} is not {encoding}: byte {data[error.start]:#04x} at offset {error.start} "
             f"({error.reason}); say which encoding it has, perhaps encoding={hint!r}"
         ) from None
     if "\0" in text:
         raise ValueError(
-            f"{path.name} holds a NUL byte at offset {data.find(0)}: it is not {encoding} text, perhaps "
+            f"{where} holds a NUL byte at offset {data.find(0)}: it is not {encoding} text, perhaps "
             "encoding='utf-16-le'"
         )
     return text.removeprefix("\ufeff")

@@ -94,7 +94,9 @@ def setting(name: str, value: Setting, *, positive: bool = False) -> float | tup
         `value` is not made of numbers.
     """
     try:
-        tensor = torch.as_tensor(value).detach().to(torch.float64)
+        # not by way of float32, where 0.1 is another number
+        given = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64)
+        tensor = given.to(torch.float64)
     except (TypeError, ValueError, RuntimeError):
         found = f"{value!r} ({type(value).__name__})"
         raise TypeError(f"{name} must be a number or one number a column, got {found}") from None

@@ -90,6 +90,9 @@ class EM:
             return Verdict(False, objection)
         if structure.has_modules:
             return Verdict(False, "the story learns networks; their M-step is what SVI does")
+        if structure.admixture:
+            names = ", ".join(s.name for s in (*structure.continuous_locals, *structure.finite))
+            return Verdict(True, f"a topic model: {names} by expected counts (approximate); points for the globals")
         if structure.continuous_locals and not structure.linear_gaussian:
             site = structure.continuous_locals[0]
             return Verdict(
@@ -121,6 +124,10 @@ class EM:
 
         problem = prepare(story, data, seed=0)
         check_request(problem.structure, self)
+        if problem.admixture is not None:
+            from ...topics.fits import plan
+
+            return plan(problem.admixture)
         with problem.scope(0):
             return self.engine(LogJoint(problem), None, problem.kwargs).plan_text
 
@@ -141,6 +148,10 @@ class EM:
         from .climb import begin
         from .contest import Contest
 
+        if problem.admixture is not None:
+            from ...topics.fits import run_em
+
+            return run_em(problem, self)
         with Meter() as meter:
             joint = LogJoint(problem.thumbnail if problem.structure.linear_gaussian else problem)
             theta = self.starting_point(joint)

@@ -1,0 +1,159 @@
+"""Documents as compressed sparse rows, and in blocks of similar length that suit matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+#: Word places of a block: its topics x places stay in the cache.
+CELLS = 8192
+#: Documents of a block at most.
+MOST = 512
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Counts of words in D documents.
+
+    Attributes
+    ----------
+    starts
+        (D + 1,), where the words of each document begin.
+    words, counts
+        Distinct word ids and how often each occurs, document after document.
+    num_words
+        V.
+    times
+        (D,) slices of time, or None.
+    """
+
+    starts: np.ndarray
+    words: np.ndarray
+    counts: np.ndarray
+    num_words: int
+    times: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def num_tokens(self) -> float:
+        """Words of all documents, repetitions counted."""
+        return float(self.counts.sum())
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Words of each document, (D,)."""
+        return np.add.reduceat(np.append(self.counts, 0.0), self.starts[:-1]) * (np.diff(self.starts) > 0)
+
+    @classmethod
+    def from_rows(
+        cls, words: np.ndarray, counts: np.ndarray, num_words: int, times: np.ndarray | None = None
+    ) -> Documents:
+        """From ids and counts (D, L) each, where count 0 is no word; repeated ids of one document are added up."""
+        d, place = np.nonzero(counts > 0)
+        key, value = d * num_words + words[d, place], counts[d, place].astype(np.float64)
+        unique, back = np.unique(key, return_inverse=True)
+        total = np.bincount(back, value, len(unique))
+        rows = unique // num_words
+        starts = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(counts)))])
+        return cls(starts, unique % num_words, total, num_words, times)
+
+    @classmethod
+    def from_table(cls, counts: np.ndarray, times: np.ndarray | None = None) -> Documents:
+        """From counts (D, V)."""
+        d, v = np.nonzero(counts > 0)
+        starts = np.concatenate([[0], np.cumsum(np.bincount(d, minlength=len(counts)))])
+        return cls(starts, v, counts[d, v].astype(np.float64), counts.shape[1], times)
+
+    @classmethod
+    def of(cls, data: Any) -> Documents:
+        """From `Documents`, a SciPy matrix, an object whose `counts` are one (a corpus), or a table (D, V)."""
+        if isinstance(data, Documents):
+            return data
+        times = getattr(data, "times", None)
+        counts = getattr(data, "counts", data)
+        if hasattr(counts, "tocsr"):
+            m = counts.tocsr()
+            return cls(m.indptr.astype(np.int64), m.indices.astype(np.int64), m.data.astype(float), m.shape[1], times)
+        table = np.asarray(counts.detach().cpu() if isinstance(counts, Tensor) else counts)
+        if table.ndim != 2 or table.dtype.kind not in "fiu":
+            raise TypeError(
+                f"documents must be a corpus, a sparse matrix or a table of counts (D, V), got {type(data)}"
+            )
+        return cls.from_table(table, times)
+
+    def take(self, which: np.ndarray) -> Documents:
+        """Some of the documents, in the order given."""
+        spans = [np.arange(self.starts[d], self.starts[d + 1]) for d in which]
+        index = np.concatenate(spans) if spans else np.zeros(0, np.int64)
+        starts = np.concatenate([[0], np.cumsum([len(s) for s in spans])]).astype(np.int64)
+        times = None if self.times is None else self.times[which]
+        return Documents(starts, self.words[index], self.counts[index], self.num_words, times)
+
+    def tokens(self, rng: np.random.Generator) -> list[np.ndarray]:
+        """Word ids of each document in random order: the density of a document does not depend on it."""
+        spans = (slice(a, b) for a, b in zip(self.starts, self.starts[1:]))
+        return [rng.permutation(np.repeat(self.words[s], self.counts[s].astype(np.int64))) for s in spans]
+
+    def halves(self, rng: np.random.Generator) -> tuple[Documents, Documents]:
+        """Every document in two, its words dealt out at random."""
+        parts: tuple[list, list] = ([], [])
+        for ids in self.tokens(rng):
+            for part, some in zip(parts, (ids[: len(ids) // 2], ids[len(ids) // 2 :])):
+                part.append(np.unique(some, return_counts=True))
+        made = []
+        for part in parts:
+            starts = np.concatenate([[0], np.cumsum([len(u) for u, _ in part])]).astype(np.int64)
+            words, counts = (np.concatenate([p[i] for p in part]) for i in (0, 1))
+            made.append(Documents(starts, words.astype(np.int64), counts.astype(float), self.num_words, self.times))
+        return made[0], made[1]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Documents side by side: `rows` (B,) are their numbers, `words` and `counts` (B, L) are padded with count 0."""
+
+    rows: Tensor
+    words: Tensor
+    counts: Tensor
+
+    @property
+    def flat(self) -> Tensor:
+        """Word of every place, (B L,)."""
+        return self.words.reshape(-1)
+
+
+def blocks(documents: Documents, dtype: torch.dtype = torch.float32, cells: int = CELLS) -> list[Block]:
+    """Blocks of documents of similar width, at most `cells` places each."""
+    widths = np.diff(documents.starts)
+    order = np.argsort(widths, kind="stable")
+    found, i = [], 0
+    while i < len(order):
+        j = i + 1
+        while j < len(order) and j - i < MOST and (j - i + 1) * widths[order[j]] <= cells:
+            j += 1
+        rows, width = order[i:j], max(1, int(widths[order[j - 1]]))
+        words, counts = np.zeros((j - i, width), np.int64), np.zeros((j - i, width))
+        inside = np.arange(width) < widths[rows][:, None]
+        index = np.concatenate([np.arange(documents.starts[d], documents.starts[d + 1]) for d in rows])
+        words[inside], counts[inside] = documents.words[index], documents.counts[index]
+        found.append(Block(torch.from_numpy(rows.copy()), torch.from_numpy(words), torch.from_numpy(counts).to(dtype)))
+        i = j
+    return found
+
+
+def by_slice(documents: Documents, num_slices: int, dtype: torch.dtype) -> Iterator[tuple[int, list[Block]]]:
+    """Slice of time and its blocks, slices without documents left out; `rows` are numbers among all documents."""
+    assert documents.times is not None
+    for t in range(num_slices):
+        which = np.flatnonzero(documents.times == t)
+        if len(which):
+            whole = torch.from_numpy(which)
+            part = blocks(documents.take(which), dtype)
+            yield t, [Block(whole[b.rows], b.words, b.counts) for b in part]

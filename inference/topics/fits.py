@@ -1,0 +1,304 @@
+"""Topic stories handed to their engines: expected counts for EM, natural gradients for SVI, Gibbs sampling."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+from tqdm import tqdm
+
+from ..meter import Meter
+from . import expected
+from .form import Admixture
+from .gibbs import sample
+from .variational import VariationalBayes, mean_log
+
+if TYPE_CHECKING:
+    from ..methods.em import EM
+    from ..methods.gibbs import Gibbs
+    from ..methods.svi import SVI
+    from ..posterior import Posterior
+    from ..problem import Problem
+
+#: EM's `tol` is for a row; words are many and a change of this many tolerances a word is little.
+WORD_TOL = 100.0
+#: Numbers that draws of the topics may take, and draws at least.
+DRAW_NUMBERS, DRAWS = 25_000_000, 25
+
+
+def plan(form: Admixture) -> str:
+    """How EM would run, in words."""
+    lines = ["EM plan (topic model)"]
+    if form.walk:
+        lines.append(
+            f"  {form.topics:<12} Newton steps by preconditioned conjugate gradients, {form.num_topics} x {form.num_words} "
+            f"chains of {form.num_slices} slices at once"
+        )
+        lines += [f"  {form.walk.base:<12} closed form"] if form.walk.base else []
+    else:
+        lines.append(f"  {form.topics:<12} expected counts: posterior means given the assignments of all words")
+    lines.append(f"  {form.theta:<12} integrated out approximately (collapsed variational Bayes of order zero)")
+    lines += [f"  {form.z:<12} probabilities for every distinct word of every document"] if form.z else []
+    params = (form.alpha_param, form.eta_param, form.walk.step_param if form.walk else None)
+    lines += [f"  {name:<12} learned on expected counts, stopped by documents set aside" for name in params if name]
+    return "\n".join(lines)
+
+
+def refuse_options(em: EM) -> None:
+    """Options of EM that have no meaning here."""
+    if em.estimate == "mle":
+        raise ValueError(
+            "EM(estimate='mle') is not available for topic models: without priors on shares and topics, rare words have "
+            "probability 0; use estimate='map' with small concentrations"
+        )
+    for name, unset in (
+        ("driver", ("auto", "incremental")),
+        ("start", (None,)),
+        ("checkpoint", (None,)),
+        ("kernels", (True,)),
+    ):
+        if getattr(em, name) not in unset:
+            raise ValueError(
+                f"EM({name}={getattr(em, name)!r}) is not available for topic models, which are fitted on expected counts "
+                f"of all documents; leave it out"
+            )
+
+
+def deadline_of(problem: Problem) -> Callable[[], bool]:
+    """Whether the budget is used up."""
+    end = time.perf_counter() + (problem.budget or math.inf)
+    return lambda: time.perf_counter() > end
+
+
+def learned(problem: Problem, form: Admixture, alpha: Tensor, eta: Tensor) -> dict[str, Tensor]:
+    """Values of the parameters that concentrations are learned as, one draw each."""
+    shapes = {s.name: s.shape for s in problem.structure.learned}
+    found = {}
+    for name, value in ((form.alpha_param, alpha), (form.eta_param, eta)):
+        if name:
+            value = value.double().cpu()
+            size = math.prod(shapes[name])
+            found[name] = (value.mean() if size == 1 else value.reshape(-1)[:size]).reshape(1, *shapes[name])
+    return found
+
+
+def run_em(problem: Problem, em: EM) -> Posterior:
+    """Expected counts; the points are posterior means."""
+    from ..posterior import Posterior
+
+    form = problem.admixture
+    refuse_options(em)
+    if form.walk:
+        from .dynamic import run_em as run_dynamic
+
+        return run_dynamic(problem, em)
+    with Meter() as meter:
+        documents = form.documents(problem.kwargs)
+        same = bool((form.eta == form.eta[0]).all())
+        eta = form.eta[:1].T if same else form.eta.T
+        meter.mark("setup")
+        with tqdm(total=em.max_iter, desc="EM", disable=not problem.progress, leave=False) as bar:
+
+            def tick(i: int, value: float) -> None:
+                bar.update()
+                bar.set_postfix_str(f"{value:.4f} a word", refresh=False)
+                if em.callback is not None:
+                    em.callback(i, value, {})
+
+            sizes = {s.name: math.prod(s.shape) for s in problem.structure.learned}
+            end = expected.climb(
+                documents, form.alpha.cpu(), eta.contiguous().cpu(),
+                learn_alpha=form.alpha_param is not None, learn_eta=form.eta_param is not None,
+                tied=sizes.get(form.alpha_param or "", 0) == 1 < form.num_topics,
+                restarts=em.restarts, max_iter=em.max_iter, tol=WORD_TOL * em.tol, seed=problem.seed,
+                tick=tick, over=deadline_of(problem),
+            )  # fmt: skip
+        state = end.state
+        draws = {form.topics: normalised(state.phi)[None]}
+        draws |= learned(problem, form, state.alpha, state.eta[:1] if same else state.eta.T)
+        meter.mark("run")
+    warnings = [end.stopped] if end.stopped else []
+    if not end.converged and not end.stopped:
+        warnings.append(f"EM did not converge in {em.max_iter} passes; raise max_iter or tol")
+    tokens = max(documents.num_tokens, 1.0)
+    return Posterior(
+        kind="point",
+        method=em,
+        problem=problem,
+        draws=draws,
+        history=end.history,
+        diagnostics={
+            "plan": plan(form),
+            "iterations": len(end.history),
+            "leave_one_out": end.history[-1] / tokens,
+            "validation_perplexity": end.validation,
+        },
+        warnings=warnings + want_notes(problem),
+        timings=meter.timings,
+        converged=end.converged,
+        extra={"topics": {"theta.concentration": (state.n + state.alpha).double()}, "keep_labels": True},
+    )
+
+
+def want_notes(problem: Problem) -> list[str]:
+    """What points cannot give."""
+    if problem.want == "posterior":
+        return ["EM gives points for the topics: it says nothing about their uncertainty"]
+    return []
+
+
+def normalised(phi: Tensor) -> Tensor:
+    """Topics in double precision that sum to one."""
+    phi = phi.double().cpu()
+    return (phi / phi.sum(-1, keepdim=True)).contiguous()
+
+
+# -- variational Bayes ---------------------------------------------------------------------------------------------------
+
+
+def run_svi(problem: Problem, svi: SVI) -> Posterior:
+    """Dirichlet factors by natural gradients; the bound is that of q(phi) q(theta) q(z)."""
+    from ..posterior import Posterior
+
+    form = problem.admixture
+    if form.walk:
+        from .dynamic import run_svi as run_dynamic
+
+        return run_dynamic(problem, svi)
+    over = deadline_of(problem)
+    with Meter() as meter:
+        documents = form.documents(problem.kwargs)
+        runs = [
+            VariationalBayes(documents, form.alpha.float().cpu(), form.eta.float().cpu(), seed=1000 * problem.seed + r)
+            for r in range(svi.starts)
+        ]
+        meter.mark("setup")
+        histories: list[list[float]] = []
+        few = documents.num_tokens < expected.MANY
+        trial = (30 if few else 4) if svi.starts > 1 else 1
+        for run in runs:
+            if svi.batch_size is not None:
+                run.stochastic_pass()
+            histories.append([run.sweep() for _ in range(min(trial, svi.steps))])
+        best = max(range(len(runs)), key=lambda r: histories[r][-1])
+        run, history, warnings, converged = runs[best], histories[best], [], False
+        with tqdm(total=svi.steps, desc="SVI", disable=not problem.progress, leave=False) as bar:
+            while len(history) < svi.steps:
+                improve_concentrations(run, form, len(history))
+                history.append(run.sweep())
+                bar.update()
+                bar.set_postfix_str(f"elbo={history[-1]:.6g}", refresh=False)
+                if history[-1] - history[-2] < svi.tol * abs(history[-1]):
+                    if not run.fresh:
+                        converged = True
+                        break
+                    run.fresh = False  # the last sweeps never fall
+                if over():
+                    warnings.append(f"the budget of {problem.budget:g} s is used up: the best state so far is returned")
+                    break
+        run.widen()
+        bound = run.bound()
+        if not converged and not warnings:
+            warnings.append(f"SVI did not converge in {svi.steps} sweeps: the bound was still rising; raise steps")
+        lam = run.lam
+        assert lam is not None
+        count = max(DRAWS, min(svi.draws, DRAW_NUMBERS // max(1, lam.numel())))
+        draws: dict[str, Tensor] = {form.topics: dirichlet_draws(lam, count, problem.seed)}
+        draws |= {n: v.expand(count, *v.shape[1:]) for n, v in learned(problem, form, run.alpha, run.eta[:1]).items()}
+        meter.mark("run")
+    return Posterior(
+        kind="variational",
+        method=svi,
+        problem=problem,
+        draws=draws,
+        history=history,
+        diagnostics={
+            "guide": "dirichlet",
+            "mode": "natural gradients",
+            "steps": len(history),
+            "elbo": bound,
+            "elbo_error": 0.0,
+        },
+        warnings=warnings,
+        timings=meter.timings,
+        converged=converged,
+        extra={"topics": {"phi.concentration": lam, "theta.concentration": run.gamma}},
+    )
+
+
+def dirichlet_draws(concentration: Tensor, count: int, seed: int) -> Tensor:
+    """Draws (count, K, V); NumPy's gamma variates, which are several times as fast as torch's for small concentrations."""
+    random, shape = np.random.default_rng(seed), concentration.numpy()
+    gamma = torch.from_numpy(np.stack([random.standard_gamma(shape) for _ in range(count)])).clamp_min(1e-300)
+    return gamma / gamma.sum(-1, keepdim=True)
+
+
+def improve_concentrations(run: VariationalBayes, form: Admixture, steps: int, burn: int = 5) -> None:
+    """The concentrations under which the bound is highest, where the story learns them and the first steps are over."""
+    if steps < burn:
+        return
+    if form.alpha_param is not None:
+        run.alpha = dirichlet_maximum(run.alpha, mean_log(run.gamma).mean(0))
+    if form.eta_param is not None and run.lam is not None:
+        V, total = run.eta.shape[1], float(mean_log(run.lam).mean(0).sum())
+
+        def loss(log_eta: float) -> float:
+            e = math.exp(log_eta)
+            return -(math.lgamma(V * e) - V * math.lgamma(e) + (e - 1) * total)
+
+        best = minimize_scalar(loss, bounds=(math.log(1e-4), math.log(20.0)), method="bounded")
+        run.eta = torch.full_like(run.eta, math.exp(best.x))
+
+
+def dirichlet_maximum(alpha: Tensor, mean_logs: Tensor, rounds: int = 20) -> Tensor:
+    """The Dirichlet whose mean logarithms are these, by Newton steps in linear time (Blei et al. 2003, appendix A.2)."""
+    for _ in range(rounds):
+        total = alpha.sum()
+        g = total.digamma() - alpha.digamma() + mean_logs
+        h, z = -torch.polygamma(1, alpha), torch.polygamma(1, total)
+        step = (g - (g / h).sum() / (1 / z + (1 / h).sum())) / h
+        new = torch.where(alpha - step > 0, alpha - step, alpha / 2)
+        if float(((new - alpha).abs() / alpha).max()) < 1e-8:
+            return new
+        alpha = new.clamp(1e-4, 50.0)
+    return alpha
+
+
+# -- Gibbs ---------------------------------------------------------------------------------------------------------------
+
+
+def run_gibbs(problem: Problem, gibbs: Gibbs) -> Posterior:
+    """Draws of topics and shares from the exact posterior."""
+    from ..posterior import Posterior
+
+    form = problem.admixture
+    with Meter() as meter:
+        documents = form.documents(problem.kwargs)
+        meter.mark("setup")
+        total = gibbs.warmup + gibbs.draws * gibbs.thin
+        with tqdm(total=total, desc="Gibbs", disable=not problem.progress, leave=False) as bar:
+            phi, theta, late = sample(
+                documents, form.alpha.double().cpu(), form.eta.double().cpu(),
+                chains=gibbs.chains, warmup=gibbs.warmup, draws=gibbs.draws, thin=gibbs.thin, seed=problem.seed,
+                tick=lambda i: bar.update(), over=deadline_of(problem),
+            )  # fmt: skip
+        meter.mark("run")
+    draws: dict[str, Any] = {form.topics: phi.flatten(0, 1), form.theta: form.site_theta(theta.flatten(0, 1))}
+    warnings = [f"the budget of {problem.budget:g} s is used up: fewer draws than asked for"] if late else []
+    return Posterior(
+        kind="samples",
+        method=gibbs,
+        problem=problem,
+        draws=draws,
+        chains=gibbs.chains,
+        diagnostics={"sampler": "partially collapsed Gibbs", "draws": phi.shape[1]},
+        warnings=warnings,
+        timings=meter.timings,
+        converged=not late,
+    )

@@ -1,0 +1,167 @@
+r"""Variational Bayes for latent Dirichlet allocation: Dirichlet factors, natural gradients, and the bound they climb.
+
+:math:`q(\phi_k) = \mathrm{Dirichlet}(\lambda_k)`, :math:`q(\theta_d) = \mathrm{Dirichlet}(\gamma_d)`,
+:math:`q(z) \propto \exp(E[\log\theta] + E[\log\phi])`.  The natural gradient of the bound in lambda is
+:math:`\eta + \sum_d c_{dv} r_{dvk} - \lambda_{kv}`, so that a full step of size one is coordinate ascent and a smaller step
+from some documents is stochastic variational inference (Blei, Ng and Jordan 2003; Hoffman, Blei, Wang and Paisley, *Stochastic
+variational inference*, JMLR 2013).  The bound, with q(z) at its best,
+
+.. math::
+   L = \sum_d \Big[\sum_v c_{dv} \log \sum_k e^{E[\log\theta_{dk}] + E[\log\phi_{kv}]}
+       - \mathrm{KL}(q(\theta_d) \,\|\, p)\Big] - \sum_k \mathrm{KL}(q(\phi_k) \,\|\, p),
+
+never falls under full steps, and stays below the log evidence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.distributions import Dirichlet, kl_divergence
+
+from .documents import Block, Documents, blocks
+
+#: Rounds of coordinate ascent within a document, at most, and the mean change of gamma that ends them.
+ROUNDS, STILL = 100, 1e-3
+#: Rounds within a document in sweeps that start it afresh: half-settled documents leave the topics freer to move.
+FEW_ROUNDS = 8
+#: Steps of stochastic passes: (t + DELAY) ** -DECAY.
+DELAY, DECAY = 16.0, 0.6
+
+
+def mean_log(concentration: Tensor) -> Tensor:
+    """E[log x] under a Dirichlet, over the last dimension."""
+    return concentration.digamma() - concentration.sum(-1, keepdim=True).digamma()
+
+
+@dataclass
+class VariationalBayes:
+    """q(phi) and q(theta) of one corpus.
+
+    Parameters
+    ----------
+    documents
+        Counts of words.
+    alpha, eta
+        Concentrations (K,) and (K, V).
+    lam
+        Start of lambda, (K, V); None draws Gamma(100, 1 / 100), as scikit-learn does.
+    fresh
+        Whether every sweep infers the documents from equal shares on, which finds better optima: assignments of the first
+        sweeps, kept, would freeze the topics.  Without it no sweep lowers the bound.
+    """
+
+    documents: Documents
+    alpha: Tensor
+    eta: Tensor
+    lam: Tensor | None = None
+    seed: int = 0
+    still: float = STILL
+    fresh: bool = True
+    gamma: Tensor = field(init=False)
+    blocks: list[Block] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.random = torch.Generator().manual_seed(self.seed)
+        if self.lam is None:
+            shape = torch.full(self.eta.shape, 100.0, dtype=self.eta.dtype)
+            self.lam = torch._standard_gamma(shape, generator=self.random) / 100.0
+        self.blocks = blocks(self.documents, self.alpha.dtype)
+        self.gamma = torch.ones(len(self.documents), len(self.alpha), dtype=self.alpha.dtype)
+        self.steps = 0
+
+    def visit(self, table: Tensor, block: Block) -> tuple[Tensor, Tensor, float]:
+        """gamma of a block given exp(E[log phi]) as (V, K), its places' responsibilities, and its part of the bound."""
+        W = table[block.flat].view(*block.words.shape, -1)
+        start = self.gamma[block.rows]
+        if self.fresh:
+            start = self.alpha + block.counts.sum(1, keepdim=True) / len(self.alpha)
+        rounds = FEW_ROUNDS if self.fresh else ROUNDS
+        gamma, theta, ratio, norm = local_step(W, block.counts, start, self.alpha, self.still, rounds)
+        self.gamma[block.rows] = gamma
+        bound = torch.xlogy(block.counts, norm).sum()
+        bound = bound - kl_divergence(Dirichlet(gamma), Dirichlet(self.alpha.expand_as(gamma))).sum()
+        return ratio.unsqueeze(2) * theta.unsqueeze(1), W, float(bound)
+
+    def sweep(self) -> float:
+        """One full natural-gradient step of size one; returns the bound before it."""
+        assert self.lam is not None
+        table = mean_log(self.lam).exp().T.contiguous()
+        S, bound = torch.zeros_like(table), 0.0
+        for block in self.blocks:
+            r, _, part = self.visit(table, block)
+            S.index_add_(0, block.flat, r.view(-1, r.shape[-1]))
+            bound += part
+        bound -= float(kl_divergence(Dirichlet(self.lam), Dirichlet(self.eta)).sum())
+        self.lam = self.eta + (S * table).T
+        return bound
+
+    def stochastic_pass(self) -> None:
+        """Steps (t + DELAY) ** -DECAY along the natural gradients of one block each."""
+        assert self.lam is not None
+        tokens = max(self.documents.num_tokens, 1.0)
+        for i in torch.randperm(len(self.blocks), generator=self.random).tolist():
+            block = self.blocks[i]
+            table = mean_log(self.lam).exp().T.contiguous()
+            r, W, _ = self.visit(table, block)
+            rho, share = (self.steps + DELAY) ** -DECAY, float(block.counts.sum()) / tokens
+            self.lam = self.lam * (1 - rho) + rho * self.eta
+            if share:
+                self.lam.T.index_add_(0, block.flat, (r * W * (rho / share)).view(-1, r.shape[-1]))
+            self.steps += 1
+
+    def widen(self) -> None:
+        """Go on in double precision."""
+        assert self.lam is not None
+        self.alpha, self.eta, self.lam, self.gamma = (x.double() for x in (self.alpha, self.eta, self.lam, self.gamma))
+        self.blocks = [Block(b.rows, b.words, b.counts.double()) for b in self.blocks]
+
+    def bound(self) -> float:
+        """The bound at the present lambda, documents at their best."""
+        lam, fresh, self.fresh = self.lam, self.fresh, False
+        value = self.sweep()
+        self.lam, self.fresh = lam, fresh
+        return value
+
+
+def local_step(
+    W: Tensor, counts: Tensor, gamma: Tensor, alpha: Tensor, still: float = STILL, rounds: int = ROUNDS
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Coordinate ascent on q(theta) given W (B, L, K).
+
+    Returns
+    -------
+    gamma (B, K), exp(E[log theta]) (B, K), counts over normalisers (B, L), and normalisers (B, L); the last three belong to
+    the gamma that is returned.
+    """
+    tiny = torch.finfo(W.dtype).tiny
+    gamma = gamma.clone()
+    active, some, c, g = torch.arange(len(gamma)), W, counts, gamma
+    for i in range(rounds):
+        theta = mean_log(g).exp()
+        ratio = c / ((some @ theta.unsqueeze(2)).squeeze(2) + tiny)
+        new = alpha + theta * (ratio.unsqueeze(1) @ some).squeeze(1)
+        moving = (new - g).abs().mean(1) >= still
+        g = new
+        left = int(moving.sum())
+        if not left:
+            break
+        if i % 2 and left < 0.8 * len(g):  # go on with the documents that still move
+            gamma[active] = g
+            active, some, c, g = active[moving], some[moving], c[moving], g[moving]
+    gamma[active] = g
+    theta = mean_log(gamma).exp()
+    norm = (W @ theta.unsqueeze(2)).squeeze(2) + tiny
+    return gamma, theta, counts / norm, norm
+
+
+def shares_given(table: Tensor, alpha: Tensor, documents: Documents, still: float = 1e-4) -> Tensor:
+    """Concentrations of q(theta) (D, K) for documents, given `table` (V, K): phi itself or exp(E[log phi])."""
+    gamma = torch.ones(len(documents), len(alpha), dtype=alpha.dtype)
+    for block in blocks(documents, alpha.dtype):
+        W = table[block.flat].view(*block.words.shape, -1)
+        start = alpha + block.counts.sum(1, keepdim=True) / len(alpha)
+        gamma[block.rows] = local_step(W, block.counts, start, alpha, still)[0]
+    return gamma
