@@ -310,7 +310,7 @@ def test_chains_begin_where_they_are_told(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options", [{"backend": "jax"}, {"init": "best"}, {"dense_mass": "no"}], ids=lambda o: next(iter(o))
+    "options", [{"backend": "numba"}, {"init": "best"}, {"dense_mass": "no"}], ids=lambda o: next(iter(o))
 )
 def test_new_options_are_checked(options):
     with pytest.raises(ValueError, match=next(iter(options))):
@@ -374,3 +374,39 @@ def test_processes_that_build_at_once_do_not_meet(own_cache):
     assert [r.wait(60) for r in runs] == [0] * 4
     assert len(list(own_cache.glob("*.so"))) == 1 and not list(own_cache.glob("building-*"))
     assert json.loads((own_cache / "key.json").read_text())["facts"] == {"arena": 1}
+
+
+# -- another project's sampler -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STORIES)
+def test_jax_is_the_graph(name):
+    """Value and gradient of the graph in JAX to 1e-9."""
+    jax = pytest.importorskip("jax")
+    from inference.jax_graph import sixty_four_bits, value_and_grad_in_jax
+
+    potential = potential_of(*STORIES[name])
+    with sixty_four_bits():
+        both = jax.jit(value_and_grad_in_jax(potential))
+        for point in potential.points:
+            value, gradient = potential(point)
+            found, slope = both(point.numpy())
+            assert math.isclose(float(found), float(value), rel_tol=1e-9)
+            np.testing.assert_allclose(slope, gradient.numpy(), rtol=1e-8, atol=1e-9 * float(gradient.abs().max()))
+
+
+def test_numpyro_agrees_with_the_machine_code():
+    """Two samplers that share nothing but the graph: the same means within 4 Monte Carlo errors."""
+    pytest.importorskip("numpyro")
+    ours, theirs = (fit(eight_schools, SCHOOLS, NUTS(backend=b), seed=0) for b in ("auto", "jax"))
+    assert theirs.diagnostics["backend"].startswith("jax") and theirs.diagnostics["rhat"] < 1.02
+    for name in ("mu", "tau"):
+        a, b = ours.draws[name], theirs.draws[name]
+        error = 4 * float(a.std()) * math.sqrt(sum(1 / p.diagnostics["ess_bulk"] for p in (ours, theirs)))
+        assert abs(float(a.mean() - b.mean())) < error
+
+
+def test_jax_is_told_to_be_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax", None)
+    with pytest.raises(ValueError, match="pip install jax numpyro"):
+        fit(eight_schools, SCHOOLS, NUTS(backend="jax"), seed=0)

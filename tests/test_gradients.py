@@ -1,5 +1,7 @@
 """What samplers are given, for every story of the zoo: gradients against central differences of the story's own density."""
 
+import importlib.util
+
 import numpy as np
 import pyro
 import pytest
@@ -13,6 +15,7 @@ from inference.methods import NUTS
 from inference.session import isolated
 from zoo.catalog import catalog
 
+JAX = importlib.util.find_spec("jax") is not None
 STORIES = [entry.name for entry in catalog()]
 
 
@@ -49,6 +52,12 @@ def test_gradients_are_those_of_the_story(name, untouched):
             expected = differences(joint.unconstrained, point, direction)
             scale = max(abs(expected), 1e-3 * float(gradient.norm()), 1.0)
             assert abs(slope - expected) <= 1e-6 * scale
+            if JAX:
+                from inference.jax_graph import sixty_four_bits, value_and_grad_in_jax
+
+                with sixty_four_bits():
+                    found, other = value_and_grad_in_jax(potential)(point.numpy())
+                np.testing.assert_allclose(other, gradient.numpy(), rtol=1e-7, atol=1e-8 * float(gradient.norm()))
             if code is not None:
                 found, machine = code(point.numpy())
                 np.testing.assert_allclose(found, float(value), rtol=1e-10)

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 #: What may compute gradients and move chains.
 BACKENDS = ("auto", "compiled", "graph", "eager")
+#: The same, and another project's sampler.
+WITH_JAX = (*BACKENDS, "jax")
 #: Iterations of the warm-up for every free number, from which on all covariances are learned.
 DENSEST = 20
 
@@ -55,7 +57,8 @@ class NUTS:
     backend
         What computes gradients and moves the chains. "compiled": machine code, built by the system's C compiler at the
         first use and kept for later runs; "graph": the captured tensor operations; "eager": the story itself. "auto" takes
-        machine code where it can be had and pays.
+        machine code where it can be had and pays. "jax": NumPyro's sampler on the graph in JAX, an independent check (needs
+        the packages jax and numpyro; no progress bar, and a budget does not stop it).
     init
         Where chains begin. "tries" (or "auto"): each at its best point of those from the story's guide, its prior and
         Uniform(-2, 2) in free space in turn; "prior": each at a draw from the prior. A mapping of latents to values, one
@@ -86,7 +89,9 @@ class NUTS:
             raise ValueError("NUTS(target_accept=1.0): target_accept must lie between 0 and 1, both excluded")
         if not isinstance(self.dense_mass, bool) and self.dense_mass != "auto":
             raise ValueError(f"NUTS(dense_mass={self.dense_mass!r}): dense_mass must be True, False or 'auto'")
-        one_of("NUTS", "backend", self.backend, BACKENDS)
+        one_of("NUTS", "backend", self.backend, WITH_JAX)
+        if self.backend == "jax" and self.checkpoint is not None:
+            raise ValueError("NUTS(backend='jax', checkpoint=...): NumPyro's chains keep no checkpoint; leave one of them out")
         check_init("NUTS", self.init)
 
     def check(self, structure: Structure) -> Verdict:
@@ -112,6 +117,8 @@ class NUTS:
         with Meter() as meter:
             joint = density_of_globals(problem)
             potential = potential_of(joint, self.backend)
+            if self.backend == "jax":
+                return self.run_in_jax(problem, joint, potential, meter)
             backend = choose_backend(
                 potential, self.backend, self.warmup + self.draws, problem.budget, deepest=self.max_depth
             )
@@ -139,6 +146,25 @@ class NUTS:
             )
         return replace(posterior, timings=run.timings(meter.timings))
 
+    def run_in_jax(self, problem: Problem, joint: LogJoint, potential: ValueAndGrad, meter: Any) -> Posterior:
+        """By NumPyro, from the same starts."""
+        from .backends import Backend
+        from .jax_nuts import run_in_jax
+
+        seeds, generators = spread(problem.seed, self.chains)
+        begun = starts(joint, potential.numpy, seeds, generators, self.init, self.tries)
+        meter.mark("setup")
+        places = np.stack([position for position, _, _ in begun])
+        positions, stats = run_in_jax(self, potential, places, self.dense(joint.dim), problem.seed)
+        meter.mark("run")
+        backend = Backend("jax", "as wanted; compiling is part of the run")
+        facts = {"dense_mass": self.dense(joint.dim)}
+        return answer(self, problem, joint, potential, backend, positions, stats, [], facts, meter, True)
+
+    def dense(self, dim: int) -> bool:
+        """Whether all covariances are learned."""
+        return self.dense_mass if isinstance(self.dense_mass, bool) else DENSEST * dim <= self.warmup
+
     @property
     def chain_options(self) -> tuple[Any, ...]:
         """What the path of a chain depends on."""
@@ -147,8 +173,7 @@ class NUTS:
     def begin(self, joint: LogJoint, potential: ValueAndGrad, backend: Backend, file: ChainFile | None) -> Run:
         """Every chain where it starts, or where the checkpoint left it."""
         seeds, generators = spread(joint.problem.seed, self.chains)
-        dense = self.dense_mass if isinstance(self.dense_mass, bool) else DENSEST * joint.dim <= self.warmup
-        settings = Settings(self.warmup, self.draws, self.target_accept, self.max_depth, dense)
+        settings = Settings(self.warmup, self.draws, self.target_accept, self.max_depth, self.dense(joint.dim))
         shots = file.read(self.chains) if file is not None else None
         if shots is None:
             evaluate = backend.code.many if backend.code is not None else potential.numpy
