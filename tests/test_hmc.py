@@ -63,7 +63,7 @@ def test_the_conjugate_posterior():
     ess = posterior.diagnostics["ess_bulk"]
     assert abs(posterior.draws["mu"].mean() - mean) < 4 * sd / math.sqrt(ess)
     assert abs(posterior.draws["mu"].std() / sd - 1) < 4 * sd_error(posterior, "mu")
-    assert posterior.sample_stats["acceptance_rate"].shape == (16, 500)
+    assert posterior.sample_stats["acceptance_rate"].shape == (16, 1000)
 
 
 def test_enumerated_mixture_against_nuts():

@@ -66,7 +66,7 @@ class HMC:
 
     chains: int = 16
     warmup: int = 500
-    draws: int = 500
+    draws: int = 1000
     target_accept: float = 0.65
     max_steps: int = 500
     tries: int = 20
