@@ -17,7 +17,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
-from ..capture import capture, reason_of
+from ..capture import Captured, capture, reason_of
 from ..handlers import MissingCells, ScaleRows, Substitute, unwrap
 from ..joint import LogJoint
 from ..problem import Problem
@@ -25,6 +25,7 @@ from ..recorder import pure_graph
 from .ascent import Leaves
 from .batches import Batches, side_by_side
 from .networks import Networks
+from .svi_step import ASKED, faster
 
 #: Draws a step where the story has to be run for each.
 EAGER_PARTICLES = 2
@@ -73,8 +74,11 @@ class PairTarget:
         site another shape.
     """
 
-    def __init__(self, problem: Problem, particles: int, batch_size: int | None) -> None:
+    def __init__(
+        self, problem: Problem, particles: int, batch_size: int | None, mode: str = "auto", steps: int = 1
+    ) -> None:
         assert problem.guide is not None
+        self.wanted, self.steps = mode, steps
         self.problem, self.particles, self.guide = problem, particles, problem.guide
         self.joint = LogJoint(problem)
         self.batches = Batches(problem, batch_size)
@@ -195,11 +199,16 @@ class PairTarget:
 
         example = (*leaves.values(), *(() if self.batches.size is None else (self.batches.first(),)))
         moved = tuple(e + 0.01 if e.is_floating_point() else e for e in example)
-        found = capture(by_path, example, points=[moved], random=True)
+        if self.wanted == "eager":
+            found = Captured(by_path, "eager", ASKED)
+        else:
+            found = capture(by_path, example, points=[moved], random=True)
         self.mode, self.reason = found.mode, found.reason
+        step = found.call
         if self.mode == "eager":
             self.particles = min(self.particles, EAGER_PARTICLES)
-        elif self.particles > 1:
+            return step
+        if self.particles > 1:
             many = side_by_side(found.call, self.particles, len(example))
             try:
                 wide = pure_graph(lambda *inputs: tuple(part.mean(0) for part in many(*inputs)), example, random=True)
@@ -207,8 +216,11 @@ class PairTarget:
                 self.reason = f"draws are evaluated one by one: {reason_of(error)}"
             else:
                 self.lanes = True
-                return wide
-        return found.call
+                step = wide
+        calls = self.steps * (1 if self.lanes else self.particles)
+        built = faster(step, example, [moved], self.wanted, calls)
+        self.mode, self.reason = built.mode, "; ".join(filter(None, (self.reason, built.reason)))
+        return built.call
 
     def by_score(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The same through Pyro, for guides that enumerate or need score functions."""

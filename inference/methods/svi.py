@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .ascent import Ascent, Leaves
 
 GUIDES = ("auto", "story", "mean_field", "low_rank", "full_rank")
+MODES = ("auto", "eager", "graph", "inductor")
 #: Unknowns up to which "auto" affords a full covariance.
 FULL_RANK = 50
 #: Share of the steps that every start may take before the best goes on.
@@ -63,6 +64,10 @@ class SVI:
         Falls of the step size without a gain before the run has converged.
     draws
         Draws of the fitted guide.
+    mode
+        How a step runs: "eager" (the Pyro program), "graph" (recorded once), "inductor" (the graph compiled; needs a C++
+        compiler), or "auto": a graph where it agrees with the program, compiled where a long run pays for it. What ran,
+        and why nothing faster did, is in `posterior.diagnostics` under "mode" and "reason".
     """
 
     name: ClassVar[str] = "svi"
@@ -75,9 +80,11 @@ class SVI:
     tol: float = 1e-5
     patience: int = 2
     draws: int = 1000
+    mode: str = "auto"
 
     def __post_init__(self) -> None:
         one_of("SVI", "guide", self.guide, GUIDES)
+        one_of("SVI", "mode", self.mode, MODES)
         for name in ("steps", "particles", "starts", "patience", "draws"):
             positive_int("SVI", name, getattr(self, name))
         if self.batch_size is not None:
@@ -172,8 +179,8 @@ class SVI:
         from .paired import PairTarget
 
         if family == "story":
-            return PairTarget(problem, self.particles, self.batch_size)
-        return DerivedTarget(problem, family, self.particles, self.batch_size)
+            return PairTarget(problem, self.particles, self.batch_size, self.mode, self.steps)
+        return DerivedTarget(problem, family, self.particles, self.batch_size, self.mode, self.steps)
 
     def climb(self, problem: Problem, target: Any) -> tuple[Ascent, list[str]]:
         """The best of several short ascents, taken to its end, and what there is to say about it."""
