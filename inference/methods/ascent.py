@@ -27,6 +27,8 @@ HIDDEN = 0.25
 CLIP = 10.0
 #: Memory of the averaged iterate, in steps.
 MEMORY = 50
+#: Steps between two looks of the average at the iterate.
+STRIDE = 5
 
 
 class Target(Protocol):
@@ -89,8 +91,11 @@ class Ascent:
     def __post_init__(self) -> None:
         self.names = list(self.leaves)
         self.parameters = [self.leaves[n] for n in self.names]
-        self.rates = [self.lr * self.target.rate(n) for n in self.names]
-        groups = [{"params": [p], "lr": rate} for p, rate in zip(self.parameters, self.rates)]
+        rates = [self.lr * self.target.rate(n) for n in self.names]
+        self.rates = sorted(set(rates))
+        groups = [
+            {"params": [p for p, own in zip(self.parameters, rates) if own == rate], "lr": rate} for rate in self.rates
+        ]  # one a rate, so that one kernel steps many parameters
         fused = all(p.is_floating_point() for p in self.parameters)
         self.optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99), maximize=True, fused=fused)
         self.before = [p.clone() for p in self.parameters]
@@ -128,7 +133,7 @@ class Ascent:
             self.failed(error)
             raise
         with torch.no_grad():
-            norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients.values()]))
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients.values()))))
             number, length = torch.stack([value.to(norm.dtype), norm]).tolist()
             if not (math.isfinite(number) and math.isfinite(length)):
                 self.diverged(number, gradients)
@@ -143,7 +148,8 @@ class Ascent:
                 group["lr"] = rate * self.factor * warm
             self.optimiser.step()
             fresh = len(self.history) == self.phase
-            torch._foreach_lerp_(self.average, self.parameters, 1.0 if fresh else 1.0 / MEMORY)
+            if fresh or len(self.history) % STRIDE == 0:  # reading all parameters costs as much as a small step
+                torch._foreach_lerp_(self.average, self.parameters, 1.0 if fresh else STRIDE / MEMORY)
         self.history.append(number)
 
     def judge(self) -> None:

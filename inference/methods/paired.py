@@ -179,6 +179,8 @@ class PairTarget:
         rows = () if self.batches.size is None else (self.batches.next(),)
         calls = 1 if self.lanes else self.particles
         parts = [self.call(*leaves.values(), *rows) for _ in range(calls)]
+        if calls == 1:
+            return parts[0][0], dict(zip(leaves, parts[0][1:]))
         means = [torch.stack(part).mean(0) for part in zip(*parts)]
         return means[0], dict(zip(leaves, means[1:]))
 
