@@ -36,6 +36,8 @@ SPENT = "the budget"
 INTERRUPTED = "interrupted: the best state so far is returned"
 #: Effective share of the draws above which importance weights count as equal.
 EQUAL_WEIGHTS = 0.99
+#: Draws of a block of the importance-weighted bound.
+BLOCK = 50
 #: Rows of which a bad k-hat is put down to chance.
 BAD_ROWS = 0.1
 
@@ -236,6 +238,7 @@ class SVI:
     ) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
         """Draws of the fitted guide, the ELBO again with its error, k-hat, and what they say."""
         from ..diagnostics import KHAT_LIMIT, pareto_khat
+        from ..score import ladder
 
         cells = sum(math.prod(s.shape) for s in problem.structure.latents if s.continuous)
         count = max(25, min(self.draws, int(DRAW_BYTES / 8 / max(1, cells))))
@@ -249,9 +252,9 @@ class SVI:
             return {n: v[:1] for n, v in draws.items()}, found, warnings
         by_row = target.row_ratios(leaves, 200, seconds) if hasattr(target, "row_ratios") else None
         if by_row is not None:
-            khats = np.array([pareto_khat(row) for row in by_row.detach().double().cpu().numpy().T])
-            bad = float((khats > KHAT_LIMIT).mean())
-            found |= {"khat": float(np.median(khats)), "khat_bad_rows": bad}
+            steps = ladder(by_row, min(BLOCK, len(by_row)))
+            bad = float((steps.khat > KHAT_LIMIT).double().mean())
+            found |= {"khat": float(np.median(steps.khat.numpy())), "khat_bad_rows": bad, "ladder": repr(steps)}
             if bad > BAD_ROWS:
                 warnings.append(
                     f"k-hat exceeds {KHAT_LIMIT} in {bad:.0%} of the rows: there the guide misses a part of the posterior, and "
