@@ -9,6 +9,7 @@ from torch.distributions import constraints
 
 from inference import SVI, fit
 from inference.methods import svi_step
+from inference.methods.ascent import Ascent, scheduled
 from inference.methods.paired import PairTarget
 from inference.problem import prepare
 from inference.session import isolated
@@ -116,3 +117,38 @@ def test_unknown_mode_is_refused():
     """The valid values are listed."""
     with pytest.raises(ValueError, match="'inductor'"):
         SVI(mode="jit")
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "one_cycle"])
+def test_every_schedule_takes_all_its_steps_to_the_posterior(schedule):
+    """A conjugate normal mean: its posterior mean within 0.2 posterior standard deviations; no early end."""
+
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+    precision = len(X) + 0.01
+    p = fit(model, X[:, 0], SVI(steps=400, starts=1, schedule=schedule, clip=50.0), seed=0)
+    assert len(p.history) == 400
+    assert abs(float(p.draws["mu"].mean() - X[:, 0].sum() / precision)) < 0.2 / precision**0.5
+
+
+def test_schedules_start_peak_and_end_where_they_say():
+    """Cosine is half way down in the middle, one-cycle peaks at 30 %, both end at zero."""
+    assert scheduled("cosine", 500, 1000) == pytest.approx(0.5)
+    assert scheduled("one_cycle", 0, 1000) == pytest.approx(0.04)
+    assert scheduled("one_cycle", 300, 1000) == pytest.approx(1.0)
+    for schedule in ("cosine", "one_cycle"):
+        assert scheduled(schedule, 1000, 1000) == pytest.approx(0.0)
+    assert scheduled("constant", 999, 1000) == 1.0
+
+
+def test_clip_bounds_what_reaches_the_optimiser():
+    """The norm of the gradient that Adam sees is the clip's, where the raw one is longer."""
+    with isolated(0, torch.float64):
+        target = PairTarget(prepare(small_vae(), X, seed=0), 1, None, "graph")
+        ascent = Ascent(target, target.start(), 0.01, 10, 1e-5, 2, clip=0.5)
+        ascent.step()
+        norm = sum(float((p.grad**2).sum()) for p in ascent.parameters) ** 0.5
+    assert norm == pytest.approx(0.5, rel=1e-6)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .ascent import Ascent, Leaves
 
 GUIDES = ("auto", "story", "mean_field", "low_rank", "full_rank")
+SCHEDULES = ("adaptive", "constant", "cosine", "one_cycle")
 MODES = ("auto", "eager", "graph", "inductor")
 #: Unknowns up to which "auto" affords a full covariance.
 FULL_RANK = 50
@@ -70,6 +71,11 @@ class SVI:
         How a step runs: "eager" (the Pyro program), "graph" (recorded once), "inductor" (the graph compiled; needs a C++
         compiler), or "auto": a graph where it agrees with the program, compiled where a long run pays for it. What ran,
         and why nothing faster did, is in `posterior.diagnostics` under "mode" and "reason".
+    schedule
+        Step size: "adaptive" (falls when the ELBO stops rising, and may end the run), or over all `steps` "constant",
+        "cosine" (to zero) or "one_cycle" (up for 30 % of the steps, then to zero).
+    clip
+        Longer gradients are cut to this norm; None cuts only what is ten times as long as usual.
     """
 
     name: ClassVar[str] = "svi"
@@ -83,10 +89,15 @@ class SVI:
     patience: int = 2
     draws: int = 1000
     mode: str = "auto"
+    schedule: str = "adaptive"
+    clip: float | None = None
 
     def __post_init__(self) -> None:
         one_of("SVI", "guide", self.guide, GUIDES)
         one_of("SVI", "mode", self.mode, MODES)
+        one_of("SVI", "schedule", self.schedule, SCHEDULES)
+        if self.clip is not None:
+            positive_float("SVI", "clip", self.clip)
         for name in ("steps", "particles", "starts", "patience", "draws"):
             positive_int("SVI", name, getattr(self, name))
         if self.batch_size is not None:
@@ -204,7 +215,16 @@ class SVI:
 
             try:
                 for _ in range(self.starts):
-                    ascent = Ascent(target, target.start(), self.lr, self.steps, self.tol, self.patience)
+                    ascent = Ascent(
+                        target,
+                        target.start(),
+                        self.lr,
+                        self.steps,
+                        self.tol,
+                        self.patience,
+                        schedule=self.schedule,
+                        clip=self.clip,
+                    )
                     ascents.append(ascent)
                     try:
                         ascent.run(short if self.starts > 1 else self.steps, deadline, watch)
