@@ -123,7 +123,9 @@ def main() -> int:
         x = (torch.rand(max(1000, 2 * batch), PIXELS) < 0.3).float()
         with report.case(f"VAE 784-400-20, batch {batch}", unit=f"{BLOCK} steps") as case:
             target, step = ours(x, batch, "graph")
-            case.check("largest relative difference of value and gradients, graph and program", gap(target, batch), 1e-4)
+            case.check(
+                "largest relative difference of value and gradients, graph and program", gap(target, batch), 1e-4
+            )
             sides = {OURS: step, "PyTorch by hand": by_hand(x, batch), "pyro SVI.step": by_pyro(x, batch)}
             blocks = {name: repeated(side) for name, side in sides.items()}
             for block in blocks.values():

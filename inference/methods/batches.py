@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -197,4 +198,12 @@ def quiet_vmap() -> Iterator[None]:
         switch(True)
 
 
-__all__: list[str] = ["Batches", "Density", "side_by_side", "with_gradients"]
+def without_holes(value: Any) -> Any:
+    """NaN replaced by the mean of its column: a guide may guess from anything."""
+    if not (isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any())):
+        return value
+    mean = value.nanmean(0) if value.ndim else torch.zeros_like(value)
+    return torch.where(value.isnan(), mean.nan_to_num(0.0), value)
+
+
+__all__: list[str] = ["Batches", "Density", "side_by_side", "with_gradients", "without_holes"]

@@ -23,7 +23,7 @@ from ..joint import LogJoint
 from ..problem import Problem
 from ..recorder import pure_graph
 from .ascent import Leaves
-from .batches import Batches, side_by_side
+from .batches import Batches, side_by_side, without_holes
 from .networks import Networks
 from .svi_step import ASKED, faster
 
@@ -97,10 +97,8 @@ class PairTarget:
         self.latents = [n for n in self.sites if n in problem.structure and problem.structure[n].continuous]
         self.points = all(type(unwrap(trace.nodes[n]["fn"])).__name__ == "Delta" for n in self.latents)
         self.follows = all(trace.nodes[n]["fn"].has_rsample for n in self.sites)
-        self.mode, self.reason = (
-            "eager",
-            "the guide has latents whose draws have no gradient (score function estimator)",
-        )
+        self.mode = "eager"
+        self.reason = "the guide has latents whose draws have no gradient (score function estimator)"
         self.call: Callable[..., Any] = self.by_score
         self.lanes = False  # whether one call takes all particles side by side
         if self.follows:
@@ -399,11 +397,3 @@ def by_row(log_prob: Tensor, site: dict, plate: str | None) -> Tensor:
     axis = next(f.dim for f in site["cond_indep_stack"] if f.name == plate)
     rest = [i for i in range(-log_prob.ndim, 0) if i != axis]
     return log_prob.sum(rest) if rest else log_prob
-
-
-def without_holes(value: Any) -> Any:
-    """NaN replaced by the mean of its column: a guide may guess from anything."""
-    if not (isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any())):
-        return value
-    mean = value.nanmean(0) if value.ndim else torch.zeros_like(value)
-    return torch.where(value.isnan(), mean.nan_to_num(0.0), value)
