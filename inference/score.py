@@ -95,3 +95,110 @@ def rows_by_draw(posterior: Posterior, indices: list[int], kwargs: dict[str, Any
 
 def _draws_finite_globals(posterior: Posterior) -> bool:
     return any(not s.local for s in posterior.structure.finite) and posterior.structure.data_plate is not None
+
+
+# -- the ladder of bounds ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, repr=False)
+class Ladder:
+    """Three estimates of log p(x_n) from the same draws of a guide, each at least as high as the one before.
+
+    Attributes
+    ----------
+    elbo
+        Mean log weight, (N,): a lower bound in expectation.
+    iwae
+        Mean over blocks of `k` draws of the log mean weight, (N,): a tighter lower bound in expectation (Burda, Grosse
+        and Salakhutdinov, *Importance weighted autoencoders*, ICLR 2016).
+    evidence
+        Log mean weight of all draws, (N,): importance sampling, consistent, and low on average by about half of `error`
+        squared.
+    error
+        Standard error of `evidence`, (N,), by the delta method.
+    ess
+        Effective number of draws, (N,).
+    khat
+        Pareto shape of the weights, (N,); above 0.7 neither `evidence` nor `error` is to be trusted.
+    draws, k
+        Draws, and draws of a block.
+    """
+
+    elbo: Tensor
+    iwae: Tensor
+    evidence: Tensor
+    error: Tensor
+    ess: Tensor
+    khat: Tensor
+    draws: int
+    k: int
+
+    def __repr__(self) -> str:
+        bad = (self.khat > 0.7).double().mean().item()
+        return (
+            f"log p(x) a row over {len(self.elbo)} rows, {self.draws} draws: ELBO {self.elbo.mean().item():.4f} "
+            f"(lower bound) <= IWAE({self.k}) {self.iwae.mean().item():.4f} (lower bound) <= importance sampling "
+            f"{self.evidence.mean().item():.4f} (error of a row up to {self.error.max().item():.2g}; effective draws at "
+            f"least {self.ess.min().item():.0f}; k-hat > 0.7 in {bad:.0%} of the rows)"
+        )
+
+
+def ladder(log_weights: Tensor, k: int = 50) -> Ladder:
+    """ELBO, IWAE(k) and importance-sampled log p(x_n), from log p(x_n, z) - log q(z | x_n) at draws of q.
+
+    Parameters
+    ----------
+    log_weights
+        (S, N): draws by rows. A row's draws are independent; -inf is a weight of zero.
+    k
+        Draws of a block; where it does not divide S the last draws are in no block, and then `elbo` and `evidence` leave
+        them out too, so that the order of the three holds.
+
+    Raises
+    ------
+    ValueError
+        `log_weights` is not a matrix, or has fewer than `k` draws; or `k` is below 1.
+    """
+    if log_weights.ndim != 2:
+        raise ValueError(f"log_weights has the shape {tuple(log_weights.shape)}; it must be (draws, rows)")
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(log_weights):
+        raise ValueError(f"k={k!r} must be a whole number from 1 to the {len(log_weights)} draws of log_weights")
+    from .diagnostics import pareto_khat
+
+    blocks = len(log_weights) // k
+    table = log_weights.detach().double()[: blocks * k]
+    evidence = table.logsumexp(0) - math.log(len(table))
+    ratio = (table - evidence).exp()
+    return Ladder(
+        elbo=table.mean(0),
+        iwae=(table.unflatten(0, (blocks, k)).logsumexp(1) - math.log(k)).mean(0),
+        evidence=evidence,
+        error=ratio.std(0) / math.sqrt(len(table)) if len(table) > 1 else torch.full_like(evidence, math.nan),
+        ess=ratio.sum(0) ** 2 / (ratio**2).sum(0),
+        khat=torch.tensor([pareto_khat(row) for row in table.cpu().numpy().T], dtype=torch.float64),
+        draws=len(table),
+        k=k,
+    )
+
+
+def kl_per_unit(loc: Tensor, scale: Tensor) -> Tensor:
+    """Mean over rows of KL(Normal(loc, scale) || Normal(0, 1)) of each unit: (N, K), (N, K) -> (K,), in nats.
+
+    Zero says that the unit tells nothing of its row.
+    """
+    return (0.5 * (loc**2 + scale**2 - 1) - scale.log()).mean(0)
+
+
+def active_units(loc: Tensor, threshold: float = 0.01) -> Tensor:
+    """Which units' posterior means differ between rows: (N, K) -> (K,) of bool.
+
+    A unit is active where the variance of its mean over rows exceeds `threshold` (Burda and others, 2016, section 5.2).
+
+    Raises
+    ------
+    ValueError
+        `loc` is not a matrix of at least two rows.
+    """
+    if loc.ndim != 2 or len(loc) < 2:
+        raise ValueError(f"loc has the shape {tuple(loc.shape)}; it must be (rows, units) with two rows or more")
+    return loc.var(0) > threshold

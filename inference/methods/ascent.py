@@ -25,8 +25,12 @@ FORCED = (0.6, 0.75, 0.87)
 HIDDEN = 0.25
 #: Gradients longer than this many times their running mean are cut back: one wild draw must not undo the rest.
 CLIP = 10.0
+#: Share of the steps in which a "one_cycle" step size rises.
+ONE_CYCLE = 0.3
 #: Memory of the averaged iterate, in steps.
 MEMORY = 50
+#: Steps between two looks of the average at the iterate.
+STRIDE = 5
 
 
 class Target(Protocol):
@@ -69,6 +73,10 @@ class Ascent:
         Whether smaller steps have stopped helping.
     rising
         Whether the objective still rose, beyond its noise, when the steps ended.
+    schedule
+        "adaptive", or what `scheduled` knows.
+    clip
+        Longest gradient, or None.
     slope, noise
         Its rise a step, and the smallest rise that could be told from noise.
     """
@@ -85,12 +93,17 @@ class Ascent:
     slope: float = math.nan
     noise: float = math.nan
     factor: float = 1.0
+    schedule: str = "adaptive"
+    clip: float | None = None
 
     def __post_init__(self) -> None:
         self.names = list(self.leaves)
         self.parameters = [self.leaves[n] for n in self.names]
-        self.rates = [self.lr * self.target.rate(n) for n in self.names]
-        groups = [{"params": [p], "lr": rate} for p, rate in zip(self.parameters, self.rates)]
+        rates = [self.lr * self.target.rate(n) for n in self.names]
+        self.rates = sorted(set(rates))
+        groups = [
+            {"params": [p for p, own in zip(self.parameters, rates) if own == rate], "lr": rate} for rate in self.rates
+        ]  # one a rate, so that one kernel steps many parameters
         fused = all(p.is_floating_point() for p in self.parameters)
         self.optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99), maximize=True, fused=fused)
         self.before = [p.clone() for p in self.parameters]
@@ -114,6 +127,8 @@ class Ascent:
             if watch is not None:
                 watch(self.history[-1], self.lr * self.factor)
             done = len(self.history)
+            if self.schedule != "adaptive":
+                continue
             if done - self.phase >= least and (done - self.phase) % (least // 2) == 0:
                 self.judge()
             forced = any(done == int(f * self.steps) for f in FORCED) and self.factor > FALL**5
@@ -128,22 +143,24 @@ class Ascent:
             self.failed(error)
             raise
         with torch.no_grad():
-            norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients.values()]))
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients.values()))))
             number, length = torch.stack([value.to(norm.dtype), norm]).tolist()
             if not (math.isfinite(number) and math.isfinite(length)):
                 self.diverged(number, gradients)
             limit = math.inf if math.isnan(self.length) else CLIP * self.length
+            limit = limit if self.clip is None else min(limit, self.clip)
             share = min(1.0, limit / length) if length > 0 else 1.0
             self.length = length if math.isnan(self.length) else 0.95 * self.length + 0.05 * share * length
             for name, parameter in zip(self.names, self.parameters):
                 parameter.grad = gradients[name] if share == 1.0 else gradients[name] * share
             torch._foreach_copy_(self.before, self.parameters)
-            warm = min(1.0, (len(self.history) + 1) / 20)
+            share_of_rate = scheduled(self.schedule, len(self.history), self.steps) * self.factor
             for group, rate in zip(self.optimiser.param_groups, self.rates):
-                group["lr"] = rate * self.factor * warm
+                group["lr"] = rate * share_of_rate
             self.optimiser.step()
             fresh = len(self.history) == self.phase
-            torch._foreach_lerp_(self.average, self.parameters, 1.0 if fresh else 1.0 / MEMORY)
+            if fresh or len(self.history) % STRIDE == 0:  # reading all parameters costs as much as a small step
+                torch._foreach_lerp_(self.average, self.parameters, 1.0 if fresh else STRIDE / MEMORY)
         self.history.append(number)
 
     def judge(self) -> None:
@@ -170,7 +187,9 @@ class Ascent:
 
     def conclude(self) -> None:
         """Whether the last steps still rose."""
-        values = np.array(self.history[self.phase :])
+        # A schedule has no phases: its first steps say nothing about its end.
+        begin = self.phase if self.schedule == "adaptive" else int(0.8 * len(self.history))
+        values = np.array(self.history[begin:])
         if not self.converged and len(values) >= 20:
             half = len(values) // 2
             rise, noise = difference(values[half:], values[:half])
@@ -227,6 +246,22 @@ class Ascent:
             step=len(self.history),
             site=site,
         )
+
+
+def scheduled(schedule: str, step: int, steps: int) -> float:
+    """Share of the full step size at a step: 20 steps of warming up, then what the schedule says.
+
+    "cosine" falls to zero along half a cosine (Loshchilov and Hutter, *SGDR*, ICLR 2017); "one_cycle" rises for 30 % of the
+    steps from a 25th of the full size and falls to zero (Smith and Topin, *Super-convergence*, 2019); "constant" stays, and
+    so does "adaptive", whose falls are decided elsewhere.
+    """
+    done = min(1.0, step / max(1, steps))
+    if schedule == "one_cycle":
+        if done < ONE_CYCLE:
+            return 0.04 + 0.96 * 0.5 * (1 - math.cos(math.pi * done / ONE_CYCLE))
+        return 0.5 * (1 + math.cos(math.pi * (done - ONE_CYCLE) / (1 - ONE_CYCLE)))
+    warm = min(1.0, (step + 1) / 20)
+    return warm * 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else warm
 
 
 def difference(a: NDArray, b: NDArray) -> tuple[float, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from ..capture import check_agreement, reason_of
 from ..problem import Problem
 from ..recorder import pure_graph
+from .svi_step import ASKED, faster
 
 Single = Callable[..., Tensor]
 
@@ -82,16 +84,39 @@ class Density:
         Why it is not a graph; empty otherwise.
     """
 
-    def __init__(self, single: Single, examples: Sequence[tuple[Tensor, ...]], width: int) -> None:
+    def __init__(
+        self,
+        single: Single,
+        examples: Sequence[tuple[Tensor, ...]],
+        width: int,
+        mode: str = "auto",
+        steps: int = 1,
+    ) -> None:
         self.single, self.width = single, width
         self.mode, self.reason = "eager", ""
         self.one: Callable[..., tuple[Tensor, Tensor, Tensor]] = with_gradients(single)
         self.many: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
         self.graph: Single | None = None
+        if mode == "eager":
+            self.reason = ASKED
+            return
         try:
             self._capture(examples)
         except Exception as error:  # any operation of anybody's program may refuse to be traced, in any way
             self.reason = reason_of(error)
+        if self.mode == "graph":
+            self._compile(examples, mode, steps)
+
+    def _compile(self, examples: Sequence[tuple[Tensor, ...]], mode: str, steps: int) -> None:
+        """What runs in every step, compiled where that is asked for or pays."""
+        if self.many is not None:
+            wide = [(torch.stack([e[0]] * self.width), *examples[0][1:2], *e[2:]) for e in (examples[0], examples[-1])]
+            built = faster(self.many, wide[0], wide[1:], mode, steps)
+            self.many = built.call
+        else:
+            built = faster(self.one, examples[0], examples[1:], mode, steps * self.width)
+            self.one = built.call
+        self.mode, self.reason = built.mode, "; ".join(filter(None, (self.reason, built.reason)))
 
     def _capture(self, examples: Sequence[tuple[Tensor, ...]]) -> None:
         graph = pure_graph(self.single, examples[0], differentiable=True)
@@ -139,7 +164,7 @@ class Density:
             return torch.stack([self._value(one, points, *rows) for one in z])
 
     def _value(self, z: Tensor, points: Tensor, *rows: Tensor) -> Tensor:
-        if self.mode == "graph":
+        if self.mode != "eager":
             return self.at(z, points, *rows)[0]
         try:
             return self.single(z, points, *rows)
@@ -173,4 +198,12 @@ def quiet_vmap() -> Iterator[None]:
         switch(True)
 
 
-__all__: list[str] = ["Batches", "Density", "side_by_side", "with_gradients"]
+def without_holes(value: Any) -> Any:
+    """NaN replaced by the mean of its column: a guide may guess from anything."""
+    if not (isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any())):
+        return value
+    mean = value.nanmean(0) if value.ndim else torch.zeros_like(value)
+    return torch.where(value.isnan(), mean.nan_to_num(0.0), value)
+
+
+__all__: list[str] = ["Batches", "Density", "side_by_side", "with_gradients", "without_holes"]

@@ -50,7 +50,15 @@ class DerivedTarget:
         Batches, and a story or a family that cannot be cut by rows.
     """
 
-    def __init__(self, problem: Problem, family: str, particles: int, batch_size: int | None) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        family: str,
+        particles: int,
+        batch_size: int | None,
+        mode: str = "auto",
+        steps: int = 1,
+    ) -> None:
         self.problem, self.family = problem, FAMILIES[family]
         self.joint = LogJoint(problem)
         self.batches = Batches(problem, batch_size)
@@ -77,7 +85,7 @@ class DerivedTarget:
         )
         self.size = len(self.latent_at)
         self.particles = particles if self.size else 1
-        self.density = Density(self.single, self.examples(), self.particles)
+        self.density = Density(self.single, self.examples(), self.particles, mode, steps)
         self.mode, self.reason = self.density.mode, self.density.reason
 
     # -- the log density ---------------------------------------------------------------------------------------------

@@ -17,14 +17,15 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
-from ..capture import capture, reason_of
+from ..capture import Captured, capture, reason_of
 from ..handlers import MissingCells, ScaleRows, Substitute, unwrap
 from ..joint import LogJoint
 from ..problem import Problem
 from ..recorder import pure_graph
 from .ascent import Leaves
-from .batches import Batches, side_by_side
+from .batches import Batches, side_by_side, without_holes
 from .networks import Networks
+from .svi_step import ASKED, faster
 
 #: Draws a step where the story has to be run for each.
 EAGER_PARTICLES = 2
@@ -73,8 +74,11 @@ class PairTarget:
         site another shape.
     """
 
-    def __init__(self, problem: Problem, particles: int, batch_size: int | None) -> None:
+    def __init__(
+        self, problem: Problem, particles: int, batch_size: int | None, mode: str = "auto", steps: int = 1
+    ) -> None:
         assert problem.guide is not None
+        self.wanted, self.steps = mode, steps
         self.problem, self.particles, self.guide = problem, particles, problem.guide
         self.joint = LogJoint(problem)
         self.batches = Batches(problem, batch_size)
@@ -93,10 +97,8 @@ class PairTarget:
         self.latents = [n for n in self.sites if n in problem.structure and problem.structure[n].continuous]
         self.points = all(type(unwrap(trace.nodes[n]["fn"])).__name__ == "Delta" for n in self.latents)
         self.follows = all(trace.nodes[n]["fn"].has_rsample for n in self.sites)
-        self.mode, self.reason = (
-            "eager",
-            "the guide has latents whose draws have no gradient (score function estimator)",
-        )
+        self.mode = "eager"
+        self.reason = "the guide has latents whose draws have no gradient (score function estimator)"
         self.call: Callable[..., Any] = self.by_score
         self.lanes = False  # whether one call takes all particles side by side
         if self.follows:
@@ -175,6 +177,8 @@ class PairTarget:
         rows = () if self.batches.size is None else (self.batches.next(),)
         calls = 1 if self.lanes else self.particles
         parts = [self.call(*leaves.values(), *rows) for _ in range(calls)]
+        if calls == 1:
+            return parts[0][0], dict(zip(leaves, parts[0][1:]))
         means = [torch.stack(part).mean(0) for part in zip(*parts)]
         return means[0], dict(zip(leaves, means[1:]))
 
@@ -195,11 +199,16 @@ class PairTarget:
 
         example = (*leaves.values(), *(() if self.batches.size is None else (self.batches.first(),)))
         moved = tuple(e + 0.01 if e.is_floating_point() else e for e in example)
-        found = capture(by_path, example, points=[moved], random=True)
+        if self.wanted == "eager":
+            found = Captured(by_path, "eager", ASKED)
+        else:
+            found = capture(by_path, example, points=[moved], random=True)
         self.mode, self.reason = found.mode, found.reason
+        step = found.call
         if self.mode == "eager":
             self.particles = min(self.particles, EAGER_PARTICLES)
-        elif self.particles > 1:
+            return step
+        if self.particles > 1:
             many = side_by_side(found.call, self.particles, len(example))
             try:
                 wide = pure_graph(lambda *inputs: tuple(part.mean(0) for part in many(*inputs)), example, random=True)
@@ -207,8 +216,11 @@ class PairTarget:
                 self.reason = f"draws are evaluated one by one: {reason_of(error)}"
             else:
                 self.lanes = True
-                return wide
-        return found.call
+                step = wide
+        calls = self.steps * (1 if self.lanes else self.particles)
+        built = faster(step, example, [moved], self.wanted, calls)
+        self.mode, self.reason = built.mode, "; ".join(filter(None, (self.reason, built.reason)))
+        return built.call
 
     def by_score(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The same through Pyro, for guides that enumerate or need score functions."""
@@ -385,11 +397,3 @@ def by_row(log_prob: Tensor, site: dict, plate: str | None) -> Tensor:
     axis = next(f.dim for f in site["cond_indep_stack"] if f.name == plate)
     rest = [i for i in range(-log_prob.ndim, 0) if i != axis]
     return log_prob.sum(rest) if rest else log_prob
-
-
-def without_holes(value: Any) -> Any:
-    """NaN replaced by the mean of its column: a guide may guess from anything."""
-    if not (isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any())):
-        return value
-    mean = value.nanmean(0) if value.ndim else torch.zeros_like(value)
-    return torch.where(value.isnan(), mean.nan_to_num(0.0), value)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from .ascent import Ascent, Leaves
 
 GUIDES = ("auto", "story", "mean_field", "low_rank", "full_rank")
+SCHEDULES = ("adaptive", "constant", "cosine", "one_cycle")
+MODES = ("auto", "eager", "graph", "inductor")
 #: Unknowns up to which "auto" affords a full covariance.
 FULL_RANK = 50
 #: Share of the steps that every start may take before the best goes on.
@@ -35,6 +37,8 @@ SPENT = "the budget"
 INTERRUPTED = "interrupted: the best state so far is returned"
 #: Effective share of the draws above which importance weights count as equal.
 EQUAL_WEIGHTS = 0.99
+#: Draws of a block of the importance-weighted bound.
+BLOCK = 50
 #: Rows of which a bad k-hat is put down to chance.
 BAD_ROWS = 0.1
 
@@ -63,6 +67,15 @@ class SVI:
         Falls of the step size without a gain before the run has converged.
     draws
         Draws of the fitted guide.
+    mode
+        How a step runs: "eager" (the Pyro program), "graph" (recorded once), "inductor" (the graph compiled; needs a C++
+        compiler), or "auto": a graph where it agrees with the program, compiled where a long run pays for it. What ran,
+        and why nothing faster did, is in `posterior.diagnostics` under "mode" and "reason".
+    schedule
+        Step size: "adaptive" (falls when the ELBO stops rising, and may end the run), or over all `steps` "constant",
+        "cosine" (to zero) or "one_cycle" (up for 30 % of the steps, then to zero).
+    clip
+        Longer gradients are cut to this norm; None cuts only what is ten times as long as usual.
     """
 
     name: ClassVar[str] = "svi"
@@ -75,9 +88,16 @@ class SVI:
     tol: float = 1e-5
     patience: int = 2
     draws: int = 1000
+    mode: str = "auto"
+    schedule: str = "adaptive"
+    clip: float | None = None
 
     def __post_init__(self) -> None:
         one_of("SVI", "guide", self.guide, GUIDES)
+        one_of("SVI", "mode", self.mode, MODES)
+        one_of("SVI", "schedule", self.schedule, SCHEDULES)
+        if self.clip is not None:
+            positive_float("SVI", "clip", self.clip)
         for name in ("steps", "particles", "starts", "patience", "draws"):
             positive_int("SVI", name, getattr(self, name))
         if self.batch_size is not None:
@@ -185,8 +205,8 @@ class SVI:
         from .paired import PairTarget
 
         if family == "story":
-            return PairTarget(problem, self.particles, self.batch_size)
-        return DerivedTarget(problem, family, self.particles, self.batch_size)
+            return PairTarget(problem, self.particles, self.batch_size, self.mode, self.steps)
+        return DerivedTarget(problem, family, self.particles, self.batch_size, self.mode, self.steps)
 
     def climb(self, problem: Problem, target: Any) -> tuple[Ascent, list[str]]:
         """The best of several short ascents, taken to its end, and what there is to say about it."""
@@ -208,7 +228,16 @@ class SVI:
 
             try:
                 for _ in range(self.starts):
-                    ascent = Ascent(target, target.start(), self.lr, self.steps, self.tol, self.patience)
+                    ascent = Ascent(
+                        target,
+                        target.start(),
+                        self.lr,
+                        self.steps,
+                        self.tol,
+                        self.patience,
+                        schedule=self.schedule,
+                        clip=self.clip,
+                    )
                     ascents.append(ascent)
                     try:
                         ascent.run(short if self.starts > 1 else self.steps, deadline, watch)
@@ -242,6 +271,7 @@ class SVI:
     ) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
         """Draws of the fitted guide, the ELBO again with its error, k-hat, and what they say."""
         from ..diagnostics import KHAT_LIMIT, pareto_khat
+        from ..score import ladder
 
         cells = sum(math.prod(s.shape) for s in problem.structure.latents if s.continuous)
         count = max(25, min(self.draws, int(DRAW_BYTES / 8 / max(1, cells))))
@@ -255,9 +285,9 @@ class SVI:
             return {n: v[:1] for n, v in draws.items()}, found, warnings
         by_row = target.row_ratios(leaves, 200, seconds) if hasattr(target, "row_ratios") else None
         if by_row is not None:
-            khats = np.array([pareto_khat(row) for row in by_row.detach().double().cpu().numpy().T])
-            bad = float((khats > KHAT_LIMIT).mean())
-            found |= {"khat": float(np.median(khats)), "khat_bad_rows": bad}
+            steps = ladder(by_row, min(BLOCK, len(by_row)))
+            bad = float((steps.khat > KHAT_LIMIT).double().mean())
+            found |= {"khat": float(np.median(steps.khat.numpy())), "khat_bad_rows": bad, "ladder": repr(steps)}
             if bad > BAD_ROWS:
                 warnings.append(
                     f"k-hat exceeds {KHAT_LIMIT} in {bad:.0%} of the rows: there the guide misses a part of the posterior, and "
