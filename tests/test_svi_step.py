@@ -104,7 +104,7 @@ def test_control_flow_on_values_is_said():
 @pytest.mark.slow
 @pytest.mark.skipif(not svi_step.has_compiler(), reason="no C++ compiler")
 def test_inductor_is_the_graph():
-    """A compiled step gives the graph's history under one seed, for both kinds of guide."""
+    """A compiled step gives the graph's history under one seed."""
     runs = [
         fit(small_vae(), X, SVI(steps=20, particles=1, starts=1, draws=50, mode=m), seed=1)
         for m in ("graph", "inductor")
