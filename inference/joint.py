@@ -181,7 +181,7 @@ class LogJoint:
         self, values: Mapping[str, Tensor], kwargs: Mapping[str, Any] | None = None, scale: float = 1.0
     ) -> Tensor:
         """log p(data, values), finite latents summed out: (); `scale` weighs the rows (N / B for a batch)."""
-        return self._total(self.factors(values, kwargs), scale)
+        return self.total(self.factors(values, kwargs), scale)
 
     def unconstrained(self, flat: Tensor, kwargs: Mapping[str, Any] | None = None, scale: float = 1.0) -> Tensor:
         """log density of the flat unconstrained vector, Jacobian included: ().
@@ -189,9 +189,9 @@ class LogJoint:
         Latents inside the data plate belong to their rows: their Jacobian is weighed by `scale` as well.
         """
         handler = Unconstrained(self.blocks, flat)
-        return self._total(self.factors(handler, kwargs), scale) + handler.log_det + scale * handler.local_log_det
+        return self.total(self.factors(handler, kwargs), scale) + handler.log_det + scale * handler.local_log_det
 
-    def _total(self, factors: list[LogFactor], scale: float) -> Tensor:
+    def total(self, factors: list[LogFactor], scale: float) -> Tensor:
         """Product of all factors, rows to the power `scale` after their latents are summed out, not before."""
         if scale == 1.0:
             return sum_out(factors, set(self.finite))[0]

@@ -129,6 +129,9 @@ class Ascent:
             done = len(self.history)
             if self.schedule != "adaptive":
                 continue
+            if not getattr(self.target, "settled", True):  # an objective that moves says nothing by its rise
+                self.phase = done
+                continue
             if done - self.phase >= least and (done - self.phase) % (least // 2) == 0:
                 self.judge()
             forced = any(done == int(f * self.steps) for f in FORCED) and self.factor > FALL**5

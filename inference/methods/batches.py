@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ..capture import check_agreement, reason_of
@@ -198,6 +199,16 @@ def quiet_vmap() -> Iterator[None]:
         switch(True)
 
 
+def is_latent(site: Any) -> bool:
+    """A draw of the guide, as opposed to parameters, plates and deterministic sites."""
+    return (
+        site["type"] == "sample"
+        and not site["is_observed"]
+        and not site_is_subsample(site)
+        and not site["infer"].get("_deterministic")
+    )
+
+
 def without_holes(value: Any) -> Any:
     """NaN replaced by the mean of its column: a guide may guess from anything."""
     if not (isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any())):
@@ -206,4 +217,4 @@ def without_holes(value: Any) -> Any:
     return torch.where(value.isnan(), mean.nan_to_num(0.0), value)
 
 
-__all__: list[str] = ["Batches", "Density", "side_by_side", "with_gradients", "without_holes"]
+__all__: list[str] = ["Batches", "Density", "is_latent", "side_by_side", "with_gradients", "without_holes"]

@@ -91,7 +91,9 @@ class NUTS:
             raise ValueError(f"NUTS(dense_mass={self.dense_mass!r}): dense_mass must be True, False or 'auto'")
         one_of("NUTS", "backend", self.backend, WITH_JAX)
         if self.backend == "jax" and self.checkpoint is not None:
-            raise ValueError("NUTS(backend='jax', checkpoint=...): NumPyro's chains keep no checkpoint; leave one of them out")
+            raise ValueError(
+                "NUTS(backend='jax', checkpoint=...): NumPyro's chains keep no checkpoint; leave one of them out"
+            )
         check_init("NUTS", self.init)
 
     def check(self, structure: Structure) -> Verdict:

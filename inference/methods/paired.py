@@ -13,7 +13,6 @@ import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
@@ -23,9 +22,10 @@ from ..joint import LogJoint
 from ..problem import Problem
 from ..recorder import pure_graph
 from .ascent import Leaves
-from .batches import Batches, side_by_side, without_holes
+from .batches import Batches, is_latent, side_by_side, without_holes
 from .networks import Networks
 from .svi_step import ASKED, faster
+from .weighted import PLAIN, Weights, weighted_elbo
 
 #: Draws a step where the story has to be run for each.
 EAGER_PARTICLES = 2
@@ -75,9 +75,16 @@ class PairTarget:
     """
 
     def __init__(
-        self, problem: Problem, particles: int, batch_size: int | None, mode: str = "auto", steps: int = 1
+        self,
+        problem: Problem,
+        particles: int,
+        batch_size: int | None,
+        mode: str = "auto",
+        steps: int = 1,
+        weighing: Weights = PLAIN,
     ) -> None:
         assert problem.guide is not None
+        self.weighing, self.made = weighing, 0
         self.wanted, self.steps = mode, steps
         self.problem, self.particles, self.guide = problem, particles, problem.guide
         self.joint = LogJoint(problem)
@@ -103,11 +110,16 @@ class PairTarget:
         self.lanes = False  # whether one call takes all particles side by side
         if self.follows:
             self.call = self.capture(first)
+        elif not weighing.plain:
+            raise ValueError(
+                "beta and free_bits need guides whose draws have a gradient; this one needs score functions"
+            )
 
     # -- parameters --------------------------------------------------------------------------------------------------
 
     def start(self) -> Leaves:
         """Free parameters as guide and model start them, and copies of the networks' weights."""
+        self.made = 0
         pyro.clear_param_store()
         watch = Watch(self.plate, self.batches.rows, {id(p): n for n, p in self.networks.weights.items()})
         with torch.no_grad(), poutine.block(), watch:
@@ -175,6 +187,10 @@ class PairTarget:
     def objective(self, leaves: Leaves) -> tuple[Tensor, Leaves]:
         """An estimate of the ELBO on a batch, and of its gradient."""
         rows = () if self.batches.size is None else (self.batches.next(),)
+        if isinstance(self.weighing.beta, tuple):  # an input of the graph: it moves without another capture
+            first = next(iter(leaves.values()))
+            rows = (torch.full((), self.weighing.at(self.made), dtype=first.dtype, device=first.device), *rows)
+            self.made += 1
         calls = 1 if self.lanes else self.particles
         parts = [self.call(*leaves.values(), *rows) for _ in range(calls)]
         if calls == 1:
@@ -189,15 +205,21 @@ class PairTarget:
         def by_path(*inputs: Tensor) -> tuple[Tensor, ...]:
             with torch.enable_grad(), pyro.validation_enabled(False):
                 free = [t.detach().requires_grad_() for t in inputs[: len(names)]]
-                rows = inputs[len(names)] if len(inputs) > len(names) else None
+                beta, rows = self.beside(inputs[len(names) :])
                 try:
-                    value, _ = self.log_ratio(dict(zip(names, free)), rows)
+                    value, _ = weighted_elbo(self, dict(zip(names, free)), rows, beta)
                 except torch.linalg.LinAlgError:
                     return (free[0].new_full((), torch.nan), *(torch.full_like(f, torch.nan) for f in free))
                 slopes = torch.autograd.grad(value, free, allow_unused=True, materialize_grads=True)
             return (value.detach(), *slopes)
 
-        example = (*leaves.values(), *(() if self.batches.size is None else (self.batches.first(),)))
+        some = next(iter(leaves.values()))
+        moves = (
+            (torch.full((), 0.5, dtype=some.dtype, device=some.device),)
+            if isinstance(self.weighing.beta, tuple)
+            else ()
+        )
+        example = (*leaves.values(), *moves, *(() if self.batches.size is None else (self.batches.first(),)))
         moved = tuple(e + 0.01 if e.is_floating_point() else e for e in example)
         if self.wanted == "eager":
             found = Captured(by_path, "eager", ASKED)
@@ -221,6 +243,17 @@ class PairTarget:
         built = faster(step, example, [moved], self.wanted, calls)
         self.mode, self.reason = built.mode, "; ".join(filter(None, (self.reason, built.reason)))
         return built.call
+
+    def beside(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor | float, Tensor | None]:
+        """Weight of the divergences and indices of the rows among what follows the parameters."""
+        rest = list(inputs)
+        beta: Tensor | float = rest.pop(0) if isinstance(self.weighing.beta, tuple) else float(self.weighing.beta)
+        return beta, rest[0] if rest else None
+
+    @property
+    def settled(self) -> bool:
+        """Whether the objective no longer changes under the climb."""
+        return self.weighing.settled(self.made)
 
     def by_score(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The same through Pyro, for guides that enumerate or need score functions."""
@@ -380,16 +413,6 @@ class PairTarget:
         except (RuntimeError, ValueError):
             return None  # the story fails at such values
         return None
-
-
-def is_latent(site: Any) -> bool:
-    """A draw of the guide, as opposed to parameters, plates and deterministic sites."""
-    return (
-        site["type"] == "sample"
-        and not site["is_observed"]
-        and not site_is_subsample(site)
-        and not site["infer"].get("_deterministic")
-    )
 
 
 def by_row(log_prob: Tensor, site: dict, plate: str | None) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .base import Verdict, density_objection, gradient_objection, one_of, positive_float, positive_int
+from .weighted import check_beta
 
 if TYPE_CHECKING:
     from ..posterior import Posterior
@@ -76,6 +77,14 @@ class SVI:
         "cosine" (to zero) or "one_cycle" (up for 30 % of the steps, then to zero).
     clip
         Longer gradients are cut to this norm; None cuts only what is ten times as long as usual.
+    beta
+        Weight of the divergences between a story's guide and its priors: a number (1: the ELBO), or (first, last, steps) for
+        one that moves in a line and then stays. The answer's own ELBO is always that of beta 1.
+    free_bits
+        Nats of divergence, by dimension of a latent in the rows, that cost nothing: a remedy for units that collapse.
+    divergence
+        Of a story's own guide: by "formula" where torch knows one, or from the "draws" themselves. "auto" takes formulas where
+        networks guess, and draws elsewhere, whose noise goes to zero as the guide becomes the posterior.
     """
 
     name: ClassVar[str] = "svi"
@@ -91,6 +100,9 @@ class SVI:
     mode: str = "auto"
     schedule: str = "adaptive"
     clip: float | None = None
+    beta: float | tuple[float, float, int] = 1.0
+    free_bits: float = 0.0
+    divergence: str = "auto"
 
     def __post_init__(self) -> None:
         one_of("SVI", "guide", self.guide, GUIDES)
@@ -98,6 +110,9 @@ class SVI:
         one_of("SVI", "schedule", self.schedule, SCHEDULES)
         if self.clip is not None:
             positive_float("SVI", "clip", self.clip)
+        check_beta(self.beta)
+        one_of("SVI", "divergence", self.divergence, ("auto", "formula", "draws"))
+        positive_float("SVI", "free_bits", self.free_bits, zero=True)
         for name in ("steps", "particles", "starts", "patience", "draws"):
             positive_int("SVI", name, getattr(self, name))
         if self.batch_size is not None:
@@ -203,9 +218,18 @@ class SVI:
         """Derived guide or the story's own."""
         from .derived import DerivedTarget
         from .paired import PairTarget
+        from .weighted import Weights
 
         if family == "story":
-            return PairTarget(problem, self.particles, self.batch_size, self.mode, self.steps)
+            formula = self.divergence == "formula" or (self.divergence == "auto" and problem.structure.has_modules)
+            beta = tuple(self.beta) if isinstance(self.beta, list) else self.beta
+            weighing = Weights(beta, self.free_bits, formula)
+            return PairTarget(problem, self.particles, self.batch_size, self.mode, self.steps, weighing)
+        if self.beta != 1.0 or self.free_bits:
+            raise ValueError(
+                f"SVI(beta={self.beta!r}, free_bits={self.free_bits!r}) weigh the divergences of a story's own guide; "
+                f"this fit derives its guide ({family})"
+            )
         return DerivedTarget(problem, family, self.particles, self.batch_size, self.mode, self.steps)
 
     def climb(self, problem: Problem, target: Any) -> tuple[Ascent, list[str]]:
