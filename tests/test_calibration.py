@@ -39,6 +39,7 @@ QUICK = NUTS(chains=2, warmup=300, draws=400)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     ("story", "data"),
     [

@@ -10,7 +10,8 @@ from torch.distributions import constraints
 
 from inference import SVI, fit
 from inference.methods.paired import PairTarget
-from inference.methods.weighted import Weights, weighted_elbo
+from inference.methods.tightened import bound, row_weights
+from inference.methods.weighted import PLAIN, Weights, weighted_elbo
 from inference.problem import prepare
 
 X = torch.tensor([0.4, 1.9, -0.7, 1.2, 0.6, 2.2], dtype=torch.float64)
@@ -117,6 +118,94 @@ def test_batches_speak_for_all_rows():
     assert abs(float(torch.stack(values).mean() - whole.mean())) < 6 * float(whole.std()) / math.sqrt(500)
 
 
+# -- several draws inside the logarithm --------------------------------------------------------------------------------
+
+
+def test_the_bound_rises_with_its_draws_to_the_evidence():
+    """ELBO <= IWAE(2) <= IWAE(20) <= IWAE(400) <= log p(x), which is known: catches a mean outside the logarithm."""
+    target, problem = target_of(Effects())
+    evidence = float(torch.distributions.Normal(0.0, math.sqrt(1 + NOISE**2)).log_prob(X).sum())
+    with problem.scope(0), torch.no_grad():
+        leaves = {n: v + 0.2 for n, v in target.start().items()}
+        weights = torch.stack([row_weights(target, leaves, None) for _ in range(8000)])
+        means = [float(torch.stack([bound(w, 0.0) for w in weights.split(k)]).mean()) for k in (1, 2, 20, 400)]
+        assert means[0] < means[1] < means[2] < means[3] < evidence + 0.05
+        assert abs(means[0] - float(weights.mean(0).sum())) < 1e-9
+        between = float(torch.stack([bound(w, 0.5) for w in weights.split(20)]).mean())
+    assert means[0] < between < means[2]
+    assert abs(means[3] - evidence) < 0.3
+
+
+@pytest.mark.parametrize("objective", ["iwae", "renyi"])
+def test_tighter_bounds_find_the_same_posterior(objective):
+    """Where the guide can be the posterior, every bound reaches the evidence; and it runs as a graph.
+
+    The importance-weighted bound says little about the guide (Rainforth et al., *Tighter variational bounds are not necessarily
+    better*, ICML 2018): only the other is held against the posterior.
+    """
+    posterior = fit(Effects(), X, SVI(objective=objective, particles=8, steps=2000), seed=0)
+    assert posterior.diagnostics["mode"] == "graph", posterior.diagnostics["reason"]
+    evidence = float(torch.distributions.Normal(0.0, math.sqrt(1 + NOISE**2)).log_prob(X).sum())
+    assert abs(sum(posterior.history[-200:]) / 200 - evidence) < 0.3
+    if objective == "renyi":
+        m = posterior.extra["guide_params"]["m"]
+        torch.testing.assert_close(m, X / NOISE**2 / (1 + 1 / NOISE**2), atol=0.03, rtol=0.0)
+
+
+@pytest.mark.parametrize("mode", ["graph", "eager"])
+def test_gradients_of_the_bound_follow_its_draws(mode):
+    """Under one seed the bound is a smooth function of the parameters: its gradient equals differences."""
+    problem = prepare(Effects(), X, seed=0)
+    with problem.scope(0):
+        target = PairTarget(problem, 5, None, mode, 1, PLAIN, 0.0)
+        leaves = {"m": torch.linspace(-1, 1, 6), "s": torch.linspace(-1.0, 0.2, 6)}
+        assert target.mode == mode
+
+        def value(shift, name):
+            torch.manual_seed(5)
+            moved = {n: v + shift if n == name else v for n, v in leaves.items()}
+            return target.objective(moved)
+
+        for name in leaves:
+            _, slopes = value(torch.zeros(6), name)
+            for i in range(6):
+                step = 1e-5 * torch.eye(6)[i]
+                expected = float(value(step, name)[0] - value(-step, name)[0]) / 2e-5
+                assert math.isclose(float(slopes[name][i]), expected, rel_tol=1e-6, abs_tol=1e-7)
+
+
+@pytest.mark.parametrize("mode", ["graph", "eager"])
+def test_a_step_averages_inside_the_logarithm(mode):
+    """Far from the posterior the step's value is that of the bound, well above the ELBO; in batches it speaks for all rows."""
+    problem = prepare(Effects(), X, seed=0)
+    with problem.scope(0):
+        target = PairTarget(problem, 20, 3, mode, 1, PLAIN, 0.0)
+        leaves = target.start()
+        steps = torch.stack([target.objective(leaves)[0] for _ in range(400 if mode == "graph" else 60)])
+        with torch.no_grad():
+            weights = torch.stack([row_weights(target, leaves, None) for _ in range(4000)])
+        expected = torch.stack([bound(w, 0.0) for w in weights.split(20)])
+        elbo = float(weights.mean(0).sum())
+    error = 4 * math.sqrt(float(steps.var()) / len(steps) + float(expected.var()) / len(expected))
+    assert target.mode == mode and abs(float(steps.mean() - expected.mean())) < error
+    assert float(expected.mean()) > elbo + 1.0 and float(steps.mean()) > elbo + 0.5
+
+
+def test_shared_latents_have_no_bound_by_row():
+    class Shared(Effects):
+        def model(self, x):
+            m = pyro.sample("mu", dist.Normal(0.0, 1.0))
+            with pyro.plate("rows", len(x)):
+                pyro.sample("x", dist.Normal(m, 1.0), obs=x)
+
+        def guide(self, x):
+            m = pyro.param("m", torch.tensor(0.0))
+            pyro.sample("mu", dist.Normal(m, 1.0))
+
+    with pytest.raises(ValueError, match="'mu', which rows share"):
+        fit(Shared(), X, SVI(objective="iwae"), seed=0)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -127,6 +216,10 @@ def test_batches_speak_for_all_rows():
         ({"beta": (0.0, 0.0, 10)}, "positive"),
         ({"beta": (0.0, 1.0, 2.5)}, "steps"),
         ({"free_bits": -0.1}, "free_bits"),
+        ({"objective": "elbow"}, "objective"),
+        ({"objective": "iwae", "particles": 1}, "at least 2"),
+        ({"objective": "renyi", "alpha": -1.0}, "alpha"),
+        ({"objective": "iwae", "beta": 2.0}, "beta"),
     ],
 )
 def test_options_are_checked(options, words):

@@ -25,6 +25,7 @@ from .ascent import Leaves
 from .batches import Batches, is_latent, side_by_side, without_holes
 from .networks import Networks
 from .svi_step import ASKED, faster
+from .tightened import row_weights, tight_step
 from .weighted import PLAIN, Weights, weighted_elbo
 
 #: Draws a step where the story has to be run for each.
@@ -82,6 +83,7 @@ class PairTarget:
         mode: str = "auto",
         steps: int = 1,
         weighing: Weights = PLAIN,
+        alpha: float | None = None,
     ) -> None:
         assert problem.guide is not None
         self.weighing, self.made = weighing, 0
@@ -109,10 +111,11 @@ class PairTarget:
         self.call: Callable[..., Any] = self.by_score
         self.lanes = False  # whether one call takes all particles side by side
         if self.follows:
-            self.call = self.capture(first)
-        elif not weighing.plain:
+            self.call = self.capture(first) if alpha is None else self.tighten(first, alpha)
+        elif not weighing.plain or alpha is not None:
             raise ValueError(
-                "beta and free_bits need guides whose draws have a gradient; this one needs score functions"
+                "beta, free_bits and objectives other than 'elbo' need guides whose draws have a gradient; this one needs "
+                "score functions"
             )
 
     # -- parameters --------------------------------------------------------------------------------------------------
@@ -244,6 +247,13 @@ class PairTarget:
         self.mode, self.reason = built.mode, "; ".join(filter(None, (self.reason, built.reason)))
         return built.call
 
+    def tighten(self, leaves: Leaves, alpha: float) -> Callable[..., Any]:
+        """A bound of several draws a row and its gradient."""
+        example = (*leaves.values(), *(() if self.batches.size is None else (self.batches.first(),)))
+        found = tight_step(self, example, alpha, self.wanted, self.steps)
+        self.mode, self.reason, self.lanes = found.mode, found.reason, True
+        return found.call
+
     def beside(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor | float, Tensor | None]:
         """Weight of the divergences and indices of the rows among what follows the parameters."""
         rest = list(inputs)
@@ -356,13 +366,7 @@ class PairTarget:
 
         def one() -> tuple[Tensor]:
             with torch.no_grad(), pyro.validation_enabled(False):
-                trace = self.guide_trace(leaves, rows)
-                trace.compute_log_prob()
-                guessed = [trace.nodes[n] for n in self.sites]
-                log_q = sum(by_row(site["log_prob"], site, self.plate) for site in guessed)
-                given = {**{s["name"]: s["value"] for s in guessed}, **self.constrained(leaves, rows)}
-                log_p = self.networks.run(self.weights(leaves), lambda: self.joint.rows(given, self.arguments(rows)))
-            return (log_p - log_q,)
+                return (row_weights(self, leaves, rows),)
 
         return self.repeated(one, count, seconds)[0]
 
@@ -413,10 +417,3 @@ class PairTarget:
         except (RuntimeError, ValueError):
             return None  # the story fails at such values
         return None
-
-
-def by_row(log_prob: Tensor, site: dict, plate: str | None) -> Tensor:
-    """Log density of a site summed over everything but the rows."""
-    axis = next(f.dim for f in site["cond_indep_stack"] if f.name == plate)
-    rest = [i for i in range(-log_prob.ndim, 0) if i != axis]
-    return log_prob.sum(rest) if rest else log_prob

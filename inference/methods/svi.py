@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .base import Verdict, density_objection, gradient_objection, one_of, positive_float, positive_int
+from .tightened import OBJECTIVES, check_objective
 from .weighted import check_beta
 
 if TYPE_CHECKING:
@@ -85,6 +86,11 @@ class SVI:
     divergence
         Of a story's own guide: by "formula" where torch knows one, or from the "draws" themselves. "auto" takes formulas where
         networks guess, and draws elsewhere, whose noise goes to zero as the guide becomes the posterior.
+    objective
+        For a story's own guide of latents in the rows: "elbo"; "iwae", `particles` draws averaged inside the logarithm;
+        "renyi", their (1 - `alpha`)-th powers. `history` then holds that bound; the answer's ELBO is still the ELBO.
+    alpha
+        Of the Renyi bound: 0 is "iwae", 1 the ELBO.
     """
 
     name: ClassVar[str] = "svi"
@@ -103,6 +109,8 @@ class SVI:
     beta: float | tuple[float, float, int] = 1.0
     free_bits: float = 0.0
     divergence: str = "auto"
+    objective: str = "elbo"
+    alpha: float = 0.5
 
     def __post_init__(self) -> None:
         one_of("SVI", "guide", self.guide, GUIDES)
@@ -112,6 +120,8 @@ class SVI:
             positive_float("SVI", "clip", self.clip)
         check_beta(self.beta)
         one_of("SVI", "divergence", self.divergence, ("auto", "formula", "draws"))
+        one_of("SVI", "objective", self.objective, OBJECTIVES)
+        check_objective(self.objective, self.alpha, self.particles, self.beta == 1.0 and not self.free_bits)
         positive_float("SVI", "free_bits", self.free_bits, zero=True)
         for name in ("steps", "particles", "starts", "patience", "draws"):
             positive_int("SVI", name, getattr(self, name))
@@ -224,11 +234,12 @@ class SVI:
             formula = self.divergence == "formula" or (self.divergence == "auto" and problem.structure.has_modules)
             beta = tuple(self.beta) if isinstance(self.beta, list) else self.beta
             weighing = Weights(beta, self.free_bits, formula)
-            return PairTarget(problem, self.particles, self.batch_size, self.mode, self.steps, weighing)
-        if self.beta != 1.0 or self.free_bits:
+            alpha = {"elbo": None, "iwae": 0.0, "renyi": float(self.alpha)}[self.objective]
+            return PairTarget(problem, self.particles, self.batch_size, self.mode, self.steps, weighing, alpha)
+        if self.beta != 1.0 or self.free_bits or self.objective != "elbo":
             raise ValueError(
-                f"SVI(beta={self.beta!r}, free_bits={self.free_bits!r}) weigh the divergences of a story's own guide; "
-                f"this fit derives its guide ({family})"
+                f"SVI(beta={self.beta!r}, free_bits={self.free_bits!r}, objective={self.objective!r}) are for a story's own "
+                f"guide; this fit derives its guide ({family})"
             )
         return DerivedTarget(problem, family, self.particles, self.batch_size, self.mode, self.steps)
 
