@@ -263,3 +263,14 @@ def test_poor_corpora_are_answered():
         for method in (EM(restarts=1), SVI(starts=1), Gibbs(chains=1, warmup=5, draws=5)):
             posterior = fit(LDA(K), x, method, seed=0)
             assert posterior.draws["phi"].isfinite().all() and posterior.local("theta").isfinite().all()
+
+
+def test_labels_of_the_map_do_not_lie_on_each_other():
+    """Places that coincide are moved apart, others stay in their order."""
+    from inference.topics.plots import apart
+
+    place = np.array([[0.0, 0.0], [0.0, 0.0], [1.0, 1.0], [0.98, 1.0], [0.5, 0.2]])
+    found = apart(place)
+    gap = np.abs(found[:, None] - found[None]) + np.eye(5)[..., None]
+    assert ((gap[..., 0] >= 0.15 - 1e-5) | (gap[..., 1] >= 0.11 - 1e-5)).all()
+    assert found[0, 0] < found[4, 0] < found[2, 0]

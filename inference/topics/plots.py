@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .answers import shares
 from .quality import as_topics, top_words, topic_share, word_paths, words_of
@@ -67,6 +68,7 @@ def plot_topic_map(posterior: Posterior, vocabulary: Any = None, num: int = 3) -
     place = np.zeros((len(phi), 2))
     for i in range(min(2, len(phi))):
         place[:, i] = vectors[:, -1 - i] * np.sqrt(max(values[-1 - i], 0))
+    place = apart(place)
     fig, axes = figure(7.5, 5.5)
     ax = axes[0, 0]
     ax.scatter(*place.T, s=9000 * weight + 20, color=SOFT, edgecolor=INK, zorder=2)
@@ -79,6 +81,28 @@ def plot_topic_map(posterior: Posterior, vocabulary: Any = None, num: int = 3) -
     ax.set_title("topics; areas are shares of the words", loc="left", fontsize=10)
     ax.spines[:].set_visible(False)
     return fig
+
+
+def apart(place: NDArray, width: float = 0.15, height: float = 0.11, rounds: int = 200) -> NDArray:
+    """Places (K, 2) in the unit square, moved until no two labels of that size lie on each other."""
+    size = np.array([width, height])
+    span = np.ptp(place, axis=0)
+    unit = (place - place.min(0)) / np.where(span > 0, span, 1.0)
+    for _ in range(rounds):
+        gap = unit[:, None] - unit[None]
+        over = np.clip(size - np.abs(gap), 0, None)
+        over[np.arange(len(unit)), np.arange(len(unit))] = 0
+        hit = (over > 0).all(-1)
+        if not hit.any():
+            break
+        along = np.argmin(over / size, -1)  # the shorter way out
+        push = np.zeros_like(gap)
+        rows, columns = np.nonzero(hit)
+        axis = along[rows, columns]
+        sign = np.where(gap[rows, columns, axis] == 0, np.sign(rows - columns), np.sign(gap[rows, columns, axis]))
+        push[rows, columns, axis] = 0.5 * sign * over[rows, columns, axis] + 1e-6 * sign
+        unit = unit + push.sum(1)
+    return unit
 
 
 def plot_topic_share(posterior: Posterior, times: Any = None, vocabulary: Any = None, num: int = 3) -> Any:
