@@ -229,7 +229,8 @@ def simple(module: fx.GraphModule, example: tuple[Tensor, ...]) -> fx.GraphModul
     torch.set_default_dtype(example[0].dtype)  # what a number without a type becomes
     try:
         with torch.no_grad():
-            traced = make_fx(lambda *args: module.forward(*args), decomposition_table=table)(*example)
+            # Shapes are enough: tracing with numbers would keep a copy of every table of a large story.
+            traced = make_fx(lambda *args: module.forward(*args), decomposition_table=table, tracing_mode="fake")(*example)
     finally:
         torch.set_default_dtype(before)
     traced.graph.eliminate_dead_code()

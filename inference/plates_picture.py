@@ -146,6 +146,7 @@ def _meets(box: tuple[float, float, float, float], other: Sequence[float]) -> bo
 
 
 def arrows_across(laid: Picture, box: tuple[float, float, float, float]) -> int:
+    """How many arrows run through a box (left, bottom, right, top)."""
     ends = [(anchor(laid, a, laid.centres[b]), anchor(laid, b, laid.centres[a])) for a, b in laid.graph.edges]
     if not ends:
         return 0
