@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 #: Entries of one site whose ranks are taken.
 MOST_ENTRIES = 12
+#: Finite latents that are ranked.
+MOST_FINITE = 1
 
 
 def from_arguments(story: Any, arguments: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -89,8 +91,8 @@ def quantities(
         likelihood = np.array([log_likelihood(posterior, {n: v[i] for n, v in some.items()}) for i in range(draws)])
         reached = log_likelihood(posterior, {n: v[0] for n, v in mine.items()})
     found["log likelihood"] = ranked(likelihood, reached, rng)
-    for site in posterior.structure.finite:
-        rank = of_finite(posterior, site, truth[site.name], draws, rng)
+    for site in posterior.structure.finite[:MOST_FINITE]:  # steps of a chain tell much the same
+        rank = of_finite(posterior, site, truth[site.name], at.tolist(), rng)
         if rank is not None:
             found[rank[0]] = rank[1]
     return found
@@ -145,24 +147,22 @@ def log_likelihood(posterior: Posterior, values: dict[str, Tensor]) -> float:
 
 
 def of_finite(
-    posterior: Posterior, site: Any, true: Tensor, draws: int, rng: np.random.Generator
+    posterior: Posterior, site: Any, true: Tensor, indices: list[int], rng: np.random.Generator
 ) -> tuple[str, float] | None:
     """A finite latent: whether the first two rows share their state, or the state itself where it is global.
 
-    The posterior probability of what came true, spread evenly over its part of the unit interval, is uniform.
+    One draw of it goes with every draw of the globals; ties are split at random.
     """
+    joint = posterior.joint
     if site.local and len(site.plates) == 1 and true.numel() >= 2:
-        indices = posterior.some_draws(draws)
         with posterior.problem.scope(posterior.seed):
-            tables = [posterior.joint.local_probabilities(site.name, posterior.draw(i)) for i in indices]
-        same = float(np.mean([float((t[0] * t[1]).sum()) for t in tables]))
-        low, high = (1 - same, 1.0) if bool(true.reshape(-1)[0] == true.reshape(-1)[1]) else (0.0, 1 - same)
-        name = f"{site.name}[0] = {site.name}[1]"
-    elif not site.plates and true.numel() == 1:
-        p = posterior.local(site.name).reshape(-1).numpy()
-        k = int(true)
-        low, high = float(p[:k].sum()), float(p[: k + 1].sum())
-        name = site.name
-    else:
-        return None
-    return name, float(np.floor((low + rng.random() * (high - low)) * (draws + 1)).clip(0, draws))
+            tables = (joint.local_probabilities(site.name, posterior.draw(i)) for i in indices)
+            same = np.array([float((t[0] * t[1]).sum()) for t in tables])
+        first, second = true.reshape(-1)[:2].tolist()
+        return f"{site.name}[0] = {site.name}[1]", ranked(rng.random(len(same)) < same, float(first == second), rng)
+    if not site.plates and true.numel() == 1:
+        with posterior.problem.scope(posterior.seed):
+            tables = (joint.local_probabilities(site.name, posterior.draw(i)).reshape(-1) for i in indices)
+            states = [int(np.searchsorted(np.cumsum(t.numpy()), rng.random() * float(t.sum()))) for t in tables]
+        return site.name, ranked(np.array(states), float(true), rng)
+    return None

@@ -52,7 +52,8 @@ QUICK = NUTS(chains=2, warmup=300, draws=400)
 )
 def test_nuts_is_calibrated(story, data):
     """Every latent (components in order, W as W W^T), the likelihood, and who shares a state with whom."""
-    found = check(story, data, NUTS(chains=2, warmup=400, draws=1000), simulations=500)
+    simulations = 200 if story is hidden_markov else 500  # a second each
+    found = check(story, data, NUTS(chains=2, warmup=400, draws=1000), simulations=simulations)
     assert found.passed and "log likelihood" in found.ranks, str(found)
 
 
