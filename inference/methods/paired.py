@@ -65,6 +65,10 @@ class Watch(Messenger):
         self.found[msg["name"]] = Parameter(msg["name"], msg["kwargs"].get("constraint", constraints.real), local)
 
 
+def no_guess(**data: Any) -> None:
+    """The guide of a story that leaves nothing to guess."""
+
+
 class PairTarget:
     """Parameters of guide and model, and the weights of their networks.
 
@@ -85,16 +89,19 @@ class PairTarget:
         weighing: Weights = PLAIN,
         alpha: float | None = None,
     ) -> None:
-        assert problem.guide is not None
         self.weighing, self.made = weighing, 0
         self.wanted, self.steps = mode, steps
-        self.problem, self.particles, self.guide = problem, particles, problem.guide
+        self.problem, self.particles, self.guide = problem, particles, problem.guide or no_guess
         self.joint = LogJoint(problem)
         self.batches = Batches(problem, batch_size)
         self.plate = problem.structure.data_plate
         self.joint.holes = {s.name: s.missing > 0 for s in problem.structure.observed}
         self.networks = Networks(problem.story, problem.model, problem.guide)
         self.filled = {n: without_holes(v) for n, v in problem.kwargs.items()}
+        initialise = getattr(problem.story, "initialise", None)
+        if callable(initialise):  # weights that the data set, such as those of layers that normalise
+            with torch.no_grad():
+                initialise(**self.filled)
         self.parameters: dict[str, Parameter] = {}
         self.names: dict[str, str] = {}
         first = self.start()
@@ -105,6 +112,9 @@ class PairTarget:
         self.sites = [n for n, s in trace.nodes.items() if is_latent(s)]
         self.latents = [n for n in self.sites if n in problem.structure and problem.structure[n].continuous]
         self.points = all(type(unwrap(trace.nodes[n]["fn"])).__name__ == "Delta" for n in self.latents)
+        self.certain = not self.sites and not self.parameters  # every climb is the same
+        if not self.sites:
+            self.particles = 1
         self.follows = all(trace.nodes[n]["fn"].has_rsample for n in self.sites)
         self.mode = "eager"
         self.reason = "the guide has latents whose draws have no gradient (score function estimator)"
@@ -333,6 +343,8 @@ class PairTarget:
             return (ratio, *(values[n].clone() for n in self.latents))
 
         inputs = tuple(leaves.values())
+        if not self.sites:
+            return self.repeated(lambda: one(*inputs), 1, seconds)
         found = capture(one, inputs, random=True)
         width = max(1, min(100, count, int(2e7 / max(1, self.problem.structure.data_bytes))))
         if found.mode == "graph" and width > 1:
