@@ -1,6 +1,7 @@
 """Networks that tell a transform its parameters: a plain one, and one that looks at earlier columns only."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ class Perceptron(nn.Module):
     def __init__(self, inputs: int, outputs: int, hidden: Sequence[int], num_context: int = 0) -> None:
         super().__init__()
         widths = (inputs + num_context, *hidden)
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         self.last = nn.Linear(widths[-1], outputs)
         silence(self.last)
 

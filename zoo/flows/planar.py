@@ -105,7 +105,7 @@ class PlanarFlow(FlowStory):
         D.
     num_layers
         K.
-    num_context, base, df, loc, scale
+    num_context, seed, base, df, loc, scale
         See `FlowStory`.
 
     Raises
@@ -121,6 +121,6 @@ class PlanarFlow(FlowStory):
 
     direction: ClassVar[str] = "to_data"
 
-    def __init__(self, num_features: int, num_layers: int = 10, *, num_context: int = 0, **noise: Any) -> None:
+    def __init__(self, num_features: int, num_layers: int = 10, *, num_context: int = 0, **settings: Any) -> None:
         D, K = count_setting("num_features", num_features), count_setting("num_layers", num_layers)
-        super().__init__((D,), [Planar(D, num_context) for _ in range(K)], num_context=num_context, **noise)
+        super().__init__((D,), lambda: [Planar(D, num_context) for _ in range(K)], num_context=num_context, **settings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 import pyro
@@ -23,10 +23,12 @@ class FlowStory(nn.Module):
     ----------
     event_shape
         Shape of a row: (D,), or (C, H, W) for images.
-    transforms
-        From data to noise, or from noise to data, as the class's `direction` says.
+    make
+        Makes the transforms, from data to noise or from noise to data, as the class's `direction` says.
     num_context
         Columns of `context` on which the density depends; 0 for none.
+    seed
+        Of the weights that training starts from.
     base, df
         Noise: "normal", or "student_t" with `df` degrees of freedom for heavy tails; its entries are independent.
     loc, scale
@@ -44,9 +46,10 @@ class FlowStory(nn.Module):
     def __init__(
         self,
         event_shape: Sequence[int],
-        transforms: Sequence[Transform],
+        make: Callable[[], Sequence[Transform]],
         *,
         num_context: int = 0,
+        seed: int = 0,
         base: str = "normal",
         df: float = 5.0,
         loc: Setting = 0.0,
@@ -58,6 +61,9 @@ class FlowStory(nn.Module):
         self.event_shape, self.num_context = tuple(event_shape), context_setting(num_context)
         self.base, self.df = base, pseudo_count("df", df)
         to_unit = Standardise(columns("loc", loc, self.event_shape), columns("scale", scale, self.event_shape))
+        with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it is
+            torch.manual_seed(seed)
+            transforms = make()
         outwards = self.direction == "to_data"
         self.flow = Chain([*transforms, Inverse(to_unit)] if outwards else [to_unit, *transforms])
         self.register_buffer("origin", torch.zeros(self.event_shape))
@@ -122,16 +128,16 @@ class FlowStory(nn.Module):
         """Two interleaved half circles, standardised."""
         from ..data import load
 
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return cls(2), {"x": load("two_moons").x}  # type: ignore[arg-type, call-arg]
+        return cls(2), {"x": load("two_moons").x}  # type: ignore[arg-type, call-arg]
 
 
 def columns(name: str, value: Setting, shape: tuple[int, ...]) -> Tensor:
     """A setting as a tensor of an event's shape; "scale" is positive."""
     plain = setting(name, value, positive=name == "scale")
     if isinstance(plain, tuple) and shape != (len(plain),):
-        raise ValueError(f"{name} has {len(plain)} numbers and a row has the shape {shape}; give one number or one a column")
+        raise ValueError(
+            f"{name} has {len(plain)} numbers and a row has the shape {shape}; give one number or one a column"
+        )
     return torch.tensor(plain, dtype=torch.get_default_dtype()).expand(shape).clone()
 
 
