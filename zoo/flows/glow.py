@@ -275,10 +275,10 @@ class Glow(FlowStory):
 
         super().__init__((C, H, W), make, num_context=num_context, **settings)
 
-    def initialise(self, x: Tensor, context: Tensor | None = None, **rest: Any) -> None:
+    def initialise(self, x: Tensor, y: Tensor | None = None, **rest: Any) -> None:
         """Set the scales and shifts of the channels by the first images; `fit` calls this once, before it climbs."""
         to_unit, scales = self.flow.transforms
-        cast(MultiScale, scales).initialise(to_unit(x[:FIRST])[0], None if context is None else context[:FIRST])
+        cast(MultiScale, scales).initialise(to_unit(x[:FIRST])[0], None if y is None else y[:FIRST])
 
     @classmethod
     def example(cls) -> tuple[Self, dict[str, Tensor]]:

@@ -82,9 +82,9 @@ class MADE(nn.Module):
         self.num_parameters = num_parameters
         place = torch.tensor(order)
         before = torch.cat((place + 1, torch.zeros(num_context, dtype=torch.long)))  # context comes before everything
-        layers = []
+        layers, first = [], 0 if num_context else 1  # a unit of degree 0 sees the context alone
         for width in hidden:
-            degree = torch.arange(width) % max(1, D - 1) + 1 if D > 1 else torch.zeros(width, dtype=torch.long)
+            degree = torch.arange(width) % (D - first) + first if D > first else torch.zeros(width, dtype=torch.long)
             layers.append(MaskedLinear(degree[:, None] >= before))
             before = degree
         self.layers = nn.ModuleList(layers)

@@ -32,6 +32,8 @@ from .story import FlowStory
 
 #: Halvings of the interval around the root, then steps of Newton's method.
 HALVINGS, NEWTON = 40, 2
+#: How far u . w stays above -1.
+MARGIN = 1e-3
 
 
 class Planar(Transform):
@@ -55,10 +57,10 @@ class Planar(Transform):
     def read(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """u (D,), u . w () and b.
 
-        u is the free vector moved along w until u . w = softplus(free . w) - 1.
+        u is the free vector moved along w until u . w = softplus(free . w) - 1, and a little more.
         """
         product = self.free_u @ self.w
-        allowed = functional.softplus(product) - 1
+        allowed = functional.softplus(product) - 1 + MARGIN
         u = self.free_u + (allowed - product) * self.w / (self.w.square().sum() + 1e-12)
         return u, u @ self.w, self.b if self.network is None else self.b + self.network(context).squeeze(-1)
 

@@ -26,7 +26,7 @@ class FlowStory(nn.Module):
     make
         Makes the transforms, from data to noise or from noise to data, as the class's `direction` says.
     num_context
-        Columns of `context` on which the density depends; 0 for none.
+        Columns of the context `y` on which the density depends; 0 for none.
     seed
         Of the weights that training starts from.
     base, df
@@ -79,17 +79,17 @@ class FlowStory(nn.Module):
         """Distribution of a row; of one row for each row of `context` (N, num_context) where there is one."""
         return FlowDistribution(self.noise(), self.flow, forward=self.direction, context=context, validate_args=False)
 
-    def model(self, x: Tensor | None = None, context: Tensor | None = None, num_data: int = 300) -> Tensor:
+    def model(self, x: Tensor | None = None, y: Tensor | None = None, num_data: int = 300) -> Tensor:
         """Tell the story.
 
         Parameters
         ----------
         x
             (N, D), what was seen; None dreams up `num_data` rows.
-        context
-            (N, num_context), what is known of every row, where the story was made with `num_context`.
+        y
+            (N, num_context), the context: what is known of every row, where the story was made with `num_context`.
         num_data
-            N where there is neither `x` nor `context`.
+            N where there is neither `x` nor `y`.
 
         Returns
         -------
@@ -98,25 +98,25 @@ class FlowStory(nn.Module):
         Raises
         ------
         ValueError
-            `x` or `context` has other columns than the story, or `context` is missing.
+            `x` or `y` has other columns than the story, or `y` is missing.
         """
         check_rows("x", x, self.event_shape)
-        context = self.given(x, context, num_data)
-        N = len(x) if x is not None else num_data if context is None else len(context)
+        y = self.given(x, y, num_data)
+        N = len(x) if x is not None else num_data if y is None else len(y)
         pyro.module("flow", self.flow)
         with pyro.plate("data", N):
-            return pyro.sample("x", self.distribution(context), obs=x)
+            return pyro.sample("x", self.distribution(y), obs=x)
 
-    def given(self, x: Tensor | None, context: Tensor | None, num_data: int) -> Tensor | None:
+    def given(self, x: Tensor | None, y: Tensor | None, num_data: int) -> Tensor | None:
         """The context, checked; zeros where nothing is given at all."""
         if not self.num_context:
-            if context is not None:
-                raise ValueError("this story takes no context; make it with num_context=C to give it columns (N, C)")
+            if y is not None:
+                raise ValueError("this story takes no context y; make it with num_context=C to give it columns (N, C)")
             return None
-        check_rows("context", context, (self.num_context,))
-        if context is None and x is not None:
-            raise ValueError(f"context is missing: the story was made with num_context={self.num_context}")
-        return self.origin.new_zeros(num_data, self.num_context) if context is None else context
+        check_rows("y", y, (self.num_context,))
+        if y is None and x is not None:
+            raise ValueError(f"y is missing: the story was made with num_context={self.num_context}")
+        return self.origin.new_zeros(num_data, self.num_context) if y is None else y
 
     def __repr__(self) -> str:
         size = f"num_features={self.event_shape[0]}" if len(self.event_shape) == 1 else f"shape={self.event_shape}"
