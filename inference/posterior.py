@@ -218,6 +218,12 @@ class Posterior:
 
         return plot_data(self, columns, ax)
 
+    def plot_plane(self, points: int = 200, *, seed: int | None = None) -> Any:
+        """Density of rows of two columns on a grid, and new rows beside the fitted ones."""
+        from .plane import plot_plane
+
+        return plot_plane(self, points, seed)
+
     def save(self, path: str | Path) -> Path:
         """Write draws and a card (safetensors with JSON, checksummed) to one file, atomically."""
         from .checkpoint import save

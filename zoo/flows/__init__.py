@@ -18,7 +18,7 @@ _LAZY = {
     "NeuralSplineFlow": ".spline",
     "PlanarFlow": ".planar",
     "RealNVP": ".coupling",
-    "plot_flow": ".pictures",
+    "draw_layers": ".pictures",
 }
 
 __all__ = [
@@ -33,7 +33,7 @@ __all__ = [
     "PlanarFlow",
     "RealNVP",
     "Transform",
-    "plot_flow",
+    "draw_layers",
 ]
 
 
