@@ -218,7 +218,7 @@ def best_fit(
 ) -> tuple[str, Any]:
     """The fit of greatest validation density among numbers of layers and of steps: the same choices for both families.
 
-    Their noise is Student's t, which validation rows of either table prefer: a few rows lie far from the others.
+    Their noise is Student's t: a few rows lie far from the others, and validation rows prefer it.
     """
     make = RealNVP if name == "RealNVP" else partial(NeuralSplineFlow, num_bins=BINS // 2, bound=6.0)
     tried = []

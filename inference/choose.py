@@ -82,6 +82,8 @@ def choose(structure: Structure, want: str = "auto", *, slow: dict[str, str] | N
     if valid("nuts") and not large and "nuts" not in slow:
         why = "the globals are continuous, the data are in memory, and draws promise the most"
         return Choice(METHODS["nuts"], why, opinions)
+    if valid("svi") and structure.guideless and not structure.has_guide:
+        return Choice(METHODS["svi"], opinions["svi"].reason, opinions)
     if valid("svi"):
         because = slow.get("nuts") or ("the data are large" if large and valid("nuts") else None)
         because = because or f"NUTS does not apply ({opinions['nuts'].reason})"

@@ -231,6 +231,8 @@ class Posterior:
         return save(self, path)
 
     def __repr__(self) -> str:
+        from .summary import NETWORK, network_weights
+
         lines = []
         if self.warnings:
             lines += [f"warning: {w}" for w in self.warnings]
@@ -240,7 +242,11 @@ class Posterior:
         what = {"point": "point estimate", "exact": "exact posterior"}.get(self.kind, f"{self.kind}, {size}")
         state = "" if self.converged else ", not converged"
         lines.append(f"Posterior by {self.method.name.upper()}: {what}{where}{state} (seed {self.seed})")
+        for name, count in network_weights(self).items():
+            lines.append(f"  {name:<12} a network of {count:,} weights")
         for name, value in self.draws.items():
+            if NETWORK in name:
+                continue
             lines.append(f"  {name:<12} {tuple(value.shape[1:])!s:<12} mean {_preview(value.double().mean(0))}")
         finite = [s.name for s in self.structure.finite]
         if finite:

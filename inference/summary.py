@@ -14,6 +14,8 @@ import pandas as pd
 if TYPE_CHECKING:
     from .posterior import Posterior
 
+#: What Pyro writes between the name of a network and that of its weight.
+NETWORK = "$$$"
 #: Entries that a table lists.
 ROWS = 200
 
@@ -58,8 +60,9 @@ def summarise(posterior: Posterior) -> Summary:
     rows: list[dict[str, float]] = []
     names: list[str] = []
     local = {b.name for b in posterior.joint.blocks if b.local}
+    weights = network_weights(posterior)
     for name, value in posterior.draws.items():
-        if name in local:
+        if name in local or NETWORK in name:
             continue
         array = value.double().cpu().numpy()
         for index in entries(tuple(array.shape[1:])):
@@ -79,12 +82,23 @@ def summarise(posterior: Posterior) -> Summary:
                 row |= {"R-hat": found["rhat"], "ESS bulk": found["ess_bulk"], "ESS tail": found["ess_tail"]}
             rows.append(row)
     heading = [head_line(posterior)]
-    total = sum(math.prod(v.shape[1:]) for n, v in posterior.draws.items() if n not in local)
+    total = sum(math.prod(v.shape[1:]) for n, v in posterior.draws.items() if n not in local and NETWORK not in n)
     if total > len(rows):
         heading.append(f"the first {len(rows)} of {total} entries")
+    heading += [f"{name} is a network of {count:,} weights" for name, count in weights.items()]
     for name in sorted(local):
         heading.append(f"{name} is local: posterior.local({name!r})")
     return Summary(heading, list(posterior.warnings), pd.DataFrame(rows, index=names))
+
+
+def network_weights(posterior: Posterior) -> dict[str, int]:
+    """How many numbers each network of the story has learned."""
+    found: dict[str, int] = {}
+    for name, value in posterior.draws.items():
+        network, divider, _ = name.partition(NETWORK)
+        if divider:
+            found[network] = found.get(network, 0) + math.prod(value.shape[1:])
+    return found
 
 
 def head_line(posterior: Posterior) -> str:
@@ -93,6 +107,8 @@ def head_line(posterior: Posterior) -> str:
     text = f"{posterior.kind} by {posterior.method.name.upper()}, seed {posterior.seed}"
     if posterior.kind == "variational" and "elbo" in d:
         text += f"; ELBO {d['elbo']:.3f} ± {d.get('elbo_error', math.nan):.2g}, k-hat {d.get('khat', math.nan):.2f}"
+    elif posterior.structure.guideless and "elbo" in d:
+        text += f"; log-likelihood {d['elbo']:.3f}"
     elif "objective" in d:
         text += (
             f"; log joint {d['objective']:.3f}, log-likelihood {d['log_likelihood']:.3f}, no uncertainty of the globals"

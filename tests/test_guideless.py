@@ -78,6 +78,8 @@ def test_regression_is_least_squares(untouched):
         assert posterior.diagnostics["elbo"] == pytest.approx(float(density.sum()), abs=1e-3)
         torch.testing.assert_close(posterior.log_prob(), density, rtol=0, atol=0.05)
         assert "no latent to guess" in posterior.why()
+        text = f"{posterior}\n{posterior.summary()}"
+        assert "network is a network of 3 weights" in text and "log-likelihood" in text and "$$$" not in text
 
 
 def test_a_story_is_initialised_once_and_only_its_copy():
