@@ -38,7 +38,7 @@ def draw_layers(story: FlowStory, num: int = 2000, seed: int = 0) -> Any:
     outwards = story.direction == "to_data"
     layers = list(story.flow.transforms) if outwards else list(reversed(story.flow.transforms))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         z = story.noise().sample((num,))
         steps = [("noise", z)]
         for number, layer in enumerate(layers, 1):

@@ -62,7 +62,7 @@ class FlowStory(nn.Module):
         self.base, self.df = base, pseudo_count("df", df)
         m, v = columns("loc", loc, self.event_shape), columns("scale", scale, self.event_shape)
         with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it is
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             chain = list(make())
         if (m != 0).any() or (v != 1).any():
             chain = (
