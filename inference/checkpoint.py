@@ -206,7 +206,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, card
 
 
-def load(path: str | Path, story: Any) -> Posterior:
+def load(path: str | Path, story: Any, *, guide: Any = None) -> Posterior:
     """An answer from a file, and the story that it answers.
 
     Parameters
@@ -215,6 +215,8 @@ def load(path: str | Path, story: Any) -> Posterior:
         Written by `Posterior.save`.
     story
         The same story as at the fit: files hold numbers, not programs.
+    guide
+        The same guide as at the fit, where it was not the story's own.
 
     Raises
     ------
@@ -223,6 +225,7 @@ def load(path: str | Path, story: Any) -> Posterior:
     FileNotFoundError
         There is no such file.
     """
+    from .amortised import restore_weights
     from .choose import Choice
     from .methods import METHODS
     from .posterior import Posterior
@@ -232,7 +235,7 @@ def load(path: str | Path, story: Any) -> Posterior:
     tensors, card = read(path)
     data = {n.removeprefix("data/"): v for n, v in tensors.items() if n.startswith("data/")}
     try:
-        problem = prepare(story, {**data, **card["arguments"]}, seed=card["seed"], want=card["want"])
+        problem = prepare(story, {**data, **card["arguments"]}, guide=guide, seed=card["seed"], want=card["want"])
     except (ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} answers the story {card['story']['name']!r} {card['story']['settings']}; the one given cannot take its "
@@ -249,6 +252,8 @@ def load(path: str | Path, story: Any) -> Posterior:
         raise CheckpointError(f"{path}: method {card['method']!r} is unknown here; known are {list(METHODS)}")
     method = with_options(method, card["options"])
     with problem.scope(card["seed"]):
+        if problem.guide is not None and "guide_params" in extra:
+            restore_weights(problem, extra["guide_params"])
         return Posterior(
             kind=card["kind"],
             method=method,

@@ -16,10 +16,11 @@ from .methods.base import positive_int
 from .problem import Problem
 
 if TYPE_CHECKING:
+    from .amortised import Recogniser
     from .choose import Choice
     from .methods.base import Method
     from .predict import Imputation
-    from .score import Score
+    from .score import Ladder, Score
     from .summary import Summary
 
 #: Draws that a question about rows is averaged over, evenly spaced among all.
@@ -89,6 +90,14 @@ class Posterior:
         """Log joint density of the story and the fitted data."""
         with self.problem.scope(self.seed):
             return LogJoint(self.problem)
+
+    @cached_property
+    def recogniser(self) -> Recogniser | None:
+        """The fitted guide, where it guesses the latents of a row from the row itself; else None."""
+        from .amortised import recogniser
+
+        with self.problem.scope(self.seed):
+            return recogniser(self)
 
     def why(self) -> str:
         """The method that ran, the rule that chose it, and every other method's verdict with its premise."""
@@ -166,6 +175,28 @@ class Posterior:
         from .score import score
 
         return score(self, data, draws)
+
+    def ladder(self, data: Any = None, *, draws: int = 1000, k: int = 50) -> Ladder:
+        """ELBO, IWAE(k) and importance-sampled log p(x_n | fitted data) of rows, each at least as high as the one before.
+
+        Parameters
+        ----------
+        data
+            New rows, as for `fit`; None for the fitted ones.
+        draws
+            Draws of the row's latents, from the fitted guide where it reads rows, else from a Laplace approximation.
+        k
+            Draws of a block of the middle bound.
+
+        Raises
+        ------
+        ValueError
+            Rows have no continuous latents of their own: `log_prob` is then no estimate of an integral over them.
+        """
+        from .local import row_ladder
+
+        positive_int("ladder", "draws", draws)
+        return row_ladder(self, data, draws, k)
 
     def sample(self, num: int = 100, *, seed: int | None = None) -> dict[str, Tensor]:
         """New rows from the posterior predictive distribution: every local site, (num, ...event) each."""

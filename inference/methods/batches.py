@@ -214,11 +214,3 @@ def by_row(log_prob: Tensor, site: dict, plate: str | None) -> Tensor:
     axis = next(f.dim for f in site["cond_indep_stack"] if f.name == plate)
     rest = [i for i in range(-log_prob.ndim, 0) if i != axis]
     return log_prob.sum(rest) if rest else log_prob
-
-
-def without_holes(value: Any) -> Any:
-    """NaN replaced by the mean of its column: a guide may guess from anything."""
-    if not (isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any())):
-        return value
-    mean = value.nanmean(0) if value.ndim else torch.zeros_like(value)
-    return torch.where(value.isnan(), mean.nan_to_num(0.0), value)

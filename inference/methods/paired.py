@@ -5,14 +5,12 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
@@ -22,8 +20,9 @@ from ..joint import LogJoint
 from ..problem import Problem
 from ..recorder import pure_graph
 from .ascent import Leaves
-from .batches import Batches, is_latent, side_by_side, without_holes
+from .batches import Batches, is_latent, side_by_side
 from .networks import Networks
+from .parameters import Parameter, guide_arguments, watched
 from .svi_step import ASKED, faster
 from .tightened import row_weights, tight_step
 from .weighted import PLAIN, Weights, weighted_elbo
@@ -32,37 +31,6 @@ from .weighted import PLAIN, Weights, weighted_elbo
 EAGER_PARTICLES = 2
 #: Step size of a network's weights relative to that of other parameters.
 NETWORK_RATE = 0.25
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One `pyro.param`: its constraint, and whether it has one entry a row on its first axis."""
-
-    name: str
-    constraint: Any
-    local: bool
-
-
-class Watch(Messenger):
-    """Note the parameters that a program asks for, and by which names it knows the weights of networks."""
-
-    def __init__(self, plate: str | None, rows: int, weights: dict[int, str]) -> None:
-        super().__init__()
-        self.plate, self.rows, self.weights = plate, rows, weights
-        self.found: dict[str, Parameter] = {}
-        self.known: dict[str, str] = {}
-
-    def _pyro_post_param(self, msg: dict) -> None:
-        free = pyro.get_param_store()._params.get(msg["name"])
-        if free is None:
-            return
-        if id(free) in self.weights:
-            self.known[self.weights[id(free)]] = msg["name"]
-            return
-        inside = any(frame.name == self.plate for frame in msg["cond_indep_stack"])
-        value = msg["value"]
-        local = inside and value.ndim > 0 and len(value) == self.rows
-        self.found[msg["name"]] = Parameter(msg["name"], msg["kwargs"].get("constraint", constraints.real), local)
 
 
 class PairTarget:
@@ -94,7 +62,7 @@ class PairTarget:
         self.plate = problem.structure.data_plate
         self.joint.holes = {s.name: s.missing > 0 for s in problem.structure.observed}
         self.networks = Networks(problem.story, problem.model, problem.guide)
-        self.filled = {n: without_holes(v) for n, v in problem.kwargs.items()}
+        self.filled = guide_arguments(problem, problem.kwargs)
         self.parameters: dict[str, Parameter] = {}
         self.names: dict[str, str] = {}
         first = self.start()
@@ -123,11 +91,7 @@ class PairTarget:
     def start(self) -> Leaves:
         """Free parameters as guide and model start them, and copies of the networks' weights."""
         self.made = 0
-        pyro.clear_param_store()
-        watch = Watch(self.plate, self.batches.rows, {id(p): n for n, p in self.networks.weights.items()})
-        with torch.no_grad(), poutine.block(), watch:
-            guide = poutine.trace(self.guide).get_trace(**self.filled)
-            poutine.replay(MissingCells()(self.problem.model), trace=guide)(**self.problem.kwargs)
+        watch, _ = watched(self.problem, self.networks)
         self.parameters = watch.found
         self.names = {watch.known.get(n, n): n for n in self.networks.weights}
         store = pyro.get_param_store()

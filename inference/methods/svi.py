@@ -199,7 +199,8 @@ class SVI:
             meter.mark("run")
         ended = any(w.startswith((INTERRUPTED, SPENT)) for w in warnings)
         point = not draws or (isinstance(target, PairTarget) and target.points)
-        learned = [s.name for s in problem.structure.learned]
+        # Weights of networks stay where they belong: in the networks.
+        learned = [s.name for s in problem.structure.learned if "$$$" not in s.name]
         values = {n: v.detach().cpu() for n, v in target.values(leaves).items()}
         count = len(next(iter(draws.values()))) if draws else 1
         draws |= {n: values[n].expand(count, *values[n].shape) for n in learned}
