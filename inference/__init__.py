@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .data import DataNotice
     from .errors import DivergenceError
     from .fit import fit
-    from .methods import EM, HMC, NUTS, SVI, Exact, Gibbs, Verdict
+    from .methods import EM, HMC, NUTS, SVI, Amortised, Exact, Gibbs, Verdict
     from .plates import draw_plates
     from .posterior import Posterior
     from .simulate import simulate
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .structure import Site, Structure, inspect
 
 _HOME = {
+    "Amortised": "methods",
     "Calibration": "calibration",
     "check": "calibration",
     "CheckpointError": "checkpoint",
@@ -62,6 +63,7 @@ __all__ = [
     "HMC",
     "NUTS",
     "SVI",
+    "Amortised",
     "Calibration",
     "CheckpointError",
     "Choice",

@@ -73,9 +73,7 @@ def recogniser(posterior: Posterior) -> Recogniser | None:
     watch, trace = watched(problem)
     own = {n for n, p in watch.found.items() if p.local}
     plate = problem.structure.data_plate
-    sites = [
-        n for n, s in trace.nodes.items() if is_latent(s) and any(f.name == plate for f in s["cond_indep_stack"])
-    ]
+    sites = [n for n, s in trace.nodes.items() if is_latent(s) and any(f.name == plate for f in s["cond_indep_stack"])]
     if own or not sites:
         return None
     return Recogniser(problem, {n: v for n, v in found.items() if n in watch.found}, sites)

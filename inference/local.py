@@ -2,8 +2,8 @@
 
 Finite latents: exact, by enumeration, averaged over draws of the globals.  Continuous ones: the method's own draws for
 fitted rows; for new rows the fitted guide where it reads rows, else a Laplace proposal for each row, corrected by importance
-weights (multivariate t with five degrees of freedom around the mode; Tierney and Kadane, JASA 1986, and Owen, *Monte Carlo theory, methods and examples*,
-chapter 9).
+weights (multivariate t with five degrees of freedom around the mode; Tierney and Kadane, JASA 1986, and Owen, *Monte Carlo
+theory, methods and examples*, chapter 9).
 """
 
 from __future__ import annotations
@@ -279,9 +279,13 @@ def row_ladder(posterior: Posterior, data: Any, draws: int, k: int) -> Ladder:
     from .score import ladder
 
     if not posterior.structure.continuous_locals or posterior.structure.admixture:
-        raise ValueError("rows of this story have no continuous latents to integrate over: log_prob(data) has their density")
+        raise ValueError(
+            "rows of this story have no continuous latents to integrate over: log_prob(data) has their density"
+        )
     if posterior.structure.linear_gaussian:
-        raise ValueError("the integral over the rows' latents is exact here: log_prob(data) has it, and no bound is needed")
+        raise ValueError(
+            "the integral over the rows' latents is exact here: log_prob(data) has it, and no bound is needed"
+        )
     kwargs = posterior.problem.kwargs if data is None else posterior.problem.with_data(data)
     with posterior.problem.scope(posterior.seed):
         indices = draws_of_globals(posterior, min(draws, GLOBAL_DRAWS))

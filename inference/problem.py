@@ -176,8 +176,9 @@ def prepare(
     pair(story)
     story = _private_copy(story)
     model, own_guide = pair(story)
-    if guide is not None and not callable(guide):
-        raise TypeError(f"guide must be a Pyro program (a callable), got {type(guide).__name__}")
+    derived = guide if hasattr(guide, "build") else None  # one that is made when the story's shapes are known
+    if guide is not None and not callable(guide) and derived is None:
+        raise TypeError(f"guide must be a Pyro program (a callable) or Amortised(...), got {type(guide).__name__}")
     guide = guide or own_guide
     where, note = choose_device(device)
     notes = [note] if note else []
@@ -229,6 +230,8 @@ def prepare(
             except (ValueError, RuntimeError, NotImplementedError, IndexError):
                 conjugate = False  # the story has another fault, which its method will name
         problem = replace(problem, structure=replace(structure, conjugate=conjugate))
+    if derived is not None:
+        problem = replace(problem, guide=derived.build(problem))
     if problem.admixture is None and (wide := wide_tables(runs.full, structure)):
         for text in wide:
             warnings.warn(text, DataNotice, stacklevel=3)

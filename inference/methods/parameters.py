@@ -65,7 +65,9 @@ def watched(problem: Problem, networks: Networks | None = None) -> tuple[Watch, 
 
 def reads_missing(guide: Any) -> bool:
     """Whether a guide wants to see the holes in its data: it, or the object it belongs to, has `reads_missing = True`."""
-    return bool(getattr(guide, "reads_missing", False) or getattr(getattr(guide, "__self__", None), "reads_missing", False))
+    return bool(
+        getattr(guide, "reads_missing", False) or getattr(getattr(guide, "__self__", None), "reads_missing", False)
+    )
 
 
 def guide_arguments(problem: Problem, kwargs: Mapping[str, Any]) -> dict[str, Any]:

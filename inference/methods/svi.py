@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .base import Verdict, density_objection, gradient_objection, one_of, positive_float, positive_int
+from .encoders import Amortised
 from .tightened import OBJECTIVES, check_objective
 from .weighted import check_beta
 
@@ -53,8 +54,8 @@ class SVI:
     ----------
     guide
         "story" (the story's own), or a Gaussian in unconstrained space: "mean_field", "low_rank" (rank sqrt of the
-        unknowns), "full_rank". "auto" takes the story's guide where there is one, else full rank up to 50 unknowns, else mean
-        field.
+        unknowns), "full_rank"; or `Amortised(...)`, a network that reads rows. "auto" takes the story's guide where there is
+        one, else full rank up to 50 unknowns, else mean field.
     steps, lr
         Most steps of Adam, and its first step size (a quarter of it for networks); it falls whenever the ELBO stops rising.
     batch_size
@@ -94,7 +95,7 @@ class SVI:
     """
 
     name: ClassVar[str] = "svi"
-    guide: str = "auto"
+    guide: str | Amortised = "auto"
     steps: int = 3000
     lr: float = 0.02
     batch_size: int | None = None
@@ -113,7 +114,8 @@ class SVI:
     alpha: float = 0.5
 
     def __post_init__(self) -> None:
-        one_of("SVI", "guide", self.guide, GUIDES)
+        if not isinstance(self.guide, Amortised):
+            one_of("SVI", "guide", self.guide, GUIDES)
         one_of("SVI", "mode", self.mode, MODES)
         one_of("SVI", "schedule", self.schedule, SCHEDULES)
         if self.clip is not None:
@@ -132,6 +134,8 @@ class SVI:
 
     def family(self, structure: Structure) -> str:
         """The guide that "auto" stands for."""
+        if isinstance(self.guide, Amortised):
+            return "story"
         if self.guide != "auto":
             return self.guide
         if structure.admixture:
@@ -155,7 +159,12 @@ class SVI:
                 else "a Gaussian chain over time"
             )
             return Verdict(True, f"approximate posterior of a topic model: {how}")
-        if family == "story" and not structure.has_guide:
+        amortised = isinstance(self.guide, Amortised)
+        if amortised and not any(s.local for s in structure.latents if s.continuous):
+            return Verdict(
+                False, "SVI(guide=Amortised(...)): the rows of this story have no continuous latents to guess"
+            )
+        if family == "story" and not structure.has_guide and not amortised:
             return Verdict(
                 False, "SVI(guide='story') needs a guide: give the story a `guide` method or pass fit(guide=...)"
             )
@@ -165,7 +174,12 @@ class SVI:
             )
         if family != "story" and not any(s.continuous for s in structure.latents) and not structure.learned:
             return Verdict(False, "no latent is continuous and nothing is learned: enumeration is exact, use EM")
-        text = "the story's guide" if family == "story" else f"a derived {family.replace('_', '-')} Gaussian guide"
+        if amortised:
+            text = "an encoder of rows"
+        elif family == "story":
+            text = "the story's guide"
+        else:
+            text = f"a derived {family.replace('_', '-')} Gaussian guide"
         if structure.finite:
             names = ", ".join(s.name for s in structure.finite[:4]) + (", ..." if len(structure.finite) > 4 else "")
             text += f"; {names} summed out" if family != "story" else f"; {names} summed out unless the guide has them"
@@ -187,6 +201,8 @@ class SVI:
 
             return run_svi(problem, self)
         with Meter() as meter:
+            if isinstance(self.guide, Amortised):
+                problem = replace(problem, guide=self.guide.build(problem))
             target = self.target(problem, family)
             meter.mark("setup")
             began = time.perf_counter()
