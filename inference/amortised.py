@@ -130,6 +130,15 @@ class GuideRows:
         """log p(x_n, z) - log q(z | x_n) at draws z of the guide, (S, N)."""
         return torch.cat([self._weights(piece)[0] for piece in self.pieces()], dim=1)
 
+    def all_draws(self, count: int) -> dict[str, Tensor]:
+        """Draws of the guide, by site: (count, N, ...event)."""
+        parts = []
+        for piece in self.pieces():
+            draw = self.recogniser.proposals(self.values, piece)
+            drawn = [draw() for _ in range(count)]
+            parts.append({n: torch.stack([d[n]["value"] for d in drawn]) for n in self.recogniser.sites})
+        return {n: torch.cat([p[n] for p in parts], dim=1) for n in self.recogniser.sites}
+
     def _weights(self, kwargs: dict[str, Any], keep: bool = False) -> tuple[Tensor, list[dict[str, Tensor]]]:
         plate = self.joint.structure.data_plate
         draw, found, kept = self.recogniser.proposals(self.values, kwargs), [], []
@@ -151,11 +160,7 @@ class GuideRows:
 
     def resample(self, site: str, count: int = 10) -> Tensor:
         """Draws of the guide: (count, N, ...event)."""
-        parts = []
-        for piece in self.pieces():
-            draw = self.recogniser.proposals(self.values, piece)
-            parts.append(torch.stack([draw()[site]["value"] for _ in range(count)]))
-        return torch.cat(parts, dim=1)
+        return self.all_draws(count)[site]
 
     def draw(self) -> dict[str, Tensor]:
         """One draw of all latents of every row, importance-resampled among the guide's: towards the posterior."""

@@ -144,21 +144,18 @@ class Stacked(Substitute):
 
 
 @dataclass
-class RowIntegral:
-    """Integral over the continuous locals of every row, at one draw of the globals.
+class FreeRows:
+    """The continuous locals of every row as one unconstrained vector a row, at one draw of the globals.
 
     Parameters
     ----------
     joint, values, kwargs
         The story, a draw (local entries are ignored), and the rows.
-    proposals
-        Importance draws a row.
     """
 
     joint: LogJoint
     values: dict[str, Tensor]
     kwargs: dict[str, Any]
-    proposals: int = PROPOSALS
 
     def __post_init__(self) -> None:
         locals_: list[Block] = [b for b in self.joint.blocks if b.local and not b.param]
@@ -169,7 +166,7 @@ class RowIntegral:
                     f"site {block.name!r} lies in the plates {list(site.plates)}: rows with a plate of their own inside "
                     f"cannot be integrated one by one; locals directly in the data plate can"
                 )
-        self.globals = {b.name: self.values[b.name] for b in self.joint.blocks if not b.local}
+        self.globals = {b.name: self.values[b.name] for b in self.joint.blocks if not b.local and "$$$" not in b.name}
         rows = self.joint.structure.row_arguments
         self.n = len(self.kwargs[rows[0]]) if rows else int(self.joint.structure.num_rows or 1)
         self.blocks, start = [], 0
@@ -178,14 +175,30 @@ class RowIntegral:
             self.blocks.append((block.name, start, start + width))
             start += width
         self.width = start
+
+    def log_rows(self, free: Tensor, kwargs: dict[str, Any] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """log p(x_n, z_n | globals) + log-Jacobian of every row at its free vector, (N,), and the latents."""
+        handler = RowsFree(self.blocks, free)
+        rows = self.joint.rows(Stacked(self.globals, handler), self.kwargs if kwargs is None else kwargs)
+        return rows + handler.log_det, handler.values
+
+
+@dataclass
+class RowIntegral(FreeRows):
+    """Integral over the continuous locals of every row, at one draw of the globals.
+
+    Parameters
+    ----------
+    proposals
+        Importance draws a row.
+    """
+
+    proposals: int = PROPOSALS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.mode, self.factor = self.laplace()
         self.points, self.log_weights = self.importance()
-
-    def log_rows(self, free: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """log p(x_n, z_n | globals) + log-Jacobian of every row at its free vector: (N,)."""
-        handler = RowsFree(self.blocks, free)
-        rows = self.joint.rows(Stacked(self.globals, handler), self.kwargs)
-        return rows + handler.log_det, handler.values
 
     def laplace(self) -> tuple[Tensor, Tensor]:
         """Mode of every row, and a Cholesky factor of the inverse Hessian there."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .choose import Choice
     from .methods.base import Method
     from .predict import Imputation
+    from .refinement import Refinement
     from .score import Ladder, Score
     from .summary import Summary
 
@@ -197,6 +198,30 @@ class Posterior:
 
         positive_int("ladder", "draws", draws)
         return row_ladder(self, data, draws, k)
+
+    def refine(self, data: Any = None, *, steps: int = 300, progress: bool | None = None) -> Refinement:
+        """Fit the latents of single rows from the guide's guess on, and report the amortisation gap.
+
+        Parameters
+        ----------
+        data
+            New rows, as for `fit`; None for the fitted ones.
+        steps
+            Of Adam, for all rows at once.
+        progress
+            A progress bar; None shows it on a terminal.
+
+        Raises
+        ------
+        ValueError
+            The fit has no guide that reads rows.
+        """
+        import sys
+
+        from .refinement import refine
+
+        positive_int("refine", "steps", steps)
+        return refine(self, data, steps, sys.stderr.isatty() if progress is None else progress)
 
     def sample(self, num: int = 100, *, seed: int | None = None) -> dict[str, Tensor]:
         """New rows from the posterior predictive distribution: every local site, (num, ...event) each."""
