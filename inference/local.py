@@ -17,6 +17,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from .amortised import GuideRows
 from .handlers import Substitute
 from .joint import Block, LogJoint
 from .linear_gaussian import GaussianRows
@@ -69,9 +70,14 @@ def local_posterior(posterior: Posterior, site: str, data: Any, draws: int) -> T
 
 
 def row_integral(posterior: Posterior, index: int, kwargs: dict[str, Any], proposals: int = PROPOSALS) -> Any:
-    """The integral over the rows' continuous locals at one draw: exact where the story is linear-Gaussian."""
+    """The integral over the rows' continuous locals at one draw.
+
+    Exact where the story is linear-Gaussian, else from a fitted guide that knows any rows, else from Laplace's proposals.
+    """
     if posterior.structure.linear_gaussian:
         return GaussianRows(posterior.joint, posterior.draw(index), kwargs)
+    if posterior.amortised:
+        return GuideRows(posterior, index, kwargs, proposals)
     return RowIntegral(posterior.joint, posterior.draw(index), kwargs, proposals)
 
 
@@ -88,7 +94,7 @@ def _beside_continuous(posterior: Posterior, site: str, kwargs: dict[str, Any], 
         for i in posterior.some_draws(draws if fitted else GLOBAL_DRAWS):
             values = posterior.draw(i)
             if not fitted:
-                integral = RowIntegral(joint, values, kwargs)
+                integral = row_integral(posterior, i, kwargs)
                 values = {**values, **{n: integral.resample(n, 1)[0] for n in names}}
             total = total + joint.local_probabilities(site, values, kwargs)
             count += 1
@@ -235,7 +241,8 @@ def integrated_rows(posterior: Posterior, kwargs: dict[str, Any], draws: int) ->
     values, relative = [], []
     with posterior.problem.scope(posterior.seed):
         exact = posterior.structure.linear_gaussian
-        indices = posterior.some_draws(draws if exact else min(draws, GLOBAL_DRAWS))
+        fixed = all(b.local or b.param for b in posterior.joint.blocks)  # draws differ in nothing that rows share
+        indices = [0] if fixed else posterior.some_draws(draws if exact else min(draws, GLOBAL_DRAWS))
         proposals = PROPOSALS if len(indices) > 1 else POINT_PROPOSALS
         for i in indices:
             value, error = row_integral(posterior, i, kwargs, proposals).log_evidence()
@@ -246,10 +253,12 @@ def integrated_rows(posterior: Posterior, kwargs: dict[str, Any], draws: int) ->
     ratio = (table - rows).exp()
     between = ratio.var(0) / len(table) if len(table) > 1 else torch.zeros_like(rows)
     within = (ratio**2 * errors).sum(0) / len(table) ** 2
+    plug_in = posterior.kind == "point" or fixed
     if posterior.structure.linear_gaussian:
-        plug_in = posterior.kind == "point"
         name = "exact Gaussian integral over the local latents" + ("" if plug_in else f", mean over {len(table)} draws")
         rule = "plug-in" if plug_in else "estimate under q" if posterior.kind == "variational" else "estimate"
         return Score(rows, name, between.sqrt(), rule)
-    name = f"importance sampling of the local latents ({proposals} Laplace-t proposals a row), mean over {len(table)} draws"
-    return Score(rows, name, (between + within).sqrt(), "plug-in estimate" if posterior.kind == "point" else "estimate")
+    source = "draws of the guide" if posterior.amortised else "Laplace-t proposals"
+    name = f"importance sampling of the local latents ({proposals} {source} a row)"
+    name += "" if plug_in else f", mean over {len(table)} draws"
+    return Score(rows, name, (between + within).sqrt(), "plug-in estimate" if plug_in else "estimate")

@@ -90,6 +90,13 @@ class Posterior:
         with self.problem.scope(self.seed):
             return LogJoint(self.problem)
 
+    @cached_property
+    def amortised(self) -> bool:
+        """Whether a story's guide answered that has a guess for any rows, such as an encoder."""
+        from .amortised import is_amortised
+
+        return is_amortised(self)
+
     def why(self) -> str:
         """The method that ran, the rule that chose it, and every other method's verdict with its premise."""
         return str(self.choice) if self.choice else f"{self.method.name}: called directly"

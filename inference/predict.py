@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .handlers import Substitute, unwrap
 from .linear_gaussian import GaussianRows
-from .local import RowIntegral
+from .local import row_integral
 
 if TYPE_CHECKING:
     from .posterior import Posterior
@@ -207,7 +207,7 @@ def complete(posterior: Posterior, index: int, kwargs: dict[str, Any], name: str
         exact = GaussianRows(joint, values, kwargs)
         values = {**values, **exact.split(exact.draw(1)[0])}
     elif local and not fitted:
-        integral = RowIntegral(joint, values, kwargs)
+        integral = row_integral(posterior, index, kwargs)
         values = {**values, **{n: integral.resample(n, 1)[0] for n in local}}
     values = {**values, **draw_finite(posterior, values, kwargs)}
     result = kwargs[name].clone()

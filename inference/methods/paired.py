@@ -16,13 +16,14 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
+from ..amortised import guide_arguments
 from ..capture import Captured, capture, reason_of
 from ..handlers import MissingCells, ScaleRows, Substitute, unwrap
 from ..joint import LogJoint
 from ..problem import Problem
 from ..recorder import pure_graph
 from .ascent import Leaves
-from .batches import Batches, is_latent, side_by_side, without_holes
+from .batches import Batches, is_latent, side_by_side
 from .networks import Networks
 from .svi_step import ASKED, faster
 from .tightened import row_weights, tight_step
@@ -94,7 +95,7 @@ class PairTarget:
         self.plate = problem.structure.data_plate
         self.joint.holes = {s.name: s.missing > 0 for s in problem.structure.observed}
         self.networks = Networks(problem.story, problem.model, problem.guide)
-        self.filled = {n: without_holes(v) for n, v in problem.kwargs.items()}
+        self.filled = guide_arguments(problem, problem.kwargs)
         self.parameters: dict[str, Parameter] = {}
         self.names: dict[str, str] = {}
         first = self.start()

@@ -30,6 +30,7 @@ from typing import Any, Self
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.distributions.util import is_validation_enabled
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
@@ -184,13 +185,12 @@ class VAE(nn.Module):
         ValueError
             Other columns than `num_features`, or missing cells without `missing=True`.
         """
-        if x is not None and table_columns(x, self.num_features) != self.num_features:
-            raise ValueError(f"x has {x.shape[1]} columns and the networks were made for num_features={self.num_features}")
-        if x is None or self.missing or not pyro.distributions.util.is_validation_enabled():
+        check_rows(x, self.num_features)
+        if x is None or self.missing or not is_validation_enabled():
             return
         if holes := int(x.isnan().sum()):
             raise ValueError(
-                f"{holes} cells of x are missing (NaN); {type(self).__name__}(..., missing=True) tells the encoder which were seen"
+                f"{holes} cells of x are missing (NaN): VAE(..., missing=True) tells the encoder which were seen"
             )
 
     def __repr__(self) -> str:
@@ -216,6 +216,18 @@ class VAE(nn.Module):
         from ..data import load
 
         return cls(num_features=64, num_codes=10, hidden=(128,)), {"x": load("binary_digits").x}
+
+
+def check_rows(x: Tensor | None, num_features: int) -> None:
+    """Refuse rows of another width than the networks'.
+
+    Raises
+    ------
+    ValueError
+        `x` is not (N, `num_features`).
+    """
+    if x is not None and table_columns(x, num_features) != num_features:
+        raise ValueError(f"x has {x.shape[1]} columns and the networks were made for num_features={num_features}")
 
 
 def image_shape(conv: Sequence[int] | None, columns: Columns) -> tuple[int, int, int] | None:

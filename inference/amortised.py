@@ -1,0 +1,179 @@
+"""A story's fitted guide asked about any rows: draws of their latents, and importance-sampled log densities.
+
+A guide that reads its guess off the row (an encoder) has one for rows that it has never seen. Its draws, weighed by
+w = p(x, u) / q(u | x), give consistent estimates of log p(x) (Burda, Grosse and Salakhutdinov, ICLR 2016).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from .handlers import Substitute, unwrap
+from .methods.batches import by_row, is_latent, without_holes
+
+if TYPE_CHECKING:
+    from .posterior import Posterior
+
+#: Rows that the story is run on at once: draws of few rows are made side by side, many rows piece by piece.
+WIDTH = 4096
+#: Rows on which a guide is tried.
+FEW = 3
+
+
+def guide_arguments(problem: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What the guide is shown: missing cells filled with their columns' means, unless the story says that it sees them."""
+    owner = getattr(problem.guide, "__self__", None)
+    if getattr(owner, "guide_sees_missing", False):
+        return kwargs
+    return {name: without_holes(value) for name, value in kwargs.items()}
+
+
+def is_amortised(posterior: Posterior) -> bool:
+    """Whether the answer is a story's guide that has a guess for any number of rows."""
+    structure, problem = posterior.structure, posterior.problem
+    guided = posterior.diagnostics.get("guide") == "story" and problem.guide is not None
+    rows = structure.row_arguments
+    if not guided or not structure.continuous_locals or not rows or structure.data_plate is None:
+        return False
+    count = FEW + (structure.num_rows == FEW)
+    few = {n: v[torch.arange(count) % len(v)] if n in rows else v for n, v in problem.kwargs.items()}
+    try:
+        with problem.scope(posterior.seed):
+            GuideRows(posterior, 0, few, 1).run(few)
+    except (ValueError, RuntimeError, IndexError, KeyError):
+        return False  # it has numbers of its own for every fitted row
+    return True
+
+
+@dataclass
+class GuideRows:
+    """Rows whose latents a fitted guide guesses, at one draw of the globals.
+
+    Parameters
+    ----------
+    posterior, index
+        The answer, and which of its draws.
+    kwargs
+        The rows, as arguments of the story.
+    proposals
+        Draws of the guide a row.
+    """
+
+    posterior: Posterior
+    index: int
+    kwargs: dict[str, Any]
+    proposals: int = 100
+
+    def __post_init__(self) -> None:
+        structure = self.posterior.structure
+        draw = self.posterior.draw(self.index)
+        local = {s.name for s in structure.continuous_locals}
+        self.globals = {n: v for n, v in draw.items() if n not in local}
+        self.names = structure.row_arguments
+        self.n = len(self.kwargs[self.names[0]])
+        self.points = False
+
+    def run(self, kwargs: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
+        """One draw of the latents of these rows, and log p(x, u) - log q(u | x), (rows,)."""
+        posterior, problem = self.posterior, self.posterior.problem
+        fixed = {**posterior.extra.get("guide_params", {}), **self.globals}
+        rows = len(kwargs[self.names[0]])
+        with poutine.block(), pyro.validation_enabled(False), torch.no_grad():
+            trace: Any = poutine.trace(Substitute(fixed)(problem.guide)).get_trace(**guide_arguments(problem, kwargs))
+            trace.compute_log_prob()
+            plate = posterior.structure.data_plate
+            sites = [
+                s
+                for s in trace.nodes.values()
+                if is_latent(s) and any(f.name == plate for f in s["cond_indep_stack"])
+            ]
+            self.points = all(type(unwrap(s["fn"])).__name__ == "Delta" for s in sites)
+            values = {s["name"]: s["value"] for s in sites}
+            log_q = sum((by_row(s["log_prob"], s, plate) for s in sites), torch.zeros(rows, dtype=problem.dtype))
+            log_p = posterior.joint.rows({**self.globals, **values}, kwargs)
+        if log_p.shape != (rows,) or any(len(v) != rows for v in values.values()):
+            raise ValueError(f"the guide guesses for other rows than the {rows} given")
+        return values, log_p - log_q
+
+    def draws(self, count: int) -> tuple[dict[str, Tensor], Tensor]:
+        """`count` draws of every row's latents, (count, N, ...) each, and their log weights (count, N)."""
+        pieces = []
+        for a in range(0, self.n, WIDTH):
+            piece = {n: v[a : a + WIDTH] if n in self.names else v for n, v in self.kwargs.items()}
+            pieces.append(self.piece(piece, count))
+        values = {n: torch.cat([p[0][n] for p in pieces], 1) for n in pieces[0][0]}
+        return values, torch.cat([p[1] for p in pieces], 1)
+
+    def piece(self, kwargs: dict[str, Any], count: int, keep: bool = True) -> tuple[dict[str, Tensor], Tensor]:
+        """`draws` of rows that are few enough to be run at once."""
+        rows = len(kwargs[self.names[0]])
+        side = max(1, min(count, WIDTH // rows))
+        wide = {n: v.repeat(side, *[1] * (v.ndim - 1)) if n in self.names else v for n, v in kwargs.items()}
+        found, weights = [], []
+        for _ in range(-(-count // side)):
+            values, ratio = self.run(wide)
+            weights.append(ratio.reshape(side, rows))
+            if keep:
+                found.append({n: v.reshape(side, rows, *v.shape[1:]) for n, v in values.items()})
+        merged = {n: torch.cat([f[n] for f in found])[:count] for n in found[0]} if found else {}
+        return merged, torch.cat(weights)[:count]
+
+    def log_weights(self) -> Tensor:
+        """log p(x, u) - log q(u | x) at `proposals` draws: (proposals, N)."""
+        parts = []
+        for a in range(0, self.n, WIDTH):
+            piece = {n: v[a : a + WIDTH] if n in self.names else v for n, v in self.kwargs.items()}
+            parts.append(self.piece(piece, self.proposals, keep=False)[1])
+        return torch.cat(parts, 1)
+
+    def log_evidence(self) -> tuple[Tensor, Tensor]:
+        """log p(x_n | globals) and the variance of the estimated density relative to its square: (N,) each."""
+        weights = self.log_weights()
+        value = weights.logsumexp(0) - math.log(len(weights))
+        return value, (weights - value).exp().var(0) / len(weights)
+
+    def resample(self, site: str, count: int = 10) -> Tensor:
+        """Draws of a local from its posterior, by importance among the guide's: (count, N, ...event).
+
+        A guide of points has nothing to choose among: its point is returned.
+        """
+        values, weights = self.draws(max(self.proposals, count))
+        if self.points:
+            return values[site][:1].expand(count, *values[site].shape[1:])
+        chosen = torch.distributions.Categorical(logits=weights.T).sample((count,))
+        return values[site][chosen, torch.arange(self.n)]
+
+
+def bounds(posterior: Posterior, data: Any = None, *, draws: int = 1000, k: int = 50) -> Any:
+    """ELBO, IWAE(k) and importance-sampled log p(x_n) of rows from draws of the fitted guide: a `score.Ladder`.
+
+    Parameters
+    ----------
+    posterior
+        An answer by a guide that has a guess for any rows.
+    data
+        Rows, as for `fit`; None for the fitted ones.
+    draws, k
+        Draws a row, and draws of a block.
+
+    Raises
+    ------
+    ValueError
+        The answer is no such guide; or a latent has no density (its prior is improper, its guide a point).
+    """
+    from .score import ladder, without_density
+
+    if not is_amortised(posterior):
+        raise ValueError("bounds need a story's own guide that reads its guess off the rows; fit with SVI(guide='story')")
+    if reason := without_density(posterior):
+        raise ValueError(reason)
+    kwargs = posterior.problem.kwargs if data is None else posterior.problem.with_data(data)
+    with posterior.problem.scope(posterior.seed):
+        return ladder(GuideRows(posterior, 0, kwargs, draws).log_weights(), k)
