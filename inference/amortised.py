@@ -19,7 +19,6 @@ from torch import Tensor
 from .handlers import Substitute
 from .joint import LogJoint
 from .methods.batches import by_row, is_latent
-from .methods.networks import Networks
 from .methods.parameters import guide_arguments, watched
 
 if TYPE_CHECKING:
@@ -28,6 +27,8 @@ if TYPE_CHECKING:
 
 #: Rows that are taken at once: large enough for matrix products, small enough for the cache.
 ROWS = 1000
+#: Rows on which a guide is tried.
+FEW = 3
 
 
 class Recogniser:
@@ -54,6 +55,17 @@ class Recogniser:
         with poutine.block(), pyro.validation_enabled(False), torch.no_grad():
             return poutine.trace(guide).get_trace(**guide_arguments(self.problem, kwargs))
 
+    def takes_any_rows(self) -> bool:
+        """Whether the guide runs on another number of rows than it was fitted to."""
+        names, fitted = self.problem.structure.row_arguments, self.problem.structure.num_rows
+        count = FEW + (fitted == FEW)
+        few = {n: v[torch.arange(count) % len(v)] if n in names else v for n, v in self.problem.kwargs.items()}
+        try:
+            trace = self.trace({}, few)
+        except (ValueError, RuntimeError, IndexError, KeyError):
+            return False  # it has numbers of its own for every fitted row
+        return all(count in trace.nodes[n]["value"].shape for n in self.sites)
+
     def proposals(self, globals_: Mapping[str, Tensor], kwargs: dict[str, Any]) -> Callable[[], dict[str, dict]]:
         """A function that draws: name of each site -> its node, with a value."""
         first = self.trace(globals_, kwargs)
@@ -64,30 +76,20 @@ class Recogniser:
 
 
 def recogniser(posterior: Posterior) -> Recogniser | None:
-    """The guide of a fit, where networks of it guess the latents of a row from the row itself; else None."""
+    """The guide of a fit, where it guesses the latents of a row from the row itself; else None."""
     problem, found = posterior.problem, posterior.extra.get("guide_params")
+    structure = problem.structure
     if problem.guide is None or found is None or posterior.diagnostics.get("guide") != "story":
         return None
-    if not Networks(problem.guide).weights:
+    if structure.data_plate is None or not structure.row_arguments or not structure.continuous_locals:
         return None
     watch, trace = watched(problem)
-    own = {n for n, p in watch.found.items() if p.local}
-    plate = problem.structure.data_plate
+    plate = structure.data_plate
     sites = [n for n, s in trace.nodes.items() if is_latent(s) and any(f.name == plate for f in s["cond_indep_stack"])]
-    if own or not sites:
+    if not sites or any(p.local for p in watch.found.values()):
         return None
-    return Recogniser(problem, {n: v for n, v in found.items() if n in watch.found}, sites)
-
-
-def restore_weights(problem: Problem, found: Mapping[str, Tensor]) -> None:
-    """Give the networks of a freshly prepared problem the weights of a fit."""
-    networks = Networks(problem.story, problem.model, problem.guide)
-    if not networks.weights:
-        return
-    watch, _ = watched(problem, networks)
-    names = {own: watch.known.get(own, own) for own in networks.weights}
-    with torch.no_grad():
-        networks.write({own: found[name] for own, name in names.items() if name in found})
+    candidate = Recogniser(problem, found, sites)
+    return candidate if candidate.takes_any_rows() else None
 
 
 class GuideRows:

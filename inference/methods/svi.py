@@ -238,8 +238,18 @@ class SVI:
             warnings=self.notes(problem) + warnings + doubts,
             timings=meter.timings,
             converged=ascent.converged or not (ascent.rising or ended),
-            extra={"guide_params": values if family == "story" else {n: v.cpu() for n, v in leaves.items()}},
+            extra=self.kept(target, leaves, values),
         )
+
+    @staticmethod
+    def kept(target: Any, leaves: Leaves, values: dict[str, Tensor]) -> dict[str, Any]:
+        """What asks the guide again: its parameters, and the weights of networks by their own names."""
+        from .paired import PairTarget
+
+        if not isinstance(target, PairTarget):
+            return {"guide_params": {n: v.cpu() for n, v in leaves.items()}}
+        weights = {n: v.detach().cpu() for n, v in target.weights(leaves).items()}
+        return {"guide_params": {n: v for n, v in values.items() if n in target.parameters}, "networks": weights}
 
     def target(self, problem: Problem, family: str) -> Any:
         """Derived guide or the story's own."""
