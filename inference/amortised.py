@@ -77,9 +77,9 @@ class Recogniser:
 
 def recogniser(posterior: Posterior) -> Recogniser | None:
     """The guide of a fit, where it guesses the latents of a row from the row itself; else None."""
-    problem, found = posterior.problem, posterior.extra.get("guide_params")
+    problem, found = posterior.problem, posterior.extra.get("guide_params", {})
     structure = problem.structure
-    if problem.guide is None or found is None or posterior.diagnostics.get("guide") != "story":
+    if problem.guide is None or posterior.diagnostics.get("guide") != "story":
         return None
     if structure.data_plate is None or not structure.row_arguments or not structure.continuous_locals:
         return None

@@ -22,7 +22,7 @@ from ..recorder import pure_graph
 from .ascent import Leaves
 from .batches import Batches, is_latent, side_by_side
 from .networks import Networks
-from .parameters import Parameter, guide_arguments, watched
+from .parameters import Parameter, guide_arguments, no_guess, watched
 from .svi_step import ASKED, faster
 from .tightened import row_weights, tight_step
 from .weighted import PLAIN, Weights, weighted_elbo
@@ -53,16 +53,19 @@ class PairTarget:
         weighing: Weights = PLAIN,
         alpha: float | None = None,
     ) -> None:
-        assert problem.guide is not None
         self.weighing, self.made = weighing, 0
         self.wanted, self.steps = mode, steps
-        self.problem, self.particles, self.guide = problem, particles, problem.guide
+        self.problem, self.particles, self.guide = problem, particles, problem.guide or no_guess
         self.joint = LogJoint(problem)
         self.batches = Batches(problem, batch_size)
         self.plate = problem.structure.data_plate
         self.joint.holes = {s.name: s.missing > 0 for s in problem.structure.observed}
         self.networks = Networks(problem.story, problem.model, problem.guide)
         self.filled = guide_arguments(problem, problem.kwargs)
+        initialise = getattr(problem.story, "initialise", None)
+        if callable(initialise):  # weights that the data set, such as those of layers that normalise
+            with torch.no_grad():
+                initialise(**self.filled)
         self.parameters: dict[str, Parameter] = {}
         self.names: dict[str, str] = {}
         first = self.start()
@@ -73,6 +76,9 @@ class PairTarget:
         self.sites = [n for n, s in trace.nodes.items() if is_latent(s)]
         self.latents = [n for n in self.sites if n in problem.structure and problem.structure[n].continuous]
         self.points = all(type(unwrap(trace.nodes[n]["fn"])).__name__ == "Delta" for n in self.latents)
+        self.certain = not self.sites and not self.parameters  # every climb is the same
+        if not self.sites:
+            self.particles = 1
         self.follows = all(trace.nodes[n]["fn"].has_rsample for n in self.sites)
         self.mode = "eager"
         self.reason = "the guide has latents whose draws have no gradient (score function estimator)"
@@ -297,6 +303,8 @@ class PairTarget:
             return (ratio, *(values[n].clone() for n in self.latents))
 
         inputs = tuple(leaves.values())
+        if not self.sites:
+            return self.repeated(lambda: one(*inputs), 1, seconds)
         found = capture(one, inputs, random=True)
         width = max(1, min(100, count, int(2e7 / max(1, self.problem.structure.data_bytes))))
         if found.mode == "graph" and width > 1:

@@ -140,7 +140,7 @@ class SVI:
             return self.guide
         if structure.admixture:
             return "topics"
-        if structure.has_guide:
+        if structure.has_guide or structure.guideless:
             return "story"
         size = sum(math.prod(s.shape) for s in structure.latents if s.continuous)
         cut = self.batch_size is not None and bool(structure.continuous_locals)
@@ -164,6 +164,9 @@ class SVI:
             return Verdict(
                 False, "SVI(guide=Amortised(...)): the rows of this story have no continuous latents to guess"
             )
+        if family == "story" and not structure.has_guide and structure.guideless:
+            left = f"; {', '.join(s.name for s in structure.finite[:4])} summed out" if structure.finite else ""
+            return Verdict(True, f"maximum likelihood of the story's networks: there is no latent to guess{left}")
         if family == "story" and not structure.has_guide and not amortised:
             return Verdict(
                 False, "SVI(guide='story') needs a guide: give the story a `guide` method or pass fit(guide=...)"
@@ -280,7 +283,8 @@ class SVI:
         ascents: list[Ascent] = []
         dropped: list[DivergenceError] = []
         warnings: list[str] = []
-        total = self.steps + (self.starts - 1) * short
+        starts = 1 if getattr(target, "certain", False) else self.starts  # from the same weights all climbs are one
+        total = self.steps + (starts - 1) * short
         with tqdm(total=total, desc="SVI", disable=not problem.progress, leave=False) as bar:
 
             def watch(elbo: float, lr: float) -> None:
@@ -289,7 +293,7 @@ class SVI:
                     bar.set_postfix(elbo=f"{elbo:.5g}", lr=f"{lr:.2g}", refresh=False)
 
             try:
-                for _ in range(self.starts):
+                for _ in range(starts):
                     ascent = Ascent(
                         target,
                         target.start(),
@@ -302,7 +306,7 @@ class SVI:
                     )
                     ascents.append(ascent)
                     try:
-                        ascent.run(short if self.starts > 1 else self.steps, deadline, watch)
+                        ascent.run(short if starts > 1 else self.steps, deadline, watch)
                     except DivergenceError as error:
                         dropped.append(error)
                         ascents.pop()
@@ -319,7 +323,7 @@ class SVI:
         best = max(ascents, key=lambda a: a.recent())
         best.conclude()
         if dropped:
-            warnings.append(f"{len(dropped)} of {self.starts} starts were dropped: {dropped[0]}")
+            warnings.append(f"{len(dropped)} of {starts} starts were dropped: {dropped[0]}")
         if best.converged or INTERRUPTED in warnings:
             return best, warnings
         if time.perf_counter() > deadline:

@@ -46,6 +46,7 @@ _SIMULATED = (
     "survey",
     "three_clusters",
     "two_factors",
+    "two_moons",
     "two_rods",
     "weather",
 )

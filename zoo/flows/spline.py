@@ -1,0 +1,162 @@
+r"""Neural spline flows: coupling or autoregressive layers whose monotone functions are rational-quadratic splines.
+
+Story
+-----
+::
+
+    for n = 1..N  "data"
+        u_n    ~ Normal(0, I)                              (D,)    noise, which stays inside
+        x_n    = f^{-1}(u_n)                               (D,)    what we see
+
+Between knots :math:`(x_k, y_k)` and :math:`(x_{k+1}, y_{k+1})` with slopes :math:`\delta_k, \delta_{k+1}`, with
+:math:`s = (y_{k+1} - y_k) / (x_{k+1} - x_k)` and :math:`t = (x - x_k) / (x_{k+1} - x_k)`,
+
+.. math:: y = y_k + \frac{(y_{k+1} - y_k)\,(s t^2 + \delta_k t (1 - t))}{s + (\delta_k + \delta_{k+1} - 2 s)\, t (1 - t)} ;
+
+the inverse is the root of a quadratic.  Outside [-B, B] the function is the identity.
+
+Durkan, Bekasov, Murray & Papamakarios, *Neural spline flows* (NeurIPS 2019); Gregory & Delbourgo, *Piecewise rational
+quadratic interpolation to monotonic data* (IMA J. Numerical Analysis 2, 1982).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..mixtures import count_setting, pseudo_count
+from .base import Transform
+from .coupling import couplings
+from .story import FlowStory, several_features, widths
+
+#: Smallest width and height of a bin, as a share of the whole, and smallest slope at a knot.
+LEAST = 1e-3
+
+
+class RationalQuadratic:
+    """Monotone rational-quadratic splines on [-bound, bound], the identity elsewhere.
+
+    Parameters
+    ----------
+    num_bins
+        K; a function has K widths, K heights and K - 1 slopes.
+    bound
+        B, where the identity begins.
+    """
+
+    def __init__(self, num_bins: int = 8, bound: float = 5.0) -> None:
+        self.num_bins, self.bound = num_bins, bound
+        self.num_parameters = 3 * num_bins - 1
+        self.offset = math.log(math.expm1(1.0 - LEAST))  # zeros give slope 1, and so the identity
+
+    def knots(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """Places of the K + 1 knots along one axis, and the K gaps between them: raw (..., K)."""
+        gaps = LEAST + (1 - LEAST * self.num_bins) * raw.softmax(-1)
+        inner = 2 * self.bound * gaps.cumsum(-1)[..., :-1] - self.bound
+        places = functional.pad(functional.pad(inner, (1, 0), value=-self.bound), (0, 1), value=self.bound)
+        return places, places.diff(dim=-1)
+
+    def bins(self, value: Tensor, parameters: Tensor, inverse: bool) -> tuple[Tensor, ...]:
+        """Left knot, width, height and slopes of the bin that each value lies in: x, w, y, h, d, e, all (...)."""
+        K = self.num_bins
+        widths_, heights, slopes = parameters.split((K, K, K - 1), -1)
+        (x, w), (y, h) = self.knots(widths_), self.knots(heights)
+        slopes = functional.pad(LEAST + functional.softplus(slopes + self.offset), (1, 1), value=1.0)
+        inside = (y if inverse else x)[..., 1:-1]
+        index = (value.unsqueeze(-1) >= inside).sum(-1)
+        table = torch.stack((x[..., :-1], w, y[..., :-1], h, slopes[..., :-1], slopes[..., 1:]), -2)
+        where = index[..., None, None].expand(*table.shape[:-1], 1)
+        return table.gather(-1, where).squeeze(-1).unbind(-1)
+
+    def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        within = x.abs() < self.bound
+        inner = x.clamp(-self.bound, self.bound)
+        left, w, low, h, d, e = self.bins(inner, parameters, inverse=False)
+        t = (inner - left) / w
+        s = h / w
+        y, slope = self.curve(t, s, low, h, d, e)
+        return torch.where(within, y, x), torch.where(within, slope, 0.0)
+
+    def inverse(self, y: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        within = y.abs() < self.bound
+        inner = y.clamp(-self.bound, self.bound)
+        left, w, low, h, d, e = self.bins(inner, parameters, inverse=True)
+        s, rise = h / w, inner - low
+        bend = rise * (d + e - 2 * s)
+        a, b, c = h * (s - d) + bend, h * d - bend, -s * rise
+        t = 2 * c / (-b - (b.square() - 4 * a * c).clamp_min(0.0).sqrt())  # the root that loses no digits
+        _, slope = self.curve(t, s, low, h, d, e)
+        return torch.where(within, left + t * w, y), torch.where(within, -slope, 0.0)
+
+    @staticmethod
+    def curve(t: Tensor, s: Tensor, low: Tensor, h: Tensor, d: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+        """y, and log dy/dx, at the share t of a bin."""
+        mixed = t * (1 - t)
+        bottom = s + (d + e - 2 * s) * mixed
+        y = low + h * (s * t.square() + d * mixed) / bottom
+        top = s.square() * (e * t.square() + 2 * s * mixed + d * (1 - t).square())
+        return y, top.log() - 2 * bottom.log()
+
+
+class NeuralSplineFlow(FlowStory):
+    """Layers of rational-quadratic splines.
+
+    Parameters
+    ----------
+    num_features
+        D; two or more for couplings.
+    num_layers
+        Layers.
+    hidden
+        Widths of each layer's network.
+    num_bins, bound
+        Bins of a spline and the half width of the interval that they fill; data should lie within it, which `loc` and
+        `scale` see to.
+    coupling
+        Whether half of the columns move at a time (both directions in one pass), or all of them, each by the ones before it
+        (sharper, but D passes for a draw).
+    num_context, base, df, loc, scale
+        See `FlowStory`.
+
+    Raises
+    ------
+    ValueError
+        A value outside its range.
+
+    Examples
+    --------
+    >>> NeuralSplineFlow(2).distribution().sample((3,)).shape
+    torch.Size([3, 2])
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_layers: int = 4,
+        hidden: Sequence[int] = (64, 64),
+        *,
+        num_bins: int = 8,
+        bound: float = 5.0,
+        coupling: bool = True,
+        num_context: int = 0,
+        **noise: Any,
+    ) -> None:
+        K, count = count_setting("num_bins", num_bins), count_setting("num_layers", num_layers)
+        if K < 2 or LEAST * K >= 0.5:
+            raise ValueError(f"num_bins must lie between 2 and {int(0.5 / LEAST) - 1}, got {K}")
+        spline = RationalQuadratic(K, pseudo_count("bound", bound))
+        layers: list[Transform]
+        if coupling:
+            D = several_features(num_features, "NeuralSplineFlow")
+            layers = couplings(D, count, spline, widths(hidden), num_context)
+        else:
+            from .autoregressive import in_turns
+
+            D = count_setting("num_features", num_features)
+            layers = in_turns(D, count, spline, widths(hidden), num_context)
+        super().__init__((D,), layers, num_context=num_context, **noise)
