@@ -286,7 +286,9 @@ def write_networks(path: Path, problem: Problem, weights: dict[str, Tensor]) -> 
     networks = Networks(problem.story, problem.model, problem.guide)
     shapes = {n: tuple(p.shape) for n, p in networks.weights.items()}
     if shapes != {n: tuple(w.shape) for n, w in weights.items()}:
-        raise CheckpointError(f"{path} holds other networks than the story given: {sorted(weights)} and {sorted(shapes)}")
+        raise CheckpointError(
+            f"{path} holds other networks than the story given: {sorted(weights)} and {sorted(shapes)}"
+        )
     networks.write(weights)
 
 

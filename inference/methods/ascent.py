@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import DivergenceError
+
+if TYPE_CHECKING:
+    from .holdout import Holdout
 
 Leaves = dict[str, Tensor]
 
@@ -77,6 +80,10 @@ class Ascent:
         "adaptive", or what `scheduled` knows.
     clip
         Longest gradient, or None.
+    decay
+        Of an average of the parameters that is the answer in the end, or None.
+    holdout
+        Rows that say when to stop, or None.
     slope, noise
         Its rise a step, and the smallest rise that could be told from noise.
     """
@@ -95,6 +102,8 @@ class Ascent:
     factor: float = 1.0
     schedule: str = "adaptive"
     clip: float | None = None
+    decay: float | None = None
+    holdout: Holdout | None = None
 
     def __post_init__(self) -> None:
         self.names = list(self.leaves)
@@ -114,29 +123,33 @@ class Ascent:
         self.stalls = 0
 
     def run(self, until: int, deadline: float = math.inf, watch: Callable[[float, float], None] | None = None) -> None:
-        """Go on until `until` steps have been made, or convergence, or the deadline.
+        """Go on until `until` steps have been made, or convergence, or the deadline; `watch` is called after each.
 
         Raises
         ------
         DivergenceError
             The objective or its gradient is not finite; the last finite state is attached.
         """
-        least = max(20, self.steps // 20)
         while len(self.history) < until and not self.converged and time.perf_counter() < deadline:
             self.step()
+            if self.schedule == "adaptive":
+                self.adapt()
+            if self.holdout is not None and len(self.history) % self.holdout.every == 0:
+                self.converged |= self.holdout.look(len(self.history), self.current())
             if watch is not None:
                 watch(self.history[-1], self.lr * self.factor)
-            done = len(self.history)
-            if self.schedule != "adaptive":
-                continue
-            if not getattr(self.target, "settled", True):  # an objective that moves says nothing by its rise
-                self.phase = done
-                continue
-            if done - self.phase >= least and (done - self.phase) % (least // 2) == 0:
-                self.judge()
-            forced = any(done == int(f * self.steps) for f in FORCED) and self.factor > FALL**5
-            if forced and done - self.phase >= 10 and not self.converged:
-                self.fall()
+
+    def adapt(self) -> None:
+        """Make smaller steps where the objective has stopped rising."""
+        least, done = max(20, self.steps // 20), len(self.history)
+        if not getattr(self.target, "settled", True):  # an objective that moves says nothing by its rise
+            self.phase = done
+            return
+        if done - self.phase >= least and (done - self.phase) % (least // 2) == 0:
+            self.judge()
+        forced = any(done == int(f * self.steps) for f in FORCED) and self.factor > FALL**5
+        if forced and done - self.phase >= 10 and not self.converged:
+            self.fall()
 
     def step(self) -> None:
         """One step of Adam."""
@@ -162,7 +175,11 @@ class Ascent:
                 group["lr"] = rate * share_of_rate
             self.optimiser.step()
             fresh = len(self.history) == self.phase
-            if fresh or len(self.history) % STRIDE == 0:  # reading all parameters costs as much as a small step
+            if self.decay is not None:
+                # Early steps count for less than a long memory would give them (the ramp of TensorFlow's moving averages).
+                memory = min(self.decay, (1 + len(self.history)) / (10 + len(self.history)))
+                torch._foreach_lerp_(self.average, self.parameters, 1.0 - memory)
+            elif fresh or len(self.history) % STRIDE == 0:  # reading all parameters costs as much as a small step
                 torch._foreach_lerp_(self.average, self.parameters, 1.0 if fresh else STRIDE / MEMORY)
         self.history.append(number)
 
@@ -185,7 +202,8 @@ class Ascent:
             self.converged = self.stalls >= self.patience
         self.level = last
         if not self.converged:
-            torch._foreach_copy_(self.parameters, self.average)
+            if self.decay is None:
+                torch._foreach_copy_(self.parameters, self.average)
             self.fall()
 
     def conclude(self) -> None:
@@ -209,10 +227,16 @@ class Ascent:
         self.phase = len(self.history)
 
     def best(self) -> Leaves:
-        """The averaged iterate once the climb has levelled off, else the last one."""
+        """The best state on the rows held out; else the average, where one was asked for or the climb has levelled off."""
+        if self.holdout is not None and self.holdout.best is not None:
+            return dict(self.holdout.best)
         levelled = not self.rising and len(self.history) - self.phase >= 10
-        chosen = self.average if levelled else self.parameters
+        chosen = self.average if levelled or self.decay is not None else self.parameters
         return {n: p.detach().clone() for n, p in zip(self.names, chosen)}
+
+    def current(self) -> Leaves:
+        """Where the climb stands: its average, where one was asked for."""
+        return dict(zip(self.names, self.parameters if self.decay is None else self.average))
 
     def recent(self) -> float:
         """Mean objective of the last steps."""

@@ -29,24 +29,33 @@ class Batches:
         N / size: a batch speaks for all.
     names
         Arguments that are cut.
+    pool
+        Rows to draw from, or None for all.
     """
 
-    def __init__(self, problem: Problem, size: int | None) -> None:
-        rows = problem.structure.num_rows
+    def __init__(self, problem: Problem, size: int | None, pool: Tensor | None = None) -> None:
+        rows = problem.structure.num_rows if pool is None else len(pool)
         self.names = problem.structure.row_arguments
         self.kwargs, self.rows, self.device = problem.kwargs, rows or 1, problem.device
+        self.pool = None if pool is None else pool.to(problem.device)
         if size is not None and not self.names:
             raise ValueError(
                 f"SVI(batch_size={size}): no argument of the story has one entry a row on its first axis, so there is "
                 f"nothing to cut; use batch_size=None"
             )
         self.size = None if size is None or rows is None or size >= rows else size
+        if pool is not None:
+            self.size = min(size or self.rows, self.rows)
         self.scale = 1.0 if self.size is None else self.rows / self.size
         self.order = torch.empty(0, dtype=torch.long, device=self.device)
 
     def first(self, offset: int = 0) -> Tensor:
         """Some rows, always the same, without touching the random stream."""
-        return (torch.arange(self.size or self.rows, device=self.device) + offset) % self.rows
+        return self.among((torch.arange(self.size or self.rows, device=self.device) + offset) % self.rows)
+
+    def among(self, rows: Tensor) -> Tensor:
+        """Indices into the pool as indices into the data."""
+        return rows if self.pool is None else self.pool[rows]
 
     def next(self) -> Tensor:
         """Indices of the next batch."""
@@ -54,7 +63,7 @@ class Batches:
         if len(self.order) < size:
             self.order = torch.randperm(self.rows, device=self.device)
         rows, self.order = self.order[:size], self.order[size:]
-        return rows
+        return self.among(rows)
 
     def take(self, rows: Tensor) -> tuple[Tensor, ...]:
         """These rows of every argument that is cut."""

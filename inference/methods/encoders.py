@@ -83,10 +83,12 @@ class AmortisedGuide(nn.Module):
     """What `Amortised.build` returns: a Pyro program with the arguments of the story."""
 
     reads_missing = True
+    mean: Tensor
+    spread: Tensor
 
     def __init__(self, problem: Problem, encoder: Any, family: str) -> None:
         super().__init__()
-        self.family, self.plate = family, problem.structure.data_plate
+        self.family, self.plate = family, problem.structure.data_plate or "data"
         self.arguments = [n for n in problem.structure.row_arguments if isinstance(problem.kwargs[n], Tensor)]
         latents = [s for s in problem.structure.latents if s.continuous]
         inside = [s for s in latents if s.local]
@@ -224,7 +226,11 @@ class SiteShape:
 
     def place(self, free: Any, flat: bool = False) -> Any:
         """A distribution of unconstrained numbers, carried to the site's support."""
-        steps = [ReshapeTransform((self.size,), self.free_event)] if flat and self.free_event != (self.size,) else []
+        steps = (
+            [ReshapeTransform(torch.Size((self.size,)), torch.Size(self.free_event))]
+            if flat and self.free_event != (self.size,)
+            else []
+        )
         if not is_identity(self.transform):
             steps.append(self.transform)
         return dist.TransformedDistribution(free, steps) if steps else free

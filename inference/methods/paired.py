@@ -52,12 +52,13 @@ class PairTarget:
         steps: int = 1,
         weighing: Weights = PLAIN,
         alpha: float | None = None,
+        pool: Tensor | None = None,
     ) -> None:
         self.weighing, self.made = weighing, 0
         self.wanted, self.steps = mode, steps
         self.problem, self.particles, self.guide = problem, particles, problem.guide or no_guess
         self.joint = LogJoint(problem)
-        self.batches = Batches(problem, batch_size)
+        self.batches = Batches(problem, batch_size, pool)
         self.plate = problem.structure.data_plate
         self.joint.holes = {s.name: s.missing > 0 for s in problem.structure.observed}
         self.networks = Networks(problem.story, problem.model, problem.guide)
@@ -334,7 +335,7 @@ class PairTarget:
         if self.plate is None or shared or not self.sites or not self.batches.names:
             return None
         chosen = torch.linspace(0, self.batches.rows - 1, min(most, self.batches.rows)).round().long()
-        rows = chosen.to(self.problem.device)
+        rows = self.batches.among(chosen.to(self.problem.device))
 
         def one() -> tuple[Tensor]:
             with torch.no_grad(), pyro.validation_enabled(False):

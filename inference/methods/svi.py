@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from torch import Tensor
-from tqdm import tqdm
 
 from .base import Verdict, density_objection, gradient_objection, one_of, positive_float, positive_int
+from .climb_file import ClimbFile
+from .climbs import INTERRUPTED, SPENT, Climbs
 from .encoders import Amortised
+from .holdout import split
 from .tightened import OBJECTIVES, check_objective
 from .weighted import check_beta
 
@@ -25,19 +28,15 @@ if TYPE_CHECKING:
     from ..posterior import Posterior
     from ..problem import Problem
     from ..structure import Structure
-    from .ascent import Ascent, Leaves
+    from .ascent import Leaves
 
 GUIDES = ("auto", "story", "mean_field", "low_rank", "full_rank")
 SCHEDULES = ("adaptive", "constant", "cosine", "one_cycle")
 MODES = ("auto", "eager", "graph", "inductor")
 #: Unknowns up to which "auto" affords a full covariance.
 FULL_RANK = 50
-#: Share of the steps that every start may take before the best goes on.
-SHORT = 0.15
 #: Bytes that draws of latents may take; with a latent a row there are fewer draws.
 DRAW_BYTES = 200e6
-SPENT = "the budget"
-INTERRUPTED = "interrupted: the best state so far is returned"
 #: Effective share of the draws above which importance weights count as equal.
 EQUAL_WEIGHTS = 0.99
 #: Draws of a block of the importance-weighted bound.
@@ -92,6 +91,15 @@ class SVI:
         "renyi", their (1 - `alpha`)-th powers. `history` then holds that bound; the answer's ELBO is still the ELBO.
     alpha
         Of the Renyi bound: 0 is "iwae", 1 the ELBO.
+    average
+        Memory of a moving average of the parameters, such as 0.999, that is the answer instead of the last ones (Polyak and
+        Juditsky, 1992); None takes one where the climb has levelled off.
+    validation
+        Share of the rows that are held out: the answer is the state of highest bound on them, and the climb ends when that
+        has not risen in ten looks, of which there are a hundred. For guides that read rows.
+    checkpoint
+        A file that keeps the climbs every few seconds. The same call goes on from there, to the same bits; the file is
+        removed at the end.
     """
 
     name: ClassVar[str] = "svi"
@@ -112,6 +120,9 @@ class SVI:
     divergence: str = "auto"
     objective: str = "elbo"
     alpha: float = 0.5
+    average: float | None = None
+    validation: float | None = None
+    checkpoint: str | Path | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.guide, Amortised):
@@ -127,6 +138,10 @@ class SVI:
         positive_float("SVI", "free_bits", self.free_bits, zero=True)
         for name in ("steps", "particles", "starts", "patience", "draws"):
             positive_int("SVI", name, getattr(self, name))
+        for name in ("average", "validation"):
+            share = getattr(self, name)
+            if share is not None and not (isinstance(share, float) and 0 < share < 1):
+                raise ValueError(f"SVI({name}={share!r}): {name} must be a number between 0 and 1, or None")
         if self.batch_size is not None:
             positive_int("SVI", "batch_size", self.batch_size)
         positive_float("SVI", "lr", self.lr)
@@ -206,10 +221,11 @@ class SVI:
         with Meter() as meter:
             if isinstance(self.guide, Amortised):
                 problem = replace(problem, guide=self.guide.build(problem))
-            target = self.target(problem, family)
+            climbs = self.climbs(problem, family)
+            target = climbs.target
             meter.mark("setup")
             began = time.perf_counter()
-            ascent, warnings = self.climb(problem, target)
+            ascent, warnings = climbs.run()
             leaves = ascent.best()
             seconds = max(5.0, 0.2 * (time.perf_counter() - began))
             draws, found, doubts = self.answer(problem, target, leaves, seconds)
@@ -217,6 +233,8 @@ class SVI:
                 target.networks.write(target.weights(leaves))
             meter.mark("run")
         ended = any(w.startswith((INTERRUPTED, SPENT)) for w in warnings)
+        if ascent.holdout is not None:
+            found["validation"] = [list(look) for look in ascent.holdout.history]
         point = not draws or (isinstance(target, PairTarget) and target.points)
         # Weights of networks stay where they belong: in the networks.
         learned = [s.name for s in problem.structure.learned if "$$$" not in s.name]
@@ -254,8 +272,33 @@ class SVI:
         weights = {n: v.detach().cpu() for n, v in target.weights(leaves).items()}
         return {"guide_params": {n: v for n, v in values.items() if n in target.parameters}, "networks": weights}
 
-    def target(self, problem: Problem, family: str) -> Any:
-        """Derived guide or the story's own."""
+    def climbs(self, problem: Problem, family: str) -> Climbs:
+        """Everything that is to be climbed, as the checkpoint left it where there is one."""
+        file, options = None, self
+        if self.checkpoint is not None:
+            said = replace(self, checkpoint=None)
+            file = ClimbFile(Path(self.checkpoint), problem, said, family)
+            options = replace(self, mode=file.mode() or self.mode)
+        train, held = None, None
+        if self.validation is not None:
+            names = problem.structure.row_arguments
+            rows = problem.structure.num_rows or 0
+            if family != "story" or not names or rows < 2:
+                raise ValueError(
+                    f"SVI(validation={self.validation}) holds rows out, which takes a guide that reads rows (a story's own, or "
+                    f"guide=Amortised(...)) and two rows or more; this fit has the guide {family!r} and {rows} rows"
+                )
+            train, held = split(rows, self.validation)
+        target = options.target(problem, family, train)
+        if held is not None and any(p.local for p in target.parameters.values()):
+            raise ValueError(
+                f"SVI(validation={self.validation}): the guide has numbers of its own for every row "
+                f"({', '.join(n for n, p in target.parameters.items() if p.local)}); a row held out would have none"
+            )
+        return Climbs(options, problem, target, held, file)
+
+    def target(self, problem: Problem, family: str, pool: Tensor | None = None) -> Any:
+        """Derived guide or the story's own; batches are drawn from the rows in `pool`."""
         from .derived import DerivedTarget
         from .paired import PairTarget
         from .weighted import Weights
@@ -265,72 +308,13 @@ class SVI:
             beta = tuple(self.beta) if isinstance(self.beta, list) else self.beta
             weighing = Weights(beta, self.free_bits, formula)
             alpha = {"elbo": None, "iwae": 0.0, "renyi": float(self.alpha)}[self.objective]
-            return PairTarget(problem, self.particles, self.batch_size, self.mode, self.steps, weighing, alpha)
+            return PairTarget(problem, self.particles, self.batch_size, self.mode, self.steps, weighing, alpha, pool)
         if self.beta != 1.0 or self.free_bits or self.objective != "elbo":
             raise ValueError(
                 f"SVI(beta={self.beta!r}, free_bits={self.free_bits!r}, objective={self.objective!r}) are for a story's own "
                 f"guide; this fit derives its guide ({family})"
             )
         return DerivedTarget(problem, family, self.particles, self.batch_size, self.mode, self.steps)
-
-    def climb(self, problem: Problem, target: Any) -> tuple[Ascent, list[str]]:
-        """The best of several short ascents, taken to its end, and what there is to say about it."""
-        from ..errors import DivergenceError
-        from .ascent import Ascent
-
-        deadline = time.perf_counter() + problem.budget if problem.budget else math.inf
-        short = max(1, int(SHORT * self.steps))
-        ascents: list[Ascent] = []
-        dropped: list[DivergenceError] = []
-        warnings: list[str] = []
-        starts = 1 if getattr(target, "certain", False) else self.starts  # from the same weights all climbs are one
-        total = self.steps + (starts - 1) * short
-        with tqdm(total=total, desc="SVI", disable=not problem.progress, leave=False) as bar:
-
-            def watch(elbo: float, lr: float) -> None:
-                bar.update()
-                if bar.n % 20 == 0:
-                    bar.set_postfix(elbo=f"{elbo:.5g}", lr=f"{lr:.2g}", refresh=False)
-
-            try:
-                for _ in range(starts):
-                    ascent = Ascent(
-                        target,
-                        target.start(),
-                        self.lr,
-                        self.steps,
-                        self.tol,
-                        self.patience,
-                        schedule=self.schedule,
-                        clip=self.clip,
-                    )
-                    ascents.append(ascent)
-                    try:
-                        ascent.run(short if starts > 1 else self.steps, deadline, watch)
-                    except DivergenceError as error:
-                        dropped.append(error)
-                        ascents.pop()
-                    if time.perf_counter() > deadline:
-                        break
-                if not ascents:
-                    raise dropped[0]
-                ascents.sort(key=lambda a: -a.recent())
-                ascents[0].run(self.steps, deadline, watch)
-            except KeyboardInterrupt:
-                if not any(ascent.history for ascent in ascents):
-                    raise
-                warnings.append(INTERRUPTED)
-        best = max(ascents, key=lambda a: a.recent())
-        best.conclude()
-        if dropped:
-            warnings.append(f"{len(dropped)} of {starts} starts were dropped: {dropped[0]}")
-        if best.converged or INTERRUPTED in warnings:
-            return best, warnings
-        if time.perf_counter() > deadline:
-            warnings.append(f"{SPENT} of {problem.budget:g} s is used up: the best state so far is returned")
-        elif best.rising:
-            warnings.append(f"SVI did not converge in {self.steps} steps: the ELBO was still rising; raise steps or lr")
-        return best, warnings
 
     def answer(
         self, problem: Problem, target: Any, leaves: Leaves, seconds: float
