@@ -278,8 +278,8 @@ def two_factors(num_data: int = 300, seed: int = 0) -> Dataset:
 def two_moons(num_data: int = 1000, seed: int = 0, noise: float = 0.07) -> Dataset:
     """Two interleaved half circles, blurred by `noise` and standardised by their exact moments.
 
-    Before it is standardised a row is (cos t, sin t) or (1 - cos t, 1/2 - sin t), t uniform on (0, pi), plus noise: the moons of
-    scikit-learn's `make_moons`.
+    Before it is standardised a row is (cos t, sin t) or (1 - cos t, 1/2 - sin t), t uniform on (0, pi), plus noise: the moons
+    of scikit-learn's `make_moons`.
     """
     if not 0 <= noise < math.inf:
         raise ValueError(f"noise must be a number from 0, got {noise!r}")

@@ -87,7 +87,7 @@ class MAF(FlowStory):
         Autoregressive layers, whose order of columns turns round each time.
     hidden
         Widths of each layer's network.
-    num_context, base, df, loc, scale
+    num_context, seed, base, df, loc, scale
         See `FlowStory`.
 
     Raises
@@ -102,11 +102,21 @@ class MAF(FlowStory):
     """
 
     def __init__(
-        self, num_features: int, num_layers: int = 5, hidden: Sequence[int] = (64, 64), *, num_context: int = 0, **noise: Any
+        self,
+        num_features: int,
+        num_layers: int = 5,
+        hidden: Sequence[int] = (64, 64),
+        *,
+        num_context: int = 0,
+        **settings: Any,
     ) -> None:
         D = count_setting("num_features", num_features)
-        layers = in_turns(D, count_setting("num_layers", num_layers), ShiftScale(), widths(hidden), num_context)
-        super().__init__((D,), layers, num_context=num_context, **noise)
+        count, sizes = count_setting("num_layers", num_layers), widths(hidden)
+
+        def make() -> list[Transform]:
+            return in_turns(D, count, ShiftScale(), sizes, num_context)
+
+        super().__init__((D,), make, num_context=num_context, **settings)
 
 
 class IAF(FlowStory):
@@ -120,7 +130,7 @@ class IAF(FlowStory):
         Autoregressive layers, whose order of columns turns round each time.
     hidden
         Widths of each layer's network.
-    num_context, base, df, loc, scale
+    num_context, seed, base, df, loc, scale
         See `FlowStory`.
 
     Raises
@@ -137,8 +147,18 @@ class IAF(FlowStory):
     direction: ClassVar[str] = "to_data"
 
     def __init__(
-        self, num_features: int, num_layers: int = 5, hidden: Sequence[int] = (64, 64), *, num_context: int = 0, **noise: Any
+        self,
+        num_features: int,
+        num_layers: int = 5,
+        hidden: Sequence[int] = (64, 64),
+        *,
+        num_context: int = 0,
+        **settings: Any,
     ) -> None:
         D = count_setting("num_features", num_features)
-        layers = in_turns(D, count_setting("num_layers", num_layers), ShiftScale(), widths(hidden), num_context)
-        super().__init__((D,), layers, num_context=num_context, **noise)
+        count, sizes = count_setting("num_layers", num_layers), widths(hidden)
+
+        def make() -> list[Transform]:
+            return in_turns(D, count, ShiftScale(), sizes, num_context)
+
+        super().__init__((D,), make, num_context=num_context, **settings)

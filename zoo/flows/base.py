@@ -25,7 +25,7 @@ DIRECTIONS = ("to_noise", "to_data")
 
 
 class Transform(nn.Module):
-    """An invertible map of (..., *event) onto itself.
+    """An invertible map of events, which may give them another shape.
 
     Attributes
     ----------
@@ -33,7 +33,7 @@ class Transform(nn.Module):
         Dimensions of one event: 1 for vectors, 3 for images (C, H, W).
     """
 
-    event_dim: ClassVar[int] = 1
+    event_dim: int = 1
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """y and log |det dy/dx|.
@@ -59,9 +59,10 @@ class Transform(nn.Module):
 class Chain(Transform):
     """One transform after the other, in the order given."""
 
-    def __init__(self, transforms: Iterable[Transform]) -> None:
+    def __init__(self, transforms: Sequence[Transform]) -> None:
         super().__init__()
         self.transforms = nn.ModuleList(transforms)
+        self.event_dim = next((t.event_dim for t in transforms), 1)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._through("forward", self.transforms, x, context)
@@ -84,7 +85,7 @@ class Inverse(Transform):
 
     def __init__(self, transform: Transform) -> None:
         super().__init__()
-        self.transform = transform
+        self.transform, self.event_dim = transform, transform.event_dim
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.transform.inverse(x, context)
@@ -94,7 +95,7 @@ class Inverse(Transform):
 
 
 class Standardise(Transform):
-    """y = (x - loc) / scale, column by column; both are settings and are not learned."""
+    """y = (x - loc) / scale, entry by entry; both have the shape of an event, are settings and are not learned."""
 
     loc: Tensor
     scale: Tensor
@@ -103,14 +104,15 @@ class Standardise(Transform):
         super().__init__()
         self.register_buffer("loc", loc)
         self.register_buffer("scale", scale)
+        self.event_dim = loc.ndim
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y = (x - self.loc) / self.scale
-        return y, -self.scale.log().sum().expand(y.shape[:-1])
+        return y, -self.scale.log().sum().expand(y.shape[: y.ndim - self.event_dim])
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x = y * self.scale + self.loc
-        return x, self.scale.log().sum().expand(x.shape[:-1])
+        return x, self.scale.log().sum().expand(x.shape[: x.ndim - self.event_dim])
 
 
 class Permute(Transform):

@@ -157,7 +157,7 @@ class NICE(FlowStory):
         Coupling layers.
     hidden
         Widths of each layer's network.
-    num_context, base, df, loc, scale
+    num_context, seed, base, df, loc, scale
         See `FlowStory`.
 
     Raises
@@ -172,11 +172,21 @@ class NICE(FlowStory):
     """
 
     def __init__(
-        self, num_features: int, num_layers: int = 8, hidden: Sequence[int] = (64, 64), *, num_context: int = 0, **noise: Any
+        self,
+        num_features: int,
+        num_layers: int = 8,
+        hidden: Sequence[int] = (64, 64),
+        *,
+        num_context: int = 0,
+        **settings: Any,
     ) -> None:
         D = several_features(num_features, "NICE")
-        layers = couplings(D, count_setting("num_layers", num_layers), Shift(), widths(hidden), num_context)
-        super().__init__((D,), [*layers, Stretch(D)], num_context=num_context, **noise)
+        count, sizes = count_setting("num_layers", num_layers), widths(hidden)
+
+        def make() -> list[Transform]:
+            return [*couplings(D, count, Shift(), sizes, num_context), Stretch(D)]
+
+        super().__init__((D,), make, num_context=num_context, **settings)
 
 
 class RealNVP(FlowStory):
@@ -190,7 +200,7 @@ class RealNVP(FlowStory):
         Coupling layers.
     hidden
         Widths of each layer's network.
-    num_context, base, df, loc, scale
+    num_context, seed, base, df, loc, scale
         See `FlowStory`.
 
     Raises
@@ -205,8 +215,18 @@ class RealNVP(FlowStory):
     """
 
     def __init__(
-        self, num_features: int, num_layers: int = 8, hidden: Sequence[int] = (64, 64), *, num_context: int = 0, **noise: Any
+        self,
+        num_features: int,
+        num_layers: int = 8,
+        hidden: Sequence[int] = (64, 64),
+        *,
+        num_context: int = 0,
+        **settings: Any,
     ) -> None:
         D = several_features(num_features, "RealNVP")
-        layers = couplings(D, count_setting("num_layers", num_layers), ShiftScale(), widths(hidden), num_context)
-        super().__init__((D,), layers, num_context=num_context, **noise)
+        count, sizes = count_setting("num_layers", num_layers), widths(hidden)
+
+        def make() -> list[Transform]:
+            return couplings(D, count, ShiftScale(), sizes, num_context)
+
+        super().__init__((D,), make, num_context=num_context, **settings)

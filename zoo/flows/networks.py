@@ -1,6 +1,7 @@
 """Networks that tell a transform its parameters: a plain one, and one that looks at earlier columns only."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ class Perceptron(nn.Module):
     def __init__(self, inputs: int, outputs: int, hidden: Sequence[int], num_context: int = 0) -> None:
         super().__init__()
         widths = (inputs + num_context, *hidden)
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         self.last = nn.Linear(widths[-1], outputs)
         silence(self.last)
 
@@ -81,9 +82,9 @@ class MADE(nn.Module):
         self.num_parameters = num_parameters
         place = torch.tensor(order)
         before = torch.cat((place + 1, torch.zeros(num_context, dtype=torch.long)))  # context comes before everything
-        layers = []
+        layers, first = [], 0 if num_context else 1  # a unit of degree 0 sees the context alone
         for width in hidden:
-            degree = torch.arange(width) % max(1, D - 1) + 1 if D > 1 else torch.zeros(width, dtype=torch.long)
+            degree = torch.arange(width) % (D - first) + first if D > first else torch.zeros(width, dtype=torch.long)
             layers.append(MaskedLinear(degree[:, None] >= before))
             before = degree
         self.layers = nn.ModuleList(layers)

@@ -32,6 +32,8 @@ from .story import FlowStory
 
 #: Halvings of the interval around the root, then steps of Newton's method.
 HALVINGS, NEWTON = 40, 2
+#: How far u . w stays above -1.
+MARGIN = 1e-3
 
 
 class Planar(Transform):
@@ -55,10 +57,10 @@ class Planar(Transform):
     def read(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """u (D,), u . w () and b.
 
-        u is the free vector moved along w until u . w = softplus(free . w) - 1.
+        u is the free vector moved along w until u . w = softplus(free . w) - 1, and a little more.
         """
         product = self.free_u @ self.w
-        allowed = functional.softplus(product) - 1
+        allowed = functional.softplus(product) - 1 + MARGIN
         u = self.free_u + (allowed - product) * self.w / (self.w.square().sum() + 1e-12)
         return u, u @ self.w, self.b if self.network is None else self.b + self.network(context).squeeze(-1)
 
@@ -105,7 +107,7 @@ class PlanarFlow(FlowStory):
         D.
     num_layers
         K.
-    num_context, base, df, loc, scale
+    num_context, seed, base, df, loc, scale
         See `FlowStory`.
 
     Raises
@@ -121,6 +123,6 @@ class PlanarFlow(FlowStory):
 
     direction: ClassVar[str] = "to_data"
 
-    def __init__(self, num_features: int, num_layers: int = 10, *, num_context: int = 0, **noise: Any) -> None:
+    def __init__(self, num_features: int, num_layers: int = 10, *, num_context: int = 0, **settings: Any) -> None:
         D, K = count_setting("num_features", num_features), count_setting("num_layers", num_layers)
-        super().__init__((D,), [Planar(D, num_context) for _ in range(K)], num_context=num_context, **noise)
+        super().__init__((D,), lambda: [Planar(D, num_context) for _ in range(K)], num_context=num_context, **settings)

@@ -30,12 +30,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..mixtures import count_setting, pseudo_count
+from .autoregressive import in_turns
 from .base import Transform
 from .coupling import couplings
 from .story import FlowStory, several_features, widths
 
-#: Smallest width and height of a bin, as a share of the whole, and smallest slope at a knot.
-LEAST = 1e-3
+#: Smallest width and height of a bin, as a share of those of K equal ones, and smallest slope at a knot: without a limit a
+#: steep bin makes single precision lose digits.
+LEAST = 0.05
 
 
 class RationalQuadratic:
@@ -56,7 +58,7 @@ class RationalQuadratic:
 
     def knots(self, raw: Tensor) -> tuple[Tensor, Tensor]:
         """Places of the K + 1 knots along one axis, and the K gaps between them: raw (..., K)."""
-        gaps = LEAST + (1 - LEAST * self.num_bins) * raw.softmax(-1)
+        gaps = LEAST / self.num_bins + (1 - LEAST) * raw.softmax(-1)
         inner = 2 * self.bound * gaps.cumsum(-1)[..., :-1] - self.bound
         places = functional.pad(functional.pad(inner, (1, 0), value=-self.bound), (0, 1), value=self.bound)
         return places, places.diff(dim=-1)
@@ -120,7 +122,7 @@ class NeuralSplineFlow(FlowStory):
     coupling
         Whether half of the columns move at a time (both directions in one pass), or all of them, each by the ones before it
         (sharper, but D passes for a draw).
-    num_context, base, df, loc, scale
+    num_context, seed, base, df, loc, scale
         See `FlowStory`.
 
     Raises
@@ -144,19 +146,20 @@ class NeuralSplineFlow(FlowStory):
         bound: float = 5.0,
         coupling: bool = True,
         num_context: int = 0,
-        **noise: Any,
+        **settings: Any,
     ) -> None:
         K, count = count_setting("num_bins", num_bins), count_setting("num_layers", num_layers)
-        if K < 2 or LEAST * K >= 0.5:
-            raise ValueError(f"num_bins must lie between 2 and {int(0.5 / LEAST) - 1}, got {K}")
+        if K < 2:
+            raise ValueError(f"num_bins must be 2 or more, got {K}")
         spline = RationalQuadratic(K, pseudo_count("bound", bound))
-        layers: list[Transform]
-        if coupling:
-            D = several_features(num_features, "NeuralSplineFlow")
-            layers = couplings(D, count, spline, widths(hidden), num_context)
-        else:
-            from .autoregressive import in_turns
+        sizes = widths(hidden)
+        D = (
+            several_features(num_features, "NeuralSplineFlow")
+            if coupling
+            else count_setting("num_features", num_features)
+        )
 
-            D = count_setting("num_features", num_features)
-            layers = in_turns(D, count, spline, widths(hidden), num_context)
-        super().__init__((D,), layers, num_context=num_context, **noise)
+        def make() -> list[Transform]:
+            return (couplings if coupling else in_turns)(D, count, spline, sizes, num_context)
+
+        super().__init__((D,), make, num_context=num_context, **settings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 import pyro
@@ -23,10 +23,12 @@ class FlowStory(nn.Module):
     ----------
     event_shape
         Shape of a row: (D,), or (C, H, W) for images.
-    transforms
-        From data to noise, or from noise to data, as the class's `direction` says.
+    make
+        Makes the transforms, from data to noise or from noise to data, as the class's `direction` says.
     num_context
-        Columns of `context` on which the density depends; 0 for none.
+        Columns of the context `y` on which the density depends; 0 for none.
+    seed
+        Of the weights that training starts from.
     base, df
         Noise: "normal", or "student_t" with `df` degrees of freedom for heavy tails; its entries are independent.
     loc, scale
@@ -44,9 +46,10 @@ class FlowStory(nn.Module):
     def __init__(
         self,
         event_shape: Sequence[int],
-        transforms: Sequence[Transform],
+        make: Callable[[], Sequence[Transform]],
         *,
         num_context: int = 0,
+        seed: int = 0,
         base: str = "normal",
         df: float = 5.0,
         loc: Setting = 0.0,
@@ -58,6 +61,9 @@ class FlowStory(nn.Module):
         self.event_shape, self.num_context = tuple(event_shape), context_setting(num_context)
         self.base, self.df = base, pseudo_count("df", df)
         to_unit = Standardise(columns("loc", loc, self.event_shape), columns("scale", scale, self.event_shape))
+        with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it is
+            torch.manual_seed(seed)
+            transforms = make()
         outwards = self.direction == "to_data"
         self.flow = Chain([*transforms, Inverse(to_unit)] if outwards else [to_unit, *transforms])
         self.register_buffer("origin", torch.zeros(self.event_shape))
@@ -73,17 +79,17 @@ class FlowStory(nn.Module):
         """Distribution of a row; of one row for each row of `context` (N, num_context) where there is one."""
         return FlowDistribution(self.noise(), self.flow, forward=self.direction, context=context, validate_args=False)
 
-    def model(self, x: Tensor | None = None, context: Tensor | None = None, num_data: int = 300) -> Tensor:
+    def model(self, x: Tensor | None = None, y: Tensor | None = None, num_data: int = 300) -> Tensor:
         """Tell the story.
 
         Parameters
         ----------
         x
             (N, D), what was seen; None dreams up `num_data` rows.
-        context
-            (N, num_context), what is known of every row, where the story was made with `num_context`.
+        y
+            (N, num_context), the context: what is known of every row, where the story was made with `num_context`.
         num_data
-            N where there is neither `x` nor `context`.
+            N where there is neither `x` nor `y`.
 
         Returns
         -------
@@ -92,25 +98,25 @@ class FlowStory(nn.Module):
         Raises
         ------
         ValueError
-            `x` or `context` has other columns than the story, or `context` is missing.
+            `x` or `y` has other columns than the story, or `y` is missing.
         """
         check_rows("x", x, self.event_shape)
-        context = self.given(x, context, num_data)
-        N = len(x) if x is not None else num_data if context is None else len(context)
+        y = self.given(x, y, num_data)
+        N = len(x) if x is not None else num_data if y is None else len(y)
         pyro.module("flow", self.flow)
         with pyro.plate("data", N):
-            return pyro.sample("x", self.distribution(context), obs=x)
+            return pyro.sample("x", self.distribution(y), obs=x)
 
-    def given(self, x: Tensor | None, context: Tensor | None, num_data: int) -> Tensor | None:
+    def given(self, x: Tensor | None, y: Tensor | None, num_data: int) -> Tensor | None:
         """The context, checked; zeros where nothing is given at all."""
         if not self.num_context:
-            if context is not None:
-                raise ValueError("this story takes no context; make it with num_context=C to give it columns (N, C)")
+            if y is not None:
+                raise ValueError("this story takes no context y; make it with num_context=C to give it columns (N, C)")
             return None
-        check_rows("context", context, (self.num_context,))
-        if context is None and x is not None:
-            raise ValueError(f"context is missing: the story was made with num_context={self.num_context}")
-        return self.origin.new_zeros(num_data, self.num_context) if context is None else context
+        check_rows("y", y, (self.num_context,))
+        if y is None and x is not None:
+            raise ValueError(f"y is missing: the story was made with num_context={self.num_context}")
+        return self.origin.new_zeros(num_data, self.num_context) if y is None else y
 
     def __repr__(self) -> str:
         size = f"num_features={self.event_shape[0]}" if len(self.event_shape) == 1 else f"shape={self.event_shape}"
@@ -122,16 +128,16 @@ class FlowStory(nn.Module):
         """Two interleaved half circles, standardised."""
         from ..data import load
 
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return cls(2), {"x": load("two_moons").x}  # type: ignore[arg-type, call-arg]
+        return cls(2), {"x": load("two_moons").x}  # type: ignore[arg-type, call-arg]
 
 
 def columns(name: str, value: Setting, shape: tuple[int, ...]) -> Tensor:
     """A setting as a tensor of an event's shape; "scale" is positive."""
     plain = setting(name, value, positive=name == "scale")
     if isinstance(plain, tuple) and shape != (len(plain),):
-        raise ValueError(f"{name} has {len(plain)} numbers and a row has the shape {shape}; give one number or one a column")
+        raise ValueError(
+            f"{name} has {len(plain)} numbers and a row has the shape {shape}; give one number or one a column"
+        )
     return torch.tensor(plain, dtype=torch.get_default_dtype()).expand(shape).clone()
 
 
