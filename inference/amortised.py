@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 #: Rows that the story is run on at once: draws of few rows are made side by side, many rows piece by piece.
 WIDTH = 4096
+#: Numbers among which latents are chosen, at most.
+CELLS = 20_000_000
 #: Rows on which a guide is tried.
 FEW = 3
 
@@ -85,14 +87,13 @@ class GuideRows:
         posterior, problem = self.posterior, self.posterior.problem
         fixed = {**posterior.extra.get("guide_params", {}), **self.globals}
         rows = len(kwargs[self.names[0]])
+        assert problem.guide is not None
         with poutine.block(), pyro.validation_enabled(False), torch.no_grad():
             trace: Any = poutine.trace(Substitute(fixed)(problem.guide)).get_trace(**guide_arguments(problem, kwargs))
             trace.compute_log_prob()
             plate = posterior.structure.data_plate
             sites = [
-                s
-                for s in trace.nodes.values()
-                if is_latent(s) and any(f.name == plate for f in s["cond_indep_stack"])
+                s for s in trace.nodes.values() if is_latent(s) and any(f.name == plate for f in s["cond_indep_stack"])
             ]
             self.points = all(type(unwrap(s["fn"])).__name__ == "Delta" for s in sites)
             values = {s["name"]: s["value"] for s in sites}
@@ -144,11 +145,26 @@ class GuideRows:
 
         A guide of points has nothing to choose among: its point is returned.
         """
-        values, weights = self.draws(max(self.proposals, count))
+        return self.resample_jointly(count)[site]
+
+    def resample_jointly(self, count: int) -> dict[str, Tensor]:
+        """Draws of all locals of a row together: (count, N, ...event) each."""
+        values, weights = self.draws(self.proposals)
         if self.points:
-            return values[site][:1].expand(count, *values[site].shape[1:])
+            return {n: v[:1].expand(count, *v.shape[1:]) for n, v in values.items()}
         chosen = torch.distributions.Categorical(logits=weights.T).sample((count,))
-        return values[site][chosen, torch.arange(self.n)]
+        return {n: v[chosen, torch.arange(self.n)] for n, v in values.items()}
+
+
+def new_locals(posterior: Posterior, kwargs: dict[str, Any], count: int) -> list[dict[str, Tensor]] | None:
+    """`count` joint draws of new rows' locals at once, where all draws share the same globals; else None."""
+    if not posterior.amortised or any(not b.local and not b.param for b in posterior.joint.blocks):
+        return None
+    rows = len(kwargs[posterior.structure.row_arguments[0]])
+    width = sum(math.prod(b.shape[1:]) for b in posterior.joint.blocks if b.local)
+    proposals = max(100, min(1000, CELLS // max(1, rows * width)))
+    found = GuideRows(posterior, 0, kwargs, proposals).resample_jointly(count)
+    return [{n: v[i] for n, v in found.items()} for i in range(count)]
 
 
 def bounds(posterior: Posterior, data: Any = None, *, draws: int = 1000, k: int = 50) -> Any:
@@ -171,7 +187,9 @@ def bounds(posterior: Posterior, data: Any = None, *, draws: int = 1000, k: int 
     from .score import ladder, without_density
 
     if not is_amortised(posterior):
-        raise ValueError("bounds need a story's own guide that reads its guess off the rows; fit with SVI(guide='story')")
+        raise ValueError(
+            "bounds need a story's own guide that reads its guess off the rows; fit with SVI(guide='story')"
+        )
     if reason := without_density(posterior):
         raise ValueError(reason)
     kwargs = posterior.problem.kwargs if data is None else posterior.problem.with_data(data)

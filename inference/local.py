@@ -89,13 +89,12 @@ def _beside_continuous(posterior: Posterior, site: str, kwargs: dict[str, Any], 
             indices = posterior.some_draws(draws)
             exact = (GaussianRows(joint, posterior.draw(i), kwargs).state_probabilities(site) for i in indices)
             return sum(exact) / len(indices)  # type: ignore[return-value]
-    names = [b.name for b in joint.blocks if b.local]
     with posterior.problem.scope(posterior.seed):
         for i in posterior.some_draws(draws if fitted else GLOBAL_DRAWS):
             values = posterior.draw(i)
             if not fitted:
                 integral = row_integral(posterior, i, kwargs)
-                values = {**values, **{n: integral.resample(n, 1)[0] for n in names}}
+                values = {**values, **{n: v[0] for n, v in integral.resample_jointly(1).items()}}
             total = total + joint.local_probabilities(site, values, kwargs)
             count += 1
     return total / count
@@ -229,9 +228,14 @@ class RowIntegral:
 
     def resample(self, site: str, count: int = 10) -> Tensor:
         """Draws of a local from its posterior: (count, N, ...event)."""
+        return self.resample_jointly(count)[site]
+
+    def resample_jointly(self, count: int) -> dict[str, Tensor]:
+        """Draws of all locals of a row together: (count, N, ...event) each."""
         chosen = torch.distributions.Categorical(logits=self.log_weights.T).sample((count,))
         with torch.no_grad():
-            return torch.stack([self.log_rows(self.points[c, torch.arange(self.n)])[1][site] for c in chosen])
+            draws = [self.log_rows(self.points[c, torch.arange(self.n)])[1] for c in chosen]
+        return {n: torch.stack([d[n] for d in draws]) for n, _, _ in self.blocks}
 
 
 def integrated_rows(posterior: Posterior, kwargs: dict[str, Any], draws: int) -> Score:

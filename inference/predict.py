@@ -10,9 +10,11 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from .amortised import new_locals
 from .handlers import Substitute, unwrap
 from .linear_gaussian import GaussianRows
 from .local import row_integral
+from .score import without_density
 
 if TYPE_CHECKING:
     from .posterior import Posterior
@@ -59,6 +61,8 @@ def sample_rows(posterior: Posterior, num: int, seed: int | None) -> dict[str, T
         raise ValueError(
             "the story has no rows to draw anew (no data plate whose size an argument sets); use predict()"
         )
+    if reason := without_density(posterior):
+        raise ValueError(f"{reason}. Nor are there codes to draw new rows from")
     parts: list[dict[str, Tensor]] = []
     with posterior.problem.scope(posterior.seed + 1 if seed is None else seed):
         indices = posterior.some_draws(min(SAMPLE_DRAWS, num))
@@ -191,24 +195,34 @@ def impute(posterior: Posterior, data: Any, draws: int, seed: int | None) -> Imp
     holes = value.isnan()
     found = []
     with problem.scope(posterior.seed + 1 if seed is None else seed), torch.no_grad():
-        for i in spread_draws(posterior, draws):
-            found.append(complete(posterior, i, kwargs, name, fitted=data is None)[holes])
+        indices = spread_draws(posterior, draws)
+        known = None if data is None else new_locals(posterior, kwargs, len(indices))
+        for k, i in enumerate(indices):
+            given = known[k] if known else None
+            found.append(complete(posterior, i, kwargs, name, fitted=data is None, given=given)[holes])
     table = torch.stack(found)
     filled = value.clone()
     filled[holes] = table.mean(0)
     return Imputation(filled, holes.nonzero(), table)
 
 
-def complete(posterior: Posterior, index: int, kwargs: dict[str, Any], name: str, fitted: bool) -> Tensor:
-    """The rows with their missing cells drawn, at one draw of the globals."""
-    joint, values = posterior.joint, posterior.draw(index)
+def complete(
+    posterior: Posterior,
+    index: int,
+    kwargs: dict[str, Any],
+    name: str,
+    fitted: bool,
+    given: dict[str, Tensor] | None = None,
+) -> Tensor:
+    """The rows with their missing cells drawn, at one draw of the globals, and of new rows' locals where it is `given`."""
+    joint, values = posterior.joint, {**posterior.draw(index), **(given or {})}
     local = [b.name for b in joint.blocks if b.local]
     if local and posterior.structure.linear_gaussian:
         exact = GaussianRows(joint, values, kwargs)
         values = {**values, **exact.split(exact.draw(1)[0])}
-    elif local and not fitted:
+    elif local and not fitted and given is None:
         integral = row_integral(posterior, index, kwargs)
-        values = {**values, **{n: integral.resample(n, 1)[0] for n in local}}
+        values = {**values, **{n: v[0] for n, v in integral.resample_jointly(1).items()}}
     values = {**values, **draw_finite(posterior, values, kwargs)}
     result = kwargs[name].clone()
     with poutine.block(), pyro.validation_enabled(False):
