@@ -164,12 +164,12 @@ class GuideRows:
         """Draws of the guide: (count, N, ...event)."""
         return self.all_draws(count)[site]
 
-    def draw(self) -> dict[str, Tensor]:
-        """One draw of all latents of every row, importance-resampled among the guide's: towards the posterior."""
+    def resample_jointly(self, count: int) -> dict[str, Tensor]:
+        """Draws of all latents of every row, importance-resampled among the guide's: (count, N, ...event) each."""
         parts = []
         for piece in self.pieces():
             weights, kept = self._weights(piece, keep=True)
-            chosen = torch.distributions.Categorical(logits=weights.T).sample()
+            chosen = torch.distributions.Categorical(logits=weights.T).sample((count,))
             each = torch.arange(weights.shape[1])
             parts.append({n: torch.stack([k[n] for k in kept])[chosen, each] for n in kept[0]})
-        return {n: torch.cat([p[n] for p in parts]) for n in parts[0]}
+        return {n: torch.cat([p[n] for p in parts], dim=1) for n in parts[0]}

@@ -99,7 +99,10 @@ def _beside_continuous(posterior: Posterior, site: str, kwargs: dict[str, Any], 
         for i in posterior.some_draws(draws if fitted else GLOBAL_DRAWS):
             values = posterior.draw(i)
             if not fitted:
-                values = {**values, **row_integral(posterior, i, kwargs).draw()}
+                values = {
+                    **values,
+                    **{n: v[0] for n, v in row_integral(posterior, i, kwargs).resample_jointly(1).items()},
+                }
             total = total + joint.local_probabilities(site, values, kwargs)
             count += 1
     return total / count
@@ -246,15 +249,14 @@ class RowIntegral(FreeRows):
 
     def resample(self, site: str, count: int = 10) -> Tensor:
         """Draws of a local from its posterior: (count, N, ...event)."""
+        return self.resample_jointly(count)[site]
+
+    def resample_jointly(self, count: int) -> dict[str, Tensor]:
+        """Draws of all latents of every row together: (count, N, ...event) each."""
         chosen = torch.distributions.Categorical(logits=self.log_weights.T).sample((count,))
         with torch.no_grad():
-            return torch.stack([self.log_rows(self.points[c, torch.arange(self.n)])[1][site] for c in chosen])
-
-    def draw(self) -> dict[str, Tensor]:
-        """One draw of all latents of every row."""
-        chosen = torch.distributions.Categorical(logits=self.log_weights.T).sample()
-        with torch.no_grad():
-            return self.log_rows(self.points[chosen, torch.arange(self.n)])[1]
+            draws = [self.log_rows(self.points[c, torch.arange(self.n)])[1] for c in chosen]
+        return {n: torch.stack([d[n] for d in draws]) for n, _, _ in self.blocks}
 
 
 def integrated_rows(posterior: Posterior, kwargs: dict[str, Any], draws: int) -> Score:
@@ -287,10 +289,21 @@ def integrated_rows(posterior: Posterior, kwargs: dict[str, Any], draws: int) ->
     return Score(rows, name, (between + within).sqrt(), "plug-in estimate" if plug_in else "estimate")
 
 
+def shared_locals(posterior: Posterior, kwargs: dict[str, Any], count: int) -> list[dict[str, Tensor]] | None:
+    """`count` joint draws of new rows' locals at once, where all draws share the same globals; else None."""
+    one = len(draws_of_globals(posterior, 2)) == 1
+    if not one or not posterior.structure.continuous_locals or posterior.structure.linear_gaussian:
+        return None
+    found = row_integral(posterior, 0, kwargs, POINT_PROPOSALS // 4).resample_jointly(count)
+    return [{n: v[i] for n, v in found.items()} for i in range(count)]
+
+
 def row_ladder(posterior: Posterior, data: Any, draws: int, k: int) -> Ladder:
     """See `Posterior.ladder`; every draw of the globals among those used gets its share of the proposals."""
-    from .score import ladder
+    from .score import ladder, without_density
 
+    if reason := without_density(posterior):
+        raise ValueError(reason)
     if not posterior.structure.continuous_locals or posterior.structure.admixture:
         raise ValueError(
             "rows of this story have no continuous latents to integrate over: log_prob(data) has their density"

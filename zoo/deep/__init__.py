@@ -30,7 +30,7 @@ _LAZY = {
     "columns": ".likelihoods",
 }
 
-__all__ = sorted(_LAZY)  # noqa: PLE0605
+__all__ = sorted(_LAZY)
 
 
 def __getattr__(name: str) -> Any:

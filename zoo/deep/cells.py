@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -46,10 +46,12 @@ class Cells(TorchDistribution):
         Distributions of batch shape (..., number of its columns), without event dimensions.
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     has_rsample = False
 
-    def __init__(self, columns: Sequence[Sequence[int]], parts: Sequence[Any], validate_args: bool | None = None) -> None:
+    def __init__(
+        self, columns: Sequence[Sequence[int]], parts: Sequence[Any], validate_args: bool | None = None
+    ) -> None:
         self.columns, self.parts = [list(c) for c in columns], list(parts)
         width = sum(len(c) for c in self.columns)
         order = torch.empty(width, dtype=torch.long)
@@ -84,7 +86,7 @@ class Cells(TorchDistribution):
         ]
         return self._joined(each)
 
-    def sample(self, sample_shape: Any = Size()) -> Tensor:
+    def sample(self, sample_shape: Any = ()) -> Tensor:
         """Draws of shape (*sample_shape, ..., D)."""
         with torch.no_grad():
             return self._joined([part.sample(Size(sample_shape)) for part in self.parts])
@@ -109,7 +111,10 @@ class DiscretisedLogisticCells(TorchDistribution):
         Number of grey values.
     """
 
-    arg_constraints = {"loc": constraints.real, "scale": constraints.positive}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {
+        "loc": constraints.real,
+        "scale": constraints.positive,
+    }
     has_rsample = False
 
     def __init__(self, loc: Tensor, scale: Tensor, levels: int, validate_args: bool | None = None) -> None:
@@ -139,7 +144,7 @@ class DiscretisedLogisticCells(TorchDistribution):
         first = torch.where(at_end, torch.zeros_like(top), -softplus(-top))
         return torch.where(value <= 0, first, torch.where(at_end, -softplus(low), inside))
 
-    def sample(self, sample_shape: Any = Size()) -> Tensor:
+    def sample(self, sample_shape: Any = ()) -> Tensor:
         """Draws of shape (*sample_shape, ...)."""
         shape = self._extended_shape(Size(sample_shape))
         with torch.no_grad():

@@ -67,6 +67,10 @@ class DeepLatentGaussian(nn.Module):
     DeepLatentGaussian(num_features=64, num_codes=(10, 4), hidden=(100, 100), likelihood=Bernoulli(), activation='relu', seed=0)
     """
 
+    encoder: nn.ModuleList
+    decoder: nn.ModuleList
+    origin: Tensor
+
     def __init__(
         self,
         num_features: int,
@@ -83,7 +87,7 @@ class DeepLatentGaussian(nn.Module):
         self.hidden = widths("hidden", hidden)
         self.hidden = self.hidden * steps if len(self.hidden) == 1 else self.hidden
         if len(self.hidden) != steps:
-            raise ValueError(f"hidden has {len(self.hidden)} widths and there are {steps} layers of codes; give one, or {steps}")
+            raise ValueError(f"hidden has {len(self.hidden)} widths and {steps} layers of codes; give one, or {steps}")
         self.columns = Columns(self.num_features, likelihood)
         self.activation, self.seed = activation, seed
         activation_of(activation)

@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, ClassVar
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -146,7 +146,7 @@ class StudentT(Likelihood):
     """Student's t with `df` degrees of freedom: a real number with outliers."""
 
     df: float = 4.0
-    outputs: ClassVar[int] = 2
+    outputs = 2
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "df", pseudo_count("df", self.df))
@@ -172,7 +172,7 @@ class Poisson(Likelihood):
 class NegativeBinomial(Likelihood):
     """A count with mean m and variance m + m^2 / r."""
 
-    outputs: ClassVar[int] = 2
+    outputs = 2
 
     def __call__(self, out: Tensor) -> dist.NegativeBinomial:
         m, r = (softplus(part) + LEAST for part in out.unbind(-2))
@@ -188,7 +188,7 @@ class DiscretisedLogistic(Likelihood):
     """A grey value, 0..levels - 1: a logistic variable rounded to whole numbers, its tails counted to the ends."""
 
     levels: int = 256
-    outputs: ClassVar[int] = 2
+    outputs = 2
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", count_setting("levels", self.levels))

@@ -83,6 +83,8 @@ class LinearVAE(nn.Module):
     LinearVAE(num_features=13, num_codes=2, seed=0)
     """
 
+    origin: Tensor
+
     def __init__(self, num_features: int, num_codes: int, seed: int = 0) -> None:
         super().__init__()
         D, K = count_setting("num_features", num_features), count_setting("num_codes", num_codes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -138,7 +139,7 @@ class ConvDecoder(nn.Module):
         self.dense = nn.Sequential(nn.Linear(inputs, hidden), act(), nn.Linear(hidden, wide), act())
         layers: list[nn.Module] = []
         sizes = [*reversed(channels), image[0]]
-        for i, (many, few) in enumerate(zip(sizes[:-1], sizes[1:])):
+        for i, (many, few) in enumerate(pairwise(sizes)):
             layers += [nn.ConvTranspose2d(many, few, 4, stride=2, padding=1)]
             layers += [act()] if i + 2 < len(sizes) else []
         self.layers = nn.Sequential(*layers)

@@ -82,6 +82,7 @@ class VAE(nn.Module):
     VAE(num_features=64, num_codes=5, hidden=(100,), likelihood=Bernoulli(), seed=0)
     """
 
+    origin: Tensor
     #: The guide is shown missing cells as NaN.
     reads_missing = True
 
@@ -113,7 +114,9 @@ class VAE(nn.Module):
             if own is not None and not isinstance(own, nn.Module):
                 raise TypeError(f"{name} must be a torch.nn.Module, got {type(own).__name__}")
         if skip and (decoder is not None or self.conv is not None):
-            raise ValueError("skip=True is for the decoder of dense layers that the story makes; leave conv and decoder out")
+            raise ValueError(
+                "skip=True is for the decoder of dense layers that the story makes; leave conv and decoder out"
+            )
         if self.guide_scale is not None and self.guide_scale >= 1:
             raise ValueError(f"guide_scale must lie between 0 and 1, the scale of the prior; got {self.guide_scale:g}")
         made = seeded(seed, self._networks)
@@ -129,7 +132,7 @@ class VAE(nn.Module):
             encoder: nn.Module = MLP(inputs, self.hidden, guessed, act)
             decoder: nn.Module = MLP(K, self.hidden[::-1], self.columns.outputs, act, self.skip)
         else:
-            C, *sides = self.conv
+            sides = self.conv[1:]
             area, wide = math.prod(sides), self.hidden[-1] if self.hidden else 256
             encoder = ConvEncoder((inputs // area, *sides), guessed, hidden=wide, activation=act)
             decoder = ConvDecoder((self.columns.outputs // area, *sides), K, hidden=wide, activation=act)
