@@ -220,6 +220,11 @@ class Contest:
                 "a component collapsed onto a few rows in every restart: the likelihood is unbounded there and only the "
                 "ridge holds it; use fewer components, a simpler covariance, or estimate='map' with proper priors"
             )
+        if self.em.estimate == "mle" and any("constant" in note for note in self.problem.structure.notes):
+            warnings.append(
+                f"without priors the spread of a constant column falls to 0: it stands at the variance floor "
+                f"(ridge={self.em.ridge:g}), and the likelihood says nothing"
+            )
         if self.problem.want == "posterior":
             warnings.append("EM gives points for the globals: it says nothing about their uncertainty")
         return warnings
