@@ -122,8 +122,8 @@ def sound(posterior):
 
 
 def seconds(call):
-    """Wall time of a call that raises, and its error."""
-    start = time.perf_counter()
+    """Processor time of a call that raises (the wall clock also measures the neighbours), and its error."""
+    start = time.process_time()
     with pytest.raises((ValueError, TypeError)) as error:
         call()
-    return time.perf_counter() - start, str(error.value)
+    return time.process_time() - start, str(error.value)

@@ -83,7 +83,9 @@ def test_a_nan_that_can_be_integrated_out_is_announced_and_equals_a_shorter_seri
 @row("an infinity among the values", ALL, plus=math.inf, minus=-math.inf)
 def test_an_infinity_is_named(method, case):
     story, data, name = real(method)
-    refused(ValueError, [f"{name} holds 1 infinite", rf"{case}", r"\(3, 1\)"], story, spoiled(data, (3, 1), case), method)
+    refused(
+        ValueError, [f"{name} holds 1 infinite", rf"{case}", r"\(3, 1\)"], story, spoiled(data, (3, 1), case), method
+    )
 
 
 @row("a NaN in a covariate", DENSITY)
@@ -95,7 +97,13 @@ def test_a_nan_in_a_covariate_is_named(method):
 @row("a column of NaN", ALL)
 def test_a_column_of_nan_is_named(method):
     story, data, name = real(method)
-    refused(ValueError, [f"column 1 of {name}", "NaN in every row"], story, spoiled(data, (slice(None), 1), math.nan), method)
+    refused(
+        ValueError,
+        [f"column 1 of {name}", "NaN in every row"],
+        story,
+        spoiled(data, (slice(None), 1), math.nan),
+        method,
+    )
 
 
 @row("no rows", ALL)
@@ -132,7 +140,13 @@ def test_the_variance_floor_of_maximum_likelihood_is_told(method):
     assert (posterior.draws["sigma"] > 0).all() and any("collapsed" in w or "floor" in w for w in posterior.warnings)
 
 
-@row("fewer rows than columns", ("em", "svi"), ppca=PPCA(2), factors=FactorAnalysis(2), diagonal=GMM(2, covariance="diag"))
+@row(
+    "fewer rows than columns",
+    ("em", "svi"),
+    ppca=PPCA(2),
+    factors=FactorAnalysis(2),
+    diagonal=GMM(2, covariance="diag"),
+)
 def test_five_rows_of_fifty_columns_run(method, case):
     sound(answer(case, noise(5, 50), method))
 
@@ -166,7 +180,9 @@ def test_more_topics_than_documents_run(method):
 @row("values of 1e30", DENSITY)
 def test_huge_values_ask_to_be_standardised(method):
     story, data, name = real(method)
-    refused(ValueError, [f"scale of {name}", "1e\\+30|2e\\+30|3e\\+30", "standardise"], story, data.sign() * 1e30, method)
+    refused(
+        ValueError, [f"scale of {name}", "1e\\+30|2e\\+30|3e\\+30", "standardise"], story, data.sign() * 1e30, method
+    )
 
 
 @row("a negative count", DENSITY)

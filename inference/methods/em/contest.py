@@ -208,6 +208,10 @@ class Contest:
     def distrust(self, best: Run, fallen: list[bool]) -> list[str]:
         """What the user should know before using the answer."""
         warnings = [self.stopped] if self.stopped else []
+        if self.em.batch_size and self.em.batch_size > self.rows and self.driver != "batch":
+            warnings.append(
+                f"batch_size={self.em.batch_size} exceeds the {self.rows} rows: all rows are used in every step"
+            )
         if not best.converged and not self.stopped:
             warnings.append(f"EM did not converge in {self.em.max_iter} iterations; raise max_iter or tol")
         falls = [b - a for a, b in zip(best.history, best.history[1:])]
