@@ -292,7 +292,7 @@ def check_missing(records: dict[str, Record], kwargs: dict[str, Any]) -> None:
             if r.missing and not supports_missing(r.fn):
                 raise ValueError(
                     f"{text}; site {r.name!r} ({r.family}) has no closed marginal over the other cells. Drop these rows, "
-                    f"or use a distribution over independent cells or a MultivariateNormal"
+                    f"leave them out with poutine.mask, or use a distribution over independent cells or a MultivariateNormal"
                 )
 
 
@@ -303,7 +303,12 @@ def value_notes(records: dict[str, Record]) -> list[str]:
         if r.kind != "observed" or not isinstance(r.value, Tensor) or not r.value.is_floating_point():
             continue
         if r.missing:
-            notes.append(f"{r.missing} cells of {r.argument or r.name} are missing (NaN) and are integrated out")
+            cells = "cell" if r.missing == 1 else "cells"
+            where = first_index(r.value.isnan())
+            notes.append(
+                f"{r.missing} {cells} of {r.argument or r.name} missing (NaN), the first at index "
+                f"{where[0] if len(where) == 1 else where}: integrated out"
+            )
         rows = r.value.flatten(1) if r.value.ndim > 1 else r.value.unsqueeze(-1)
         if r.missing:
             rows = torch.where(rows.isnan(), rows.nanmean(0), rows)

@@ -208,6 +208,10 @@ class Contest:
     def distrust(self, best: Run, fallen: list[bool]) -> list[str]:
         """What the user should know before using the answer."""
         warnings = [self.stopped] if self.stopped else []
+        if self.em.batch_size and self.em.batch_size > self.rows and self.driver != "batch":
+            warnings.append(
+                f"batch_size={self.em.batch_size} exceeds the {self.rows} rows: all rows are used in every step"
+            )
         if not best.converged and not self.stopped:
             warnings.append(f"EM did not converge in {self.em.max_iter} iterations; raise max_iter or tol")
         falls = [b - a for a, b in zip(best.history, best.history[1:])]
@@ -219,6 +223,11 @@ class Contest:
             warnings.append(
                 "a component collapsed onto a few rows in every restart: the likelihood is unbounded there and only the "
                 "ridge holds it; use fewer components, a simpler covariance, or estimate='map' with proper priors"
+            )
+        if self.em.estimate == "mle" and any("constant" in note for note in self.problem.structure.notes):
+            warnings.append(
+                f"without priors the spread of a constant column falls to 0: it stands at the variance floor "
+                f"(ridge={self.em.ridge:g}), and the likelihood says nothing"
             )
         if self.problem.want == "posterior":
             warnings.append("EM gives points for the globals: it says nothing about their uncertainty")

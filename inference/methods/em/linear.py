@@ -24,6 +24,7 @@ from .estep import Expectation
 from .linear_form import Form, recognise_form
 from .linear_sums import Sums, by_component, by_row, from_scatter, scatter_of
 from .priors import Conjugate
+from .terms import ground
 
 Theta = dict[str, Tensor]
 
@@ -43,6 +44,7 @@ class LinearGaussian:
         self.kind: dict[str, Any] = {"dtype": joint.problem.dtype, "device": joint.problem.device}
         self.mean, self.scatter = scatter_of(self.x, self.kind["dtype"])  # of the complete rows, or pairwise
         self.variance = self.scatter.diagonal() / len(self.x)
+        self.unit, _ = ground(self.variance, self.mean)  # what the ridge is a share of
         self.simple = form.states == 1 and not self.missing
         self.plan_text = self.describe()
 
@@ -176,7 +178,7 @@ class LinearGaussian:
             b, S = self.mean[None], self.scatter / n
         else:
             S = self.scatter / n + gap[:, None] * gap
-        q, floor = f.width, self.ridge * self.variance.clamp_min(1e-300)
+        q, floor = f.width, self.ridge * self.unit
         if self.isotropic:
             values, vectors = torch.linalg.eigh(S)
             rest = values[:-q].clamp_min(0).mean() if q < len(values) else values[0] * 0
@@ -205,7 +207,7 @@ class LinearGaussian:
         count = f.noise.pull(s.n[None], index)[0] + prior.count
         value = total / count.clamp_min(1e-300)
         if f.flat(f.noise.theta):
-            wide = f.noise.pull((s.n * self.variance)[None], index)[0] / count.clamp_min(1e-300)
+            wide = f.noise.pull((s.n * self.unit)[None], index)[0] / count.clamp_min(1e-300)
             value = value + self.ridge * wide
         old = f.noise_variance(theta)
         value = torch.where(count > 1e-12, value.clamp_min(1e-300), old)

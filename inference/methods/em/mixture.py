@@ -23,7 +23,7 @@ from .estep import Expectation, Part, expectation, few_rows, slots_now
 from .families import Statistics
 from .plan import Plan
 from .start import softened, softness
-from .terms import Term, mask_of, parameters
+from .terms import Term, ground, mask_of, parameters
 
 #: Entries of a block's features, and of its table of components x rows: they should stay in the cache.
 FEATURES, TABLE = 640_000, 200_000
@@ -324,7 +324,8 @@ class MixtureKernel:
                 column.turned[:, rows] = x.reshape(len(x), width).T
             if term.floor is not None:  # exactly, now that all rows have been seen
                 variance = column.turned.var(1, correction=0).to(term.floor)
-                term.floor = variance.reshape(term.floor.shape)
+                level = term.floor * 0 if term.shift is None else term.shift.to(term.floor)
+                term.floor, term.still = ground(variance.reshape(term.floor.shape), level)
 
     def triangle(self, out: Tensor, place: Layout) -> None:
         """Products of the entries of x, which already lie among the features (or are their own statistic)."""
