@@ -46,6 +46,7 @@ html_theme_options = {
     "dark_css_variables": {"color-brand-primary": "#7fbcd2", "color-brand-content": "#7fbcd2"},
     "navigation_with_keys": True,
 }
+default_role = "code"
 highlight_language = "text"
 pygments_style = "friendly"
 pygments_dark_style = "github-dark"

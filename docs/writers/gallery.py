@@ -6,8 +6,7 @@ import os
 from pathlib import Path
 from textwrap import indent
 
-from inference import choose, draw_plates, inspect, story_lines
-from inference.report import story_line
+from inference import choose, draw_plates, inspect, story_latex, story_mathml
 from zoo.catalog import Entry, catalog
 
 from .pictures import picture, save
@@ -88,14 +87,15 @@ def page(entry: Entry, source: Path, root: Path) -> str:
     story, data = entry.example()
     name = entry.name.lower()
     module = Path(*entry.path.partition(":")[0].split(".")).with_suffix(".py")
-    told = __import__(entry.path.partition(":")[0], fromlist=["_"]).__doc__ or ""
+    docstring = __import__(entry.path.partition(":")[0], fromlist=["_"]).__doc__ or ""
     structure = inspect(story, data)
     image = picture(f"../_static/plates/{name}", f"Plate diagram of {entry.name}")
-    maths = "".join(story_line(line) for line in story_lines(story, **data))
+    told, end, density = story_mathml(story, **data).partition("</math>")
     lines = [
         *heading(entry.name, "="),
-        *raw(f'<div class="plate-and-maths"><figure>{image}</figure><div class="maths">{maths}</div></div>'),
-        *told.strip().splitlines(),
+        *raw(f'<div class="plate-and-maths"><figure>{image}</figure><div class="maths">{told}{end}</div></div>'),
+        *raw(f'<div class="maths density">{density}</div>'),
+        *docstring.strip().splitlines(),
         "",
         *heading("What inference reads off it", "-"),
         f"On the story's own example, ``{story!r}``:",
@@ -103,6 +103,10 @@ def page(entry: Entry, source: Path, root: Path) -> str:
         *block("text", str(structure)),
         *heading("Which methods, and why", "-"),
         *block("text", str(choose(structure))),
+        *heading("For a paper", "-"),
+        f"What ``story_latex`` writes, or ``zoo show {entry.name} --latex``:",
+        "",
+        *block("latex", story_latex(story, **data)),
         *heading("From the shell", "-"),
         *block("console", f"$ zoo show {entry.name} --plate {name}.svg\n$ zoo fit {entry.name} --seed 0"),
         *heading("The source", "-"),

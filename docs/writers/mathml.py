@@ -3,8 +3,9 @@
 from typing import Any
 
 from docutils import nodes
-from latex2mathml.converter import convert
 from sphinx.util import logging
+
+from inference.story_math import mathml as converted
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -12,7 +13,7 @@ _LOGGER = logging.getLogger(__name__)
 def mathml(latex: str, display: str, where: Any = None) -> str:
     """One formula; what cannot be read is a warning, and shown as it was typed."""
     try:
-        return convert(latex, display=display)
+        return converted(latex, display)
     except Exception as error:  # latex2mathml raises errors of many kinds
         _LOGGER.warning("formula %r cannot be read: %s", latex, error, location=where)
         return f"<code>{nodes.unescape(latex)}</code>"

@@ -32,6 +32,7 @@ def write(source: Path, root: Path, kept: Path, run: bool = True) -> None:
             notebook = executed(path, kept / f"{path.stem}-{code(path)}.ipynb", root)
         else:
             notebook = jupytext.read(path)
+            notebook.metadata["language_info"] = {"name": "python", "pygments_lexer": "ipython3"}
         jupytext.write(notebook, folder / f"{path.stem}.ipynb")
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
