@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .plates import draw_plates
     from .posterior import Posterior
     from .simulate import simulate
+    from .story_math import story_density, story_latex, story_mathml
     from .story_text import story_lines, story_text
     from .structure import Site, Structure, inspect
 
@@ -51,6 +52,9 @@ _HOME = {
     "draw_plates": "plates",
     "Posterior": "posterior",
     "simulate": "simulate",
+    "story_density": "story_math",
+    "story_latex": "story_math",
+    "story_mathml": "story_math",
     "story_lines": "story_text",
     "story_text": "story_text",
     "Site": "structure",
@@ -85,7 +89,10 @@ __all__ = [
     "inspect",
     "load",
     "simulate",
+    "story_density",
+    "story_latex",
     "story_lines",
+    "story_mathml",
     "story_text",
 ]
 

@@ -49,7 +49,7 @@ def list_() -> None:
 
 @app.command
 def show(story: str, /, *, data: Data = None, columns: Columns = None, set_: Settings = None,
-         plate: Path | None = None) -> None:  # fmt: skip
+         plate: Path | None = None, latex: bool = False) -> None:  # fmt: skip
     """A story: what it says, how it runs, its sizes, its plate diagram.
 
     Parameters
@@ -58,8 +58,10 @@ def show(story: str, /, *, data: Data = None, columns: Columns = None, set_: Set
         Name, or file.py:name.
     plate
         Draw the plate diagram into this file (.png, .svg, .pdf).
+    latex
+        Print the story as LaTeX, and nothing else.
     """
-    from inference import draw_plates, inspect, story_text
+    from inference import draw_plates, inspect, story_density, story_latex, story_text
 
     if plate:
         check_writable(plate, (".png", ".svg", ".pdf"))
@@ -67,8 +69,12 @@ def show(story: str, /, *, data: Data = None, columns: Columns = None, set_: Set
     seen = data is not None or found.example is not None
     arguments = fill_arguments(found, data, columns) if seen else dict(found.settings)
     require_arguments(found, list(arguments))
+    if latex:
+        print(story_latex(found.story, **arguments))
+        return
     print(*filter(None, [found.label, found.text, "As it runs"]), sep="\n\n", end="\n\n")
     print(story_text(found.story, **arguments))
+    print(f"\n{story_density(found.story, **arguments)}")
     if seen:
         print()
         print(inspect(found.story, arguments))
