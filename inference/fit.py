@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .choose import WANTS, Choice, check_request, choose
+from .mending import MISTAKES, known, retold
 from .methods import resolve
 from .methods.base import Method, one_of, positive_float, positive_int
 from .posterior import Posterior
@@ -135,7 +136,13 @@ def run(problem: Problem, choice: Choice, setup: float = 0.0) -> Posterior:
     """Run the chosen method in a scope of its own and complete the answer."""
     start = time.perf_counter()
     with problem.scope(problem.seed):
-        posterior = choice.method.run(problem)
+        try:
+            posterior = choice.method.run(problem)
+        except MISTAKES as error:  # a fault that shows itself only where latents are summed out
+            told = retold(error, known(problem.structure), problem.kwargs)
+            if told is None:
+                raise
+            raise told from error
         posterior = replace(posterior, choice=choice)
         posterior = posterior.finished()
     timings = dict(posterior.timings)
