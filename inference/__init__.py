@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .choose import Choice, NoMethodError, choose
     from .compare import Comparison, compare
     from .data import DataNotice
-    from .errors import DivergenceError
+    from .errors import DivergenceError, RankError
     from .fit import fit
     from .methods import EM, HMC, NUTS, SVI, Amortised, Exact, Gibbs, Verdict
     from .plates import draw_plates
@@ -41,6 +41,7 @@ _HOME = {
     "compare": "compare",
     "DataNotice": "data",
     "DivergenceError": "errors",
+    "RankError": "errors",
     "fit": "fit",
     "EM": "methods",
     "Exact": "methods",
@@ -78,6 +79,7 @@ __all__ = [
     "Gibbs",
     "NoMethodError",
     "Posterior",
+    "RankError",
     "Site",
     "Structure",
     "Verdict",

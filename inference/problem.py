@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import DataNotice, bind, first_index, has_nan
+from .distributed import ALONE, Ranks
 from .handlers import supports_missing
 from .rehearsal import FEW_ROWS, check_covariates, run_checked
 from .session import fresh_seed, isolated
@@ -47,6 +48,8 @@ class Problem:
         The same arguments with the first rows only.
     admixture
         Which site plays which role, where the story is a topic model (`topics.form.Admixture`), else None.
+    ranks
+        The processes that work on it together; the rows here are this one's.
     """
 
     story: Any
@@ -62,6 +65,12 @@ class Problem:
     want: str = "auto"
     few: dict[str, Any] = field(default_factory=dict)
     admixture: Any = None
+    ranks: Ranks = ALONE
+
+    @property
+    def all_rows(self) -> int:
+        """Rows of all ranks together."""
+        return self.ranks.total(max(1, self.structure.num_rows or 1))
 
     @property
     def sketch(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...distributed import ALONE, Ranks
 from ...handlers import Substitute
 from ...joint import Block, LogJoint, Unconstrained
 from .estep import Expectation, few_rows
@@ -231,7 +232,8 @@ class MStep:
                 start += size
         flat = torch.cat(pieces).clone().requires_grad_()
         fixed = {n: v for n, v in theta.items() if n not in names}
-        scale = 1.0 / max(1, self.joint.structure.num_rows or 1)
+        scale = 1.0 / self.joint.problem.all_rows
+        ranks = self.joint.problem.ranks if any(self.plan.needs_data(t) for t in self.plan.terms.values()) else ALONE
         many = CLIMB if self.joint.finite else 400
         optimiser = torch.optim.LBFGS(
             [flat],
@@ -244,8 +246,9 @@ class MStep:
 
         def loss() -> Tensor:
             optimiser.zero_grad()
-            value = -scale * self.expected(tuple(blocks), flat, fixed, e)
+            value = -scale * self.expected(tuple(blocks), flat, fixed, e, ranks)
             value.backward()
+            value, flat.grad = ranks.add(value, flat.grad)  # type: ignore[arg-type]
             if not bool(value.isfinite() & flat.grad.isfinite().all()):  # type: ignore[union-attr]
                 flat.grad = torch.zeros_like(flat)  # a step too far: high and flat, so that the line search turns back
                 return value.new_tensor(1e30)
@@ -253,7 +256,7 @@ class MStep:
 
         def cost() -> float:
             with torch.no_grad():
-                return float(-scale * self.expected(tuple(blocks), flat, fixed, e))
+                return float(ranks.add(-scale * self.expected(tuple(blocks), flat, fixed, e, ranks))[0])
 
         before = cost()
         with torch.enable_grad():
@@ -266,8 +269,15 @@ class MStep:
             self.joint.trace(Both(handler, fixed))
         return {n: handler.values[n].detach() if n in names else v for n, v in theta.items()}
 
-    def expected(self, blocks: tuple[Block, ...], flat: Tensor, fixed: dict[str, Tensor], e: Expectation) -> Tensor:
-        """Expected complete log joint as far as it depends on the climbing unknowns."""
+    def expected(
+        self,
+        blocks: tuple[Block, ...],
+        flat: Tensor,
+        fixed: dict[str, Tensor],
+        e: Expectation,
+        ranks: Ranks = ALONE,
+    ) -> Tensor:
+        """Expected complete log joint as far as it depends on the climbing unknowns; over `ranks`, this one's part."""
         names = {b.name for b in blocks}
         total: Any = 0.0
         data_terms = [t for t in self.plan.terms.values() if t.family is None and t.depends & names]
@@ -280,6 +290,7 @@ class MStep:
                     if term.family is not None and term.depends & names:
                         p = parameters(term, slots_of(term, trace.nodes[term.name], symbols))
                         total = total + term.family.expected(p, e.stats[term.name]).sum()
+                total = total / ranks.size if ranks.shares_rows else total  # every rank adds its part of it
             if data_terms:
                 keep = {t.name for t in data_terms}
                 for factor in self.joint.factors_of(trace, symbols, only=keep):
