@@ -26,6 +26,8 @@ FALL = 0.3
 FORCED = (0.6, 0.75, 0.87)
 #: Nats: in noise that hides a larger rise the step size falls at the forced steps only.
 HIDDEN = 0.25
+#: Nats of a rise over the last tenth of a schedule that do not matter.
+SETTLED = 0.05
 #: Gradients longer than this many times their running mean are cut back: one wild draw must not undo the rest.
 CLIP = 10.0
 #: Share of the steps in which a "one_cycle" step size rises.
@@ -216,7 +218,8 @@ class Ascent:
             rise, noise = difference(values[half:], values[:half])
             self.slope = rise / half
             self.noise = 2 * noise
-            self.rising = rise > max(self.noise, self.tolerance(values[half:]))
+            least = 0.0 if self.schedule == "adaptive" else SETTLED  # what shrinking steps gain at their end is no climb
+            self.rising = rise > max(self.noise, self.tolerance(values[half:]), least)
 
     def tolerance(self, values: NDArray) -> float:
         return self.tol * (1.0 + abs(float(values.mean())))

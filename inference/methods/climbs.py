@@ -50,6 +50,9 @@ class Climbs:
     def fresh(self, leaves: Leaves) -> Ascent:
         """A climb from these parameters."""
         options = self.options
+        schedule = options.schedule
+        if schedule == "auto":
+            schedule = "cosine" if options.guide == "flow" else "adaptive"
         return Ascent(
             self.target,
             leaves,
@@ -57,7 +60,7 @@ class Climbs:
             options.steps,
             options.tol,
             options.patience,
-            schedule=options.schedule,
+            schedule=schedule,
             clip=options.clip,
             decay=options.average,
             holdout=None if self.held is None else Holdout(self.target, self.held, options.steps),

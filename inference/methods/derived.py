@@ -24,6 +24,7 @@ from ..data import take_rows
 from ..joint import Block, LogJoint, Unconstrained
 from ..problem import Problem
 from .batches import Batches, Density
+from .flow_guide import FLOW
 from .gaussian import FAMILIES, Leaves, noise_for
 
 #: Draws from the prior, and points near the origin of the unconstrained space, that every start chooses from.
@@ -38,7 +39,7 @@ class DerivedTarget:
     Parameters
     ----------
     family
-        A key of `FAMILIES`.
+        A key of `FAMILIES`, or "flow".
     particles
         Draws a step.
     batch_size
@@ -59,7 +60,7 @@ class DerivedTarget:
         mode: str = "auto",
         steps: int = 1,
     ) -> None:
-        self.problem, self.family = problem, FAMILIES[family]
+        self.problem, self.family = problem, FLOW if family == "flow" else FAMILIES[family]
         self.joint = LogJoint(problem)
         self.batches = Batches(problem, batch_size)
         self.part = self.joint if self.batches.size is None else self.batch_joint()

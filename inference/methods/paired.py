@@ -22,15 +22,13 @@ from ..recorder import pure_graph
 from .ascent import Leaves
 from .batches import Batches, is_latent, side_by_side
 from .networks import Networks
-from .parameters import Parameter, guide_arguments, no_guess, watched
+from .parameters import NETWORK_RATE, Parameter, guide_arguments, no_guess, watched
 from .svi_step import ASKED, faster
 from .tightened import row_weights, tight_step
 from .weighted import PLAIN, Weights, weighted_elbo
 
 #: Draws a step where the story has to be run for each.
 EAGER_PARTICLES = 2
-#: Step size of a network's weights relative to that of other parameters.
-NETWORK_RATE = 0.25
 
 
 class PairTarget:

@@ -17,6 +17,9 @@ from ..handlers import MissingCells
 from ..problem import Problem
 from .networks import Networks
 
+#: Step size of a network's weights relative to that of other parameters.
+NETWORK_RATE = 0.25
+
 
 @dataclass(frozen=True)
 class Parameter:

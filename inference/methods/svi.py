@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from ..structure import Structure
     from .ascent import Leaves
 
-GUIDES = ("auto", "story", "mean_field", "low_rank", "full_rank")
-SCHEDULES = ("adaptive", "constant", "cosine", "one_cycle")
+GUIDES = ("auto", "story", "mean_field", "low_rank", "full_rank", "flow")
+SCHEDULES = ("auto", "adaptive", "constant", "cosine", "one_cycle")
 MODES = ("auto", "eager", "graph", "inductor")
 #: Unknowns up to which "auto" affords a full covariance.
 FULL_RANK = 50
@@ -53,8 +53,9 @@ class SVI:
     ----------
     guide
         "story" (the story's own), or a Gaussian in unconstrained space: "mean_field", "low_rank" (rank sqrt of the
-        unknowns), "full_rank"; or `Amortised(...)`, a network that reads rows. "auto" takes the story's guide where there is
-        one, else full rank up to 50 unknowns, else mean field.
+        unknowns), "full_rank"; "flow", a full-rank Gaussian bent by autoregressive networks; or `Amortised(...)`, a network
+        that reads rows. "auto" takes the story's guide where there is one, else full rank up to 50 unknowns, else mean
+        field.
     steps, lr
         Most steps of Adam, and its first step size (a quarter of it for networks); it falls whenever the ELBO stops rising.
     batch_size
@@ -75,7 +76,8 @@ class SVI:
         and why nothing faster did, is in `posterior.diagnostics` under "mode" and "reason".
     schedule
         Step size: "adaptive" (falls when the ELBO stops rising, and may end the run), or over all `steps` "constant",
-        "cosine" (to zero) or "one_cycle" (up for 30 % of the steps, then to zero).
+        "cosine" (to zero) or "one_cycle" (up for 30 % of the steps, then to zero). "auto": "cosine" for flows, whose climb is
+        long and slow, else "adaptive".
     clip
         Longer gradients are cut to this norm; None cuts only what is ten times as long as usual.
     beta
@@ -113,7 +115,7 @@ class SVI:
     patience: int = 2
     draws: int = 1000
     mode: str = "auto"
-    schedule: str = "adaptive"
+    schedule: str = "auto"
     clip: float | None = None
     beta: float | tuple[float, float, int] = 1.0
     free_bits: float = 0.0
@@ -197,7 +199,7 @@ class SVI:
         elif family == "story":
             text = "the story's guide"
         else:
-            text = f"a derived {family.replace('_', '-')} Gaussian guide"
+            text = "a flow" if family == "flow" else f"a derived {family.replace('_', '-')} Gaussian guide"
         if structure.finite:
             names = ", ".join(s.name for s in structure.finite[:4]) + (", ..." if len(structure.finite) > 4 else "")
             text += f"; {names} summed out" if family != "story" else f"; {names} summed out unless the guide has them"
