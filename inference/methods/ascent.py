@@ -218,7 +218,9 @@ class Ascent:
             rise, noise = difference(values[half:], values[:half])
             self.slope = rise / half
             self.noise = 2 * noise
-            least = 0.0 if self.schedule == "adaptive" else SETTLED  # what shrinking steps gain at their end is no climb
+            least = (
+                0.0 if self.schedule == "adaptive" else SETTLED
+            )  # what shrinking steps gain at their end is no climb
             self.rising = rise > max(self.noise, self.tolerance(values[half:]), least)
 
     def tolerance(self, values: NDArray) -> float:

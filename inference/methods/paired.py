@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -51,8 +52,9 @@ class PairTarget:
         weighing: Weights = PLAIN,
         alpha: float | None = None,
         pool: Tensor | None = None,
+        path: bool = False,
     ) -> None:
-        self.weighing, self.made = weighing, 0
+        self.weighing, self.made, self.path = replace(weighing, formula=weighing.formula and not path), 0, path
         self.wanted, self.steps = mode, steps
         self.problem, self.particles, self.guide = problem, particles, problem.guide or no_guess
         self.joint = LogJoint(problem)
@@ -85,10 +87,10 @@ class PairTarget:
         self.lanes = False  # whether one call takes all particles side by side
         if self.follows:
             self.call = self.capture(first) if alpha is None else self.tighten(first, alpha)
-        elif not weighing.plain or alpha is not None:
+        elif not weighing.plain or alpha is not None or path:
             raise ValueError(
-                "beta, free_bits and objectives other than 'elbo' need guides whose draws have a gradient; this one needs "
-                "score functions"
+                "beta, free_bits, gradient='path' and objectives other than 'elbo' need guides whose draws have a gradient; "
+                "this one needs score functions"
             )
 
     # -- parameters --------------------------------------------------------------------------------------------------
@@ -129,13 +131,33 @@ class PairTarget:
             return kwargs
         return {n: v[rows] if n in self.batches.names else v for n, v in kwargs.items()}
 
-    def guide_trace(self, leaves: Leaves, rows: Tensor | None = None) -> Any:
-        """One run of the guide."""
-        guide = Substitute(self.constrained(leaves, rows))(self.guide)
+    def guide_trace(self, leaves: Leaves, rows: Tensor | None = None, drawn: Leaves | None = None) -> Any:
+        """One run of the guide, its latents held at what was `drawn`."""
+        guide = Substitute({**self.constrained(leaves, rows), **(drawn or {})})(self.guide)
         with poutine.block():
             return self.networks.run(
                 self.weights(leaves), lambda: poutine.trace(guide).get_trace(**self.arguments(rows, filled=True))
             )
+
+    def scored_trace(self, leaves: Leaves, rows: Tensor | None = None) -> Any:
+        """A run of the guide with log densities; their slope in the parameters is left out where `path` is asked for.
+
+        That slope has mean zero, and noise that stays where the guide is the posterior (Roeder, Wu and Duvenaud, 2017).
+        """
+        trace = self.guide_trace(leaves, rows)
+        if self.path:
+            drawn = {n: s["value"] for n, s in trace.nodes.items() if is_latent(s)}
+            trace = self.guide_trace({n: v.detach() for n, v in leaves.items()}, rows, drawn)
+        trace.compute_log_prob()
+        return trace
+
+    def guide_leaves(self, leaves: Leaves) -> set[str]:
+        """Parameters that the guide's draws depend on."""
+        free = {n: v.detach().requires_grad_() for n, v in leaves.items()}
+        with torch.enable_grad():
+            drawn = [s["value"].sum() for s in self.guide_trace(free).nodes.values() if is_latent(s)]
+            slopes = torch.autograd.grad(sum(drawn), list(free.values()), allow_unused=True)
+        return {n for n, slope in zip(free, slopes, strict=True) if slope is not None}
 
     def weights(self, leaves: Leaves) -> Leaves:
         """Weights of networks by their own names."""

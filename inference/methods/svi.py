@@ -93,6 +93,10 @@ class SVI:
         "renyi", their (1 - `alpha`)-th powers. `history` then holds that bound; the answer's ELBO is still the ELBO.
     alpha
         Of the Renyi bound: 0 is "iwae", 1 the ELBO.
+    gradient
+        Of a story's own guide: "total", or "path", without the slope of log q in its parameters: noise that goes to zero as
+        the guide becomes the posterior ("sticking the landing"; under "iwae" the doubly reparameterised estimator). It
+        takes divergences from draws.
     average
         Memory of a moving average of the parameters, such as 0.999, that is the answer instead of the last ones (Polyak and
         Juditsky, 1992); None takes one where the climb has levelled off.
@@ -122,6 +126,7 @@ class SVI:
     divergence: str = "auto"
     objective: str = "elbo"
     alpha: float = 0.5
+    gradient: str = "total"
     average: float | None = None
     validation: float | None = None
     checkpoint: str | Path | None = field(default=None, compare=False)
@@ -136,6 +141,12 @@ class SVI:
         check_beta(self.beta)
         one_of("SVI", "divergence", self.divergence, ("auto", "formula", "draws"))
         one_of("SVI", "objective", self.objective, OBJECTIVES)
+        one_of("SVI", "gradient", self.gradient, ("total", "path"))
+        if self.gradient == "path" and (self.objective == "renyi" or self.free_bits or self.divergence == "formula"):
+            raise ValueError(
+                "SVI(gradient='path') follows draws of log p - log q: it goes with objective 'elbo' or 'iwae', and not with "
+                "free_bits or divergence='formula'"
+            )
         check_objective(self.objective, self.alpha, self.particles, self.beta == 1.0 and not self.free_bits)
         positive_float("SVI", "free_bits", self.free_bits, zero=True)
         for name in ("steps", "particles", "starts", "patience", "draws"):
@@ -307,13 +318,17 @@ class SVI:
 
         if family == "story":
             formula = self.divergence == "formula" or (self.divergence == "auto" and problem.structure.has_modules)
+            path = self.gradient == "path"
             beta = tuple(self.beta) if isinstance(self.beta, list) else self.beta
             weighing = Weights(beta, self.free_bits, formula)
             alpha = {"elbo": None, "iwae": 0.0, "renyi": float(self.alpha)}[self.objective]
-            return PairTarget(problem, self.particles, self.batch_size, self.mode, self.steps, weighing, alpha, pool)
-        if self.beta != 1.0 or self.free_bits or self.objective != "elbo":
+            return PairTarget(
+                problem, self.particles, self.batch_size, self.mode, self.steps, weighing, alpha, pool, path
+            )
+        if self.beta != 1.0 or self.free_bits or self.objective != "elbo" or self.gradient != "total":
             raise ValueError(
-                f"SVI(beta={self.beta!r}, free_bits={self.free_bits!r}, objective={self.objective!r}) are for a story's own "
+                f"SVI(beta={self.beta!r}, free_bits={self.free_bits!r}, objective={self.objective!r}, "
+                f"gradient={self.gradient!r}) are for a story's own "
                 f"guide; this fit derives its guide ({family})"
             )
         return DerivedTarget(problem, family, self.particles, self.batch_size, self.mode, self.steps)
