@@ -277,8 +277,11 @@ class Glow(FlowStory):
 
     def initialise(self, x: Tensor, y: Tensor | None = None, **rest: Any) -> None:
         """Set the scales and shifts of the channels by the first images; `fit` calls this once, before it climbs."""
-        to_unit, scales = self.flow.transforms
-        cast(MultiScale, scales).initialise(to_unit(x[:FIRST])[0], None if y is None else y[:FIRST])
+        x, y = x[:FIRST], None if y is None else y[:FIRST]
+        for transform in self.flow.transforms:
+            if isinstance(transform, MultiScale):
+                transform.initialise(x, y)
+            x, _ = cast(Transform, transform)(x, y)
 
     @classmethod
     def example(cls) -> tuple[Self, dict[str, Tensor]]:

@@ -56,32 +56,29 @@ class RationalQuadratic:
         self.num_parameters = 3 * num_bins - 1
         self.offset = math.log(math.expm1(1.0 - LEAST))  # zeros give slope 1, and so the identity
 
-    def knots(self, raw: Tensor) -> tuple[Tensor, Tensor]:
-        """Places of the K + 1 knots along one axis, and the K gaps between them: raw (..., K)."""
-        gaps = LEAST / self.num_bins + (1 - LEAST) * raw.softmax(-1)
-        inner = 2 * self.bound * gaps.cumsum(-1)[..., :-1] - self.bound
-        places = functional.pad(functional.pad(inner, (1, 0), value=-self.bound), (0, 1), value=self.bound)
-        return places, places.diff(dim=-1)
-
     def bins(self, value: Tensor, parameters: Tensor, inverse: bool) -> tuple[Tensor, ...]:
-        """Left knot, width, height and slopes of the bin that each value lies in: x, w, y, h, d, e, all (...)."""
+        """Left knot x, width w, low knot y, height h and the slopes d, e of the bin that each value lies in, all (...).
+
+        Bins are the first axis and chosen by sums over masks: no number is looked up, and all loops run along the rows.
+        """
         K = self.num_bins
-        widths_, heights, slopes = parameters.split((K, K, K - 1), -1)
-        (x, w), (y, h) = self.knots(widths_), self.knots(heights)
-        slopes = functional.pad(LEAST + functional.softplus(slopes + self.offset), (1, 1), value=1.0)
-        inside = (y if inverse else x)[..., 1:-1]
-        index = (value.unsqueeze(-1) >= inside).sum(-1)
-        table = torch.stack((x[..., :-1], w, y[..., :-1], h, slopes[..., :-1], slopes[..., 1:]), -2)
-        where = index[..., None, None].expand(*table.shape[:-1], 1)
-        return table.gather(-1, where).squeeze(-1).unbind(-1)
+        raw = parameters.movedim(-1, 0).contiguous()
+        gaps = 2 * self.bound * (LEAST / K + (1 - LEAST) * raw[: 2 * K].unflatten(0, (2, K)).softmax(1))  # (2, K, ...)
+        slopes = LEAST + functional.softplus(raw[2 * K :] + self.offset)
+        with torch.no_grad():
+            knots = gaps[1 if inverse else 0, :-1].cumsum(0) - self.bound
+            past = (value >= knots).to(value.dtype)  # (K - 1, ...): whether the value lies beyond each inner knot
+            here = torch.cat((1 - past[:1], past[:-1] - past[1:], past[-1:]))  # (K, ...): whether it lies in each bin
+        left = (past * gaps[:, :-1]).sum(1) - self.bound
+        size = (here * gaps).sum(1)
+        d, e = here[0] + (here[1:] * slopes).sum(0), here[-1] + (here[:-1] * slopes).sum(0)
+        return left[0], size[0], left[1], size[1], d, e
 
     def forward(self, x: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
         within = x.abs() < self.bound
         inner = x.clamp(-self.bound, self.bound)
         left, w, low, h, d, e = self.bins(inner, parameters, inverse=False)
-        t = (inner - left) / w
-        s = h / w
-        y, slope = self.curve(t, s, low, h, d, e)
+        y, slope = self.curve((inner - left) / w, h / w, low, h, d, e)
         return torch.where(within, y, x), torch.where(within, slope, 0.0)
 
     def inverse(self, y: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:

@@ -60,12 +60,15 @@ class FlowStory(nn.Module):
             raise ValueError(f"base must be one of {', '.join(map(repr, BASES))}, got {base!r}")
         self.event_shape, self.num_context = tuple(event_shape), context_setting(num_context)
         self.base, self.df = base, pseudo_count("df", df)
-        to_unit = Standardise(columns("loc", loc, self.event_shape), columns("scale", scale, self.event_shape))
+        m, v = columns("loc", loc, self.event_shape), columns("scale", scale, self.event_shape)
         with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it is
             torch.manual_seed(seed)
-            transforms = make()
-        outwards = self.direction == "to_data"
-        self.flow = Chain([*transforms, Inverse(to_unit)] if outwards else [to_unit, *transforms])
+            chain = list(make())
+        if (m != 0).any() or (v != 1).any():
+            chain = (
+                [Standardise(m, v), *chain] if self.direction == "to_noise" else [*chain, Inverse(Standardise(m, v))]
+            )
+        self.flow = Chain(chain)
         self.register_buffer("origin", torch.zeros(self.event_shape))
 
     def noise(self) -> Any:
