@@ -315,8 +315,11 @@ class PairTarget:
     def draws(self, leaves: Leaves, count: int, seconds: float) -> tuple[Tensor, dict[str, Tensor]]:
         """log p - log q (S,) and draws (S, ...) of the continuous latents, on all rows.
 
-        S is `count`, or at least 100 where `seconds` are over before.
+        S is `count`, or at least 100 where `seconds` are over before; 5 where no latent is shared by the rows, each of which
+        then says its own.
         """
+        shared = [n for n in self.latents if not self.problem.structure[n].local]
+        least = 100 if shared or self.batches.size is None else 5
 
         def one(*free: Tensor) -> tuple[Tensor, ...]:
             with torch.no_grad(), pyro.validation_enabled(False):
@@ -326,24 +329,26 @@ class PairTarget:
         inputs = tuple(leaves.values())
         if not self.sites:
             return self.repeated(lambda: one(*inputs), 1, seconds)
-        found = capture(one, inputs, random=True)
         width = max(1, min(100, count, int(2e7 / max(1, self.problem.structure.data_bytes))))
+        if width == 1 and least < 100:  # a recording would cost more runs over all rows than it saves
+            return self.repeated(lambda: one(*inputs), count, seconds, least)
+        found = capture(one, inputs, random=True)
         if found.mode == "graph" and width > 1:
             many = side_by_side(found.call, width, len(inputs))
             try:
-                parts = self.repeated(lambda: many(*inputs), -(-count // width), seconds)
+                parts = self.repeated(lambda: many(*inputs), -(-count // width), seconds, least)
                 return parts[0].flatten(0, 1)[:count], {n: v.flatten(0, 1)[:count] for n, v in parts[1].items()}
             except (RuntimeError, NotImplementedError):
                 pass  # an operation without a batching rule
-        return self.repeated(lambda: found.call(*inputs), count, seconds)
+        return self.repeated(lambda: found.call(*inputs), count, seconds, least)
 
     def repeated(
-        self, call: Callable[[], tuple[Tensor, ...]], count: int, seconds: float
+        self, call: Callable[[], tuple[Tensor, ...]], count: int, seconds: float, least: int = 100
     ) -> tuple[Tensor, dict[str, Tensor]]:
         rows, began = [], time.perf_counter()
         for i in range(count):
             rows.append(call())
-            if i >= 99 and time.perf_counter() - began > seconds:
+            if i + 1 >= least and time.perf_counter() - began > seconds:
                 break
         parts = list(zip(*rows))
         return torch.stack(parts[0]), {n: torch.stack(p) for n, p in zip(self.latents, parts[1:])}
