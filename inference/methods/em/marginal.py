@@ -12,6 +12,7 @@ from torch import Tensor
 from ...joint import Unconstrained
 from ...marginal import MarginalJoint
 from .estep import Expectation
+from .mstep import no_slope
 
 Theta = dict[str, Tensor]
 
@@ -64,7 +65,8 @@ class MarginalAscent:
     def maximise(self, theta: Theta, e: Expectation) -> Theta:
         """Some steps of L-BFGS on the objective."""
         joint = self.joint
-        flat = joint.flatten({n: v[0] for n, v in theta.items()}).clone().requires_grad_()
+        begin = joint.flatten({n: v[0] for n, v in theta.items()})
+        flat = begin.clone().requires_grad_()
         scale = 1.0 / max(1, joint.structure.num_rows or 1)
         optimiser = torch.optim.LBFGS([flat], max_iter=CLIMB, line_search_fn="strong_wolfe", history_size=20)
 
@@ -79,6 +81,8 @@ class MarginalAscent:
             value = -scale * (joint.likelihood(now) + self.prior(now))
             value.backward()
             if not bool(value.isfinite() & flat.grad.isfinite().all()):  # type: ignore[union-attr]
+                if bool(value.isfinite()) and torch.equal(flat, begin):
+                    raise no_slope(joint, {n: v[0] for n, v in theta.items()}, joint.blocks, flat.grad)
                 flat.grad = torch.zeros_like(flat)
                 return value.new_tensor(1e30)
             return value
