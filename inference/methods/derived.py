@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -21,9 +20,10 @@ from torch import Tensor
 
 from ..capture import constrain_many
 from ..data import take_rows
-from ..joint import Block, LogJoint, Unconstrained
+from ..joint import Block, LogJoint
 from ..problem import Problem
 from .batches import Batches, Density
+from .blame import culprit, impossibility, impossible, steepness
 from .flow_guide import FLOW
 from .gaussian import FAMILIES, Leaves, noise_for
 
@@ -339,30 +339,23 @@ class DerivedTarget:
 
     def culprit(self, leaves: Leaves) -> str | None:
         """The site whose log density, or its gradient, is not finite at the centre of the guide."""
-        try:
-            with torch.enable_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pyro's about the very NaN that is looked for
-                flat = self.centre(leaves).requires_grad_()
-                for factor in self.joint.factors(Unconstrained(self.joint.blocks, flat)):
-                    if not bool(factor.value.isfinite().all()):
-                        return factor.name
-                    if factor.value.requires_grad:
-                        (slope,) = torch.autograd.grad(factor.value.sum(), flat, retain_graph=True)
-                        if not bool(slope.isfinite().all()):
-                            return factor.name
-        except (RuntimeError, ValueError):
-            return None  # the story fails at such values
-        return None
+        return culprit(self.joint, self.centre(leaves))
 
     def impossible(self, z: Tensor, points: Tensor) -> str:
         """Why no try has a finite log density."""
         leaves = {"loc": z, "points": points} if self.size else {"points": points}
+        flat, what = self.centre(leaves), f"no start was found in {sum(TRIES)} tries"
+        if (found := impossible(self.joint, flat)) is not None:
+            return f"{what}: {impossibility(*found)}"
+        with torch.enable_grad():
+            here = flat.detach().clone().requires_grad_()
+            value = self.joint.unconstrained(here)
+            slope = torch.autograd.grad(value, here)[0] if value.requires_grad else torch.zeros_like(here)
+        if bool(value.isfinite()) and not bool(slope.isfinite().all()):
+            return f"{what}: {steepness(self.joint, flat, slope.cpu().numpy())}"
         site = self.culprit(leaves)
-        where = f"site {site!r} has no finite log density or gradient" if site else "the log density is not finite"
-        return (
-            f"no start was found: at each of {sum(TRIES)} tries {where}; look for observations outside its support, or "
-            f"for a prior far from the data's scale"
-        )
+        where = f"site {site!r} has no finite log density" if site else "the log density is not finite"
+        return f"{what}: {where} at any of them; look for a prior far from the data's scale"
 
 
 def cut(whole: Block, part: Block) -> int | None:

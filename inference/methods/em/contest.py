@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...errors import DivergenceError
+from ..blame import impossibility, impossible
 from .climb import Climb, Limits, Run, batch, begin, incremental, stepwise
 from .engine import Enumeration
 from .repair import EMPTY, collapsed, reseed
@@ -41,6 +42,7 @@ class Contest:
         self.deadline = time.perf_counter() + (self.problem.budget or math.inf)
         self.runs: list[Run] = []
         self.stopped = ""
+        self.notes: list[str] = []
         self.state: dict[str, Tensor] = {}
         self.driver = self.choose_driver()
         self.bar: Any = None
@@ -66,10 +68,12 @@ class Contest:
         """Every start: in one go where the engine can, else one after another."""
         seeds = [self.problem.seed + r for r in range(self.count)]
         groups = [seeds] if self.engine.together else [[s] for s in seeds]
-        done = 0
+        done, dropped = 0, []
         for group in groups:
             try:
                 self.climb(begin(self.engine.start(group, done), len(group)), {}, done)
+            except DivergenceError as error:
+                dropped.append(error)
             except KeyboardInterrupt:
                 if not self.runs or self.problem.ranks.several:  # ranks would stop at different steps
                     raise
@@ -77,6 +81,10 @@ class Contest:
             done += len(group)
             if self.stopped:
                 break
+        if dropped and not self.runs:
+            raise dropped[0]
+        if dropped:
+            self.notes.append(f"{len(dropped)} of {self.count} starts were dropped: {dropped[0]}")
 
     def climb(self, climb: Climb, extra: dict[str, Tensor], offset: int = 0) -> None:
         """One group of starts to its end."""
@@ -108,6 +116,9 @@ class Contest:
                     self.state = climb.extra
                 else:
                     self.stopped = batch(self.engine, climb, limits)
+            except DivergenceError as error:
+                error.step = climb.iteration
+                raise
             except KeyboardInterrupt:
                 self.runs += [r for r in climb.runs if math.isfinite(r.objective)]
                 raise
@@ -142,9 +153,12 @@ class Contest:
 
     def refuse(self, climb: Climb) -> None:
         """No run has a finite objective: a start of density 0, or a step out of the finite numbers."""
-        e = self.engine.expectation({n: v[:1] for n, v in climb.theta.items()})
         run = climb.runs[0]
+        e = self.engine.expectation({n: v[None] for n, v in run.theta.items()})
         if not run.history:
+            found = impossible(self.joint, self.joint.flatten(run.theta)) if self.joint.blocks else None
+            if found is not None:
+                raise ValueError(f"no start has a finite density: {impossibility(*found)}")
             factors = self.joint.factors(run.theta)
             bad = next((f for f in factors if not bool(f.value.isfinite().any())), None)
             where = f"site {bad.name!r}" if bad else "the story"
@@ -208,7 +222,7 @@ class Contest:
 
     def distrust(self, best: Run, fallen: list[bool]) -> list[str]:
         """What the user should know before using the answer."""
-        warnings = [self.stopped] if self.stopped else []
+        warnings = ([self.stopped] if self.stopped else []) + self.notes
         if self.em.batch_size and self.em.batch_size > self.rows and self.driver != "batch":
             warnings.append(
                 f"batch_size={self.em.batch_size} exceeds the {self.rows} rows: all rows are used in every step"

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...joint import Unconstrained
 from ...marginal import MarginalJoint
 from .estep import Expectation
+from .mstep import no_slope
 
 Theta = dict[str, Tensor]
 
@@ -64,7 +65,8 @@ class MarginalAscent:
     def maximise(self, theta: Theta, e: Expectation) -> Theta:
         """Some steps of L-BFGS on the objective."""
         joint = self.joint
-        flat = joint.flatten({n: v[0] for n, v in theta.items()}).clone().requires_grad_()
+        begin = joint.flatten({n: v[0] for n, v in theta.items()})
+        flat = begin.clone().requires_grad_()
         scale, ranks = 1.0 / joint.problem.all_rows, self.ranks
         share = ranks.size if ranks.shares_rows else 1  # every rank adds its part of the prior
         optimiser = torch.optim.LBFGS([flat], max_iter=CLIMB, line_search_fn="strong_wolfe", history_size=20)
@@ -81,6 +83,8 @@ class MarginalAscent:
             value.backward()
             value, flat.grad = ranks.add(value, flat.grad)  # type: ignore[arg-type]
             if not bool(value.isfinite() & flat.grad.isfinite().all()):  # type: ignore[union-attr]
+                if bool(value.isfinite()) and torch.equal(flat, begin):
+                    raise no_slope(joint, {n: v[0] for n, v in theta.items()}, joint.blocks, flat.grad)
                 flat.grad = torch.zeros_like(flat)
                 return value.new_tensor(1e30)
             return value

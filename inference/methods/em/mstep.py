@@ -5,6 +5,7 @@ Unknowns and statistics carry a leading dimension of R runs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor
 
 from ...distributed import ALONE, Ranks
+from ...errors import DivergenceError
 from ...handlers import Substitute
 from ...joint import Block, LogJoint, Unconstrained
+from ..blame import steepness
 from .estep import Expectation, few_rows
 from .families import Statistics, covariance, scatter, variance
 from .plan import Plan
@@ -24,6 +27,21 @@ from .terms import RUNS, Term, over_value, parameters, prior_statistics, slots_o
 CLIMB = 30
 
 Theta = dict[str, Tensor]
+
+
+def no_slope(joint: LogJoint, theta: Theta, blocks: Sequence[Block], gradient: Any) -> DivergenceError:
+    """The gradient is not a number where an M-step begins: with the state (unbatched) that it began from."""
+    whole = torch.zeros(joint.dim, dtype=gradient.dtype)
+    for block in blocks:
+        here = next(b for b in joint.blocks if b.name == block.name)
+        whole[here.start : here.stop] = gradient[block.start : block.stop].cpu()
+    names = [b.name for b in blocks if not bool(gradient[b.start : b.stop].isfinite().all())]
+    return DivergenceError(
+        f"EM cannot take its next step: {steepness(joint, joint.flatten(theta), whole.numpy())}. The last "
+        f"finite state is attached",
+        state=theta,
+        site=names[0],
+    )
 
 
 @dataclass
@@ -230,7 +248,8 @@ class MStep:
                 blocks.append(Block(b.name, b.shape, b.free_shape, start, start + size, b.param, b.local))
                 pieces.append(full[b.start : b.stop])
                 start += size
-        flat = torch.cat(pieces).clone().requires_grad_()
+        begin = torch.cat(pieces)
+        flat = begin.clone().requires_grad_()
         fixed = {n: v for n, v in theta.items() if n not in names}
         scale = 1.0 / self.joint.problem.all_rows
         ranks = self.joint.problem.ranks if any(self.plan.needs_data(t) for t in self.plan.terms.values()) else ALONE
@@ -250,6 +269,8 @@ class MStep:
             value.backward()
             value, flat.grad = ranks.add(value, flat.grad)  # type: ignore[arg-type]
             if not bool(value.isfinite() & flat.grad.isfinite().all()):  # type: ignore[union-attr]
+                if bool(value.isfinite()) and torch.equal(flat, begin):
+                    raise no_slope(self.joint, theta, blocks, flat.grad)
                 flat.grad = torch.zeros_like(flat)  # a step too far: high and flat, so that the line search turns back
                 return value.new_tensor(1e30)
             return value
