@@ -170,9 +170,9 @@ figure
 # %% [markdown]
 # ## From a sentence to a program
 #
-# *"In each of eight schools coaching had an effect; the effects scatter around a common mean; of each we have an estimate with
-# a known error."* Ask of every noun: how often does it exist? That is its plate. Was it seen? That is its shade. What would one
-# need to know to draw it? Those are its arrows.
+# *"In each of eight schools coaching had an effect; the effects scatter around a common mean; of each we have an estimate
+# with a known error."* Ask of every noun: how often does it exist? That is its plate. Was it seen? That is its shade. What
+# would one need to know to draw it? Those are its arrows.
 
 
 # %%

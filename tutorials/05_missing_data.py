@@ -12,8 +12,8 @@
 # %% [markdown]
 # # Missing data
 #
-# **The question.** A table has holes. May rows with holes be dropped, may holes be filled with the column's mean, and what does
-# a generative story do instead?
+# **The question.** A table has holes. May rows with holes be dropped, may holes be filled with the column's mean, and what
+# does a generative story do instead?
 #
 # It does nothing special. A cell that nobody saw is one more latent variable, and a story knows what to do with those:
 #
@@ -145,9 +145,9 @@ print(f"mean of the second column: true 0, of the seen rows {of_seen:.2f}, by th
 assert of_seen < -0.5 and abs(of_story) < 0.1
 
 # %% [markdown]
-# The third case: people are asked for a number, and the higher it is, the rarer they tell it. The seen ones are too low, and no
-# story of the numbers alone can know. So we tell how they came to be missing: $m_n \sim \mathrm{Bernoulli}(\sigma(2 x_n))$, one
-# for *not told*.
+# The third case: people are asked for a number, and the higher it is, the rarer they tell it. The seen ones are too low,
+# and no story of the numbers alone can know. So we tell how they came to be missing: $m_n \sim \mathrm{Bernoulli}(\sigma(2
+# x_n))$, one for *not told*.
 
 # %%
 value = torch.randn(300, generator=generator).double() + 1.0
@@ -178,8 +178,8 @@ figure
 #
 # ## Exercises
 #
-# 1. A colleague fills holes by their conditional means, and then computes the variance of the columns. Too large or too small?
-#    What do *draws* of the hidden cells give?
+# 1. A colleague fills holes by their conditional means, and then computes the variance of the columns. Too large or too
+#    small? What do *draws* of the hidden cells give?
 # 2. Two kinds of patients with real, count, binary and categorical columns: hide a fifth of the measurements, and compare the
 #    diagnoses.
 # 3. Half of the rows of an iris have no petals in the table. How sure is the mixture of the kind of flower with and without?

@@ -69,7 +69,8 @@ assert math.isclose(psi, d["psi"], rel_tol=1e-4)
 assert torch.allclose(d["W"] @ d["W"].T, W @ W.T, atol=1e-3)
 
 # %% [markdown]
-# $W$ spans the plane of the first two principal components: nothing of it sticks out. But its columns are *not* the components.
+# $W$ spans the plane of the first two principal components: nothing of it sticks out. But its columns are *not* the
+# components.
 
 # %%
 plane = vectors[:, :K] @ vectors[:, :K].T
@@ -93,8 +94,8 @@ assert torch.allclose(z.mean(0), mean, atol=0.25) and (z.mean(0) - mean).abs().m
 # %% [markdown]
 # ## Nobody knows which way the factors point
 #
-# Turn the factors by any rotation $R$ and the loadings back: $W R\,(R^\top z) = W z$, and $(WR)(WR)^\top = W W^\top$. The rows
-# are exactly as likely. So two right programs print different $W$, and no amount of data will change that.
+# Turn the factors by any rotation $R$ and the loadings back: $W R\,(R^\top z) = W z$, and $(WR)(WR)^\top = W W^\top$. The
+# rows are exactly as likely. So two right programs print different $W$, and no amount of data will change that.
 
 
 # %%
@@ -112,9 +113,9 @@ print(f"log-likelihood {before:.6f}, and with the factors turned by one radian {
 assert math.isclose(before, after, rel_tol=1e-12) and not torch.allclose(turned(d["W"], 1.0), d["W"], atol=0.3)
 
 # %% [markdown]
-# A sampler that does its work visits all of them. Here are the draws of the loadings of one test: a ring. Its mean is zero and
-# says nothing, and neither does the R-hat of a single loading. What is the same on the whole ring can be trusted:
-# $W W^\top$, $\mu$, $\psi$. `fit` knows this, and judges convergence by them.
+# A sampler that does its work visits all of them. Here are the draws of the loadings of one test: a ring. Its mean is zero
+# and says nothing, and neither does the R-hat of a single loading. What is the same on the whole ring can be trusted: $W
+# W^\top$, $\mu$, $\psi$. `fit` knows this, and judges convergence by them.
 
 # %%
 posterior = fit(PPCA(2), x, NUTS(chains=4, warmup=400, draws=400), seed=0)
@@ -157,7 +158,8 @@ for name, row in zip(data.feature_names, read):
 assert (read[:3, 0] > 2 * read[:3, 1].abs()).all() and (read[3:, 1] > 2 * read[3:, 0].abs()).all()
 
 # %% [markdown]
-# Three tests of words, three of shapes: these are the abilities. Varimax added nothing to the likelihood; it is a way to read.
+# Three tests of words, three of shapes: these are the abilities. Varimax added nothing to the likelihood; it is a way to
+# read.
 #
 # ## PPCA or factor analysis?
 #
