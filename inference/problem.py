@@ -110,7 +110,7 @@ class Problem:
         TypeError, ValueError
             As for `fit`, and where an observed column count differs from the fitted one.
         """
-        kwargs = bind(self.model, data, self.dtype, self.device)
+        kwargs = bind(self.model, data, self.dtype, self.device, new=True)
         for name, value in kwargs.items():
             fitted = self.kwargs.get(name)
             ragged = self.admixture is not None and name in self.admixture.ragged

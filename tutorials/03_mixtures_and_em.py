@@ -131,8 +131,8 @@ print("log-likelihood:", [round(v, 2) for v in climb[[0, 1, 4, 8, 12, 16, 39]].t
 assert (climb.diff() > -1e-9).all() and climb[39] - climb[38] < 1e-3
 
 # %% [markdown]
-# **But it climbs the hill it stands on.** From the first three points of the table, two of them in the same heap, it ends on a
-# lower peak, where one component covers two heaps and two share the third. Nothing tells it so.
+# **But it climbs the hill it stands on.** From the first three points of the table, two of them in the same heap, it ends
+# on a lower peak, where one component covers two heaps and two share the third. Nothing tells it so.
 
 # %%
 lower = climb_from(x[:3].clone(), 60)
@@ -184,8 +184,8 @@ assert len(path) >= 40 and gap < 1e-6
 assert torch.allclose(by_story.draws["mu"][0].sort(0).values, steps[-1][1].sort(0).values, atol=1e-3)
 
 # %% [markdown]
-# And the slip? With $p(z)\,p(x, z)$ for $p(z)\,p(x \mid z)$ each $\pi_k$ counts twice. Two heaps that overlap, 70 % and 30 % of
-# the points: the right numerator finds both, the wrong one lets the large heap eat the small one within ten steps.
+# And the slip? With $p(z)\,p(x, z)$ for $p(z)\,p(x \mid z)$ each $\pi_k$ counts twice. Two heaps that overlap, 70 % and 30
+# % of the points: the right numerator finds both, the wrong one lets the large heap eat the small one within ten steps.
 
 # %%
 two = {
@@ -274,8 +274,8 @@ assert torch.allclose(dreamed.mean(0), x.mean(0), atol=0.2)
 # %% [markdown]
 # ## Exercises
 #
-# 1. The likelihood has many peaks. Start twenty times from three points of the table: how often is the highest one reached, and
-#    what do the restarts of `fit` do about it?
+# 1. The likelihood has many peaks. Start twenty times from three points of the table: how often is the highest one reached,
+#    and what do the restarts of `fit` do about it?
 # 2. How many heaps are there? Fit 1 to 5 components to 200 points and judge on the others.
 # 3. Show with numbers that a shared, shrinking spherical covariance turns responsibilities into k-means labels.
 #
