@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from .errors import DivergenceError, RankError
     from .fit import fit
     from .methods import EM, HMC, NUTS, SVI, Amortised, Exact, Gibbs, Verdict
-    from .plates import draw_plates
+    from .plates import draw_plates, draw_sheet
+    from .plates_export import to_graphviz, to_mermaid
     from .posterior import Posterior
     from .simulate import simulate
     from .story_math import story_density, story_latex, story_mathml
@@ -51,6 +52,9 @@ _HOME = {
     "SVI": "methods",
     "Verdict": "methods",
     "draw_plates": "plates",
+    "draw_sheet": "plates",
+    "to_graphviz": "plates_export",
+    "to_mermaid": "plates_export",
     "Posterior": "posterior",
     "simulate": "simulate",
     "story_density": "story_math",
@@ -87,6 +91,7 @@ __all__ = [
     "choose",
     "compare",
     "draw_plates",
+    "draw_sheet",
     "fit",
     "inspect",
     "load",
@@ -96,6 +101,8 @@ __all__ = [
     "story_lines",
     "story_mathml",
     "story_text",
+    "to_graphviz",
+    "to_mermaid",
 ]
 
 

@@ -46,7 +46,8 @@ def story_text(story: Any, *args: Any, **kwargs: Any) -> str:
 def write(sites: dict[str, Site], math_text: bool) -> list[str]:
     """Lines of sites whose loops are folded."""
     writer, rows = story_rows(sites, math_text)
-    lines, opened = writer.declarations(), ()
+    lines = writer.declarations()
+    opened: tuple[Loop, ...] = ()
     for row in rows:
         same = 0
         while same < min(len(row.loops), len(opened)) and row.loops[same] == opened[same]:
