@@ -94,6 +94,7 @@ class SVI:
     """
 
     name: ClassVar[str] = "svi"
+    spreads: ClassVar[str] = "rows"
     guide: str = "auto"
     steps: int = 3000
     lr: float = 0.02
@@ -175,11 +176,18 @@ class SVI:
             text += "; a prior is improper, so that the evidence is undefined and the ELBO known up to a constant"
         return Verdict(True, f"approximate posterior by {text}")
 
+    def unshareable(self, structure: Structure) -> str:
+        """Why several processes cannot hold rows apart, or nothing."""
+        if self.family(structure) == "story" or not structure.continuous_locals:
+            return ""
+        return f"the derived guide has a latent {structure.continuous_locals[0].name!r} for every row (a story's own may not)"
+
     def run(self, problem: Problem) -> Posterior:
         """Several short runs, the best to its end, then draws and their k-hat."""
         from ..meter import Meter
         from ..posterior import Posterior
         from .paired import PairTarget
+        from .shared import whole_draws, whole_parameters
 
         family = self.family(problem.structure)
         if family == "topics":
@@ -201,6 +209,8 @@ class SVI:
         point = not draws or (isinstance(target, PairTarget) and target.points)
         learned = [s.name for s in problem.structure.learned]
         values = {n: v.detach().cpu() for n, v in target.values(leaves).items()}
+        draws = whole_draws(problem, draws)
+        values = whole_parameters(target, values) if family == "story" else values
         count = len(next(iter(draws.values()))) if draws else 1
         draws |= {n: values[n].expand(count, *values[n].shape) for n in learned}
         return Posterior(
@@ -248,7 +258,7 @@ class SVI:
         from ..errors import DivergenceError
         from .ascent import Ascent
 
-        deadline = time.perf_counter() + problem.budget if problem.budget else math.inf
+        deadline, ranks = time.perf_counter() + problem.budget if problem.budget else math.inf, problem.ranks
         short = max(1, int(SHORT * self.steps))
         ascents: list[Ascent] = []
         dropped: list[DivergenceError] = []
@@ -279,14 +289,14 @@ class SVI:
                     except DivergenceError as error:
                         dropped.append(error)
                         ascents.pop()
-                    if time.perf_counter() > deadline:
+                    if not ranks.before(deadline):
                         break
                 if not ascents:
                     raise dropped[0]
                 ascents.sort(key=lambda a: -a.recent())
                 ascents[0].run(self.steps, deadline, watch)
             except KeyboardInterrupt:
-                if not any(ascent.history for ascent in ascents):
+                if ranks.several or not any(ascent.history for ascent in ascents):
                     raise
                 warnings.append(INTERRUPTED)
         best = max(ascents, key=lambda a: a.recent())
@@ -295,7 +305,7 @@ class SVI:
             warnings.append(f"{len(dropped)} of {self.starts} starts were dropped: {dropped[0]}")
         if best.converged or INTERRUPTED in warnings:
             return best, warnings
-        if time.perf_counter() > deadline:
+        if not ranks.before(deadline):
             warnings.append(f"{SPENT} of {problem.budget:g} s is used up: the best state so far is returned")
         elif best.rising:
             warnings.append(f"SVI did not converge in {self.steps} steps: the ELBO was still rising; raise steps or lr")
@@ -329,6 +339,9 @@ class SVI:
                     f"what it says about spread is not to be trusted"
                 )
             return draws, found, warnings
+        if getattr(target, "apart", False):
+            warnings.append("k-hat is not known: ranks drew latents that all rows share apart from each other")
+            return draws, found, warnings
         ratio = np.exp(weights - weights.max())
         # Where all weights are nearly equal, the shape of their tail does no harm.
         share = float(ratio.sum() ** 2 / (ratio**2).sum() / len(ratio))
@@ -342,7 +355,7 @@ class SVI:
 
     def notes(self, problem: Problem) -> list[str]:
         """What holds before the first step."""
-        notes, rows = [], problem.structure.num_rows
+        notes, rows = [], problem.structure.num_rows and problem.all_rows
         if self.batch_size and rows and self.batch_size > rows:
             notes.append(f"batch_size={self.batch_size} exceeds the {rows} rows: all rows are used in every step")
         improper = [s.name for s in problem.structure.latents if s.improper]
