@@ -11,6 +11,7 @@ Without `torchrun` nothing here does anything: `ALONE` answers every question ab
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +26,9 @@ from .data import take_rows
 from .errors import RankError
 
 if TYPE_CHECKING:
+    from .methods.base import Method
     from .problem import Problem
+    from .structure import Site, Structure
 
 T = TypeVar("T")
 
@@ -100,6 +103,18 @@ class Ranks:
         parts = flat.split([t.numel() for t in tensors])
         return tuple(p.reshape(t.shape).to(t.dtype) for p, t in zip(parts, tensors, strict=True))
 
+    def mean(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The same tensors averaged over the ranks, each weighing as much as it has rows.
+
+        Where a rank's tensor is G + (N / n) R, with its part R of a sum over rows that n of all N rows make, the mean is
+        G + the whole sum: what belongs to no row counts once, however unequal the shards are.
+        """
+        return self.add(*(self.weight * t for t in tensors)) if self.shares_rows else tensors
+
+    def before(self, deadline: float) -> bool:
+        """Whether there is time left: on the clock of the first rank, so that all stop at the same step."""
+        return deadline == math.inf or self.first(time.perf_counter() < deadline)
+
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in order (any object)."""
         if not self.several:
@@ -139,8 +154,6 @@ class Ranks:
         try:
             call()
         except RuntimeError as error:
-            if "LinAlg" in type(error).__name__:
-                raise
             _Group.lost = True
             line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise RankError(
@@ -264,13 +277,14 @@ def own_device(device: str | torch.device) -> str | torch.device:
 # -- sharing out -----------------------------------------------------------------------------------------------------
 
 
-def shared_out(problem: Problem, ranks: Ranks, spreads: str) -> Problem:
+def shared_out(problem: Problem, ranks: Ranks, method: Method) -> Problem:
     """The same problem as one rank works on it.
 
     Parameters
     ----------
-    spreads
-        What a method shares out: "rows", "chains", or "nothing".
+    method
+        What it shares out is its `spreads`: "rows", "chains", or "nothing". `unshareable(structure)`, if it has that, tells why
+        it cannot.
 
     Raises
     ------
@@ -279,7 +293,7 @@ def shared_out(problem: Problem, ranks: Ranks, spreads: str) -> Problem:
     """
     if not ranks.several:
         return problem
-    against = "the method does not share out rows" if spreads != "rows" else unshareable(problem)
+    against = unshareable(problem, method)
     if ranks.share == "own":
         if against:
             raise ValueError(
@@ -293,19 +307,38 @@ def shared_out(problem: Problem, ranks: Ranks, spreads: str) -> Problem:
             f"the whole table and works on its share; where each brings rows of its own, pass ranks='own'"
         )
     rows = problem.structure.num_rows or 0
-    if spreads == "chains":
+    if getattr(method, "spreads", "nothing") == "chains":
         return replace(problem, ranks=ranks)
     if against or rows < ranks.size:
         return problem  # every rank does the same work
     base, more = divmod(rows, ranks.size)
     ranks = replace(ranks, counts=tuple(base + (r < more) for r in range(ranks.size)))
     mine = slice(ranks.offset, ranks.offset + ranks.counts[ranks.rank])
-    return replace(problem.over(take_rows(problem.kwargs, problem.structure.row_arguments, mine)), ranks=ranks)
+    cut = problem.over(take_rows(problem.kwargs, problem.structure.row_arguments, mine))
+    sites = tuple(fewer_rows(s, cut.structure, rows) for s in cut.structure.sites)
+    return replace(cut, structure=replace(cut.structure, sites=sites, _by_name={}), ranks=ranks)
 
 
-def unshareable(problem: Problem) -> str:
-    """Why the likelihood is no sum over rows that ranks could hold apart; empty where it is one."""
+def fewer_rows(site: Site, structure: Structure, rows: int) -> Site:
+    """A site of a story of `rows` rows as it is where `structure` has fewer."""
+    if structure.data_plate not in site.plates:
+        return site
+    batch = list(site.shape[: len(site.shape) - len(site.event_shape)])
+    at = site.plates.index(structure.data_plate)
+    at = at if len(batch) == len(site.plates) else batch.index(rows) if rows in batch else -1
+    if at < 0 or not batch or batch[at] != rows:
+        return site
+    batch[at] = structure.num_rows or 1
+    return replace(site, shape=(*batch, *site.shape[len(batch) :]))
+
+
+def unshareable(problem: Problem, method: Method) -> str:
+    """Why ranks cannot hold rows apart; empty where they can."""
     structure = problem.structure
+    if getattr(method, "spreads", "nothing") != "rows":
+        return f"{method.name} does not share out rows"
+    if text := getattr(method, "unshareable", lambda structure: "")(structure):
+        return text
     if not structure.row_arguments or not structure.num_rows:
         return "no argument of the story has one entry a row on its first axis"
     if shared := [s.name for s in structure.finite if not s.local]:

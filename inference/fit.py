@@ -152,8 +152,7 @@ def pilot(problem: Problem) -> tuple[float, str]:
 def run(problem: Problem, choice: Choice, setup: float = 0.0, ranks: Ranks = ALONE) -> Posterior:
     """Run the chosen method in a scope of its own and complete the answer."""
     start = time.perf_counter()
-    spreads = getattr(choice.method, "spreads", "nothing")
-    shared = shared_out(problem, ranks, spreads)
+    shared = shared_out(problem, ranks, choice.method)
     with problem.scope(problem.seed):
         try:
             posterior = choice.method.run(shared)
@@ -175,6 +174,18 @@ def run(problem: Problem, choice: Choice, setup: float = 0.0, ranks: Ranks = ALO
 
 
 def agreed(posterior: Posterior, ranks: Ranks) -> Posterior:
-    """The same answer on every rank, to the last bit: that of rank 0."""
-    names = ("kind", "draws", "chains", "history", "diagnostics", "warnings", "sample_stats", "converged", "extra")
-    return replace(posterior, **ranks.first({n: getattr(posterior, n) for n in names}))
+    """The same answer on every rank, to the last bit: that of rank 0, but for latents of rows that a rank brought itself."""
+    names = ["kind", "chains", "history", "diagnostics", "warnings", "sample_stats", "converged"]
+    told = {n: getattr(posterior, n) for n in names}
+    told["draws"] = {n: v for n, v in posterior.draws.items() if not rows_of_a_rank(posterior, n, ranks)}
+    if ranks.share == "split":
+        told["extra"] = posterior.extra
+    told = ranks.first(told)
+    told["draws"] = {n: told["draws"].get(n, v) for n, v in posterior.draws.items()}
+    return replace(posterior, **told)
+
+
+def rows_of_a_rank(posterior: Posterior, name: str, ranks: Ranks) -> bool:
+    """Whether draws are of one rank's rows."""
+    structure = posterior.structure
+    return ranks.share == "own" and name in structure and structure[name].local

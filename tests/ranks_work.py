@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import stories
 
-from inference import EM, fit
+from inference import EM, SVI, fit
 from zoo import GMM, PPCA, FactorAnalysis, GaussianHMM, MixtureOfFactorAnalysers
 
 #: Rows of every rank, by how many there are.
@@ -151,6 +151,113 @@ def mfa() -> dict[str, Tensor]:
     """Components with factors of their own, clusters from the rows of all ranks."""
     story = MixtureOfFactorAnalysers(num_components=2, num_factors=1, scale=3.0)
     return result(fit(story, own(clusters(d=4)), EM(restarts=2, max_iter=40), seed=1, ranks="own"))
+
+
+# -- SVI -------------------------------------------------------------------------------------------------------------
+
+
+@piece
+def svi_derived() -> dict[str, Tensor]:
+    """A derived guide over the globals, z summed out; starts by L-BFGS over all ranks."""
+    method = SVI(steps=40, starts=1, particles=2, guide="mean_field", mode="eager", draws=50)
+    posterior = fit(stories.normal_mixture, own(clusters(d=1)[:, 0]), method, seed=1, ranks="own")
+    return result(posterior) | {"elbo": torch.tensor(posterior.diagnostics["elbo"], dtype=torch.float64)}
+
+
+def line(X: Tensor, y: Tensor) -> None:
+    """Regression with a learned noise, and a `pyro.param` that only the first row uses."""
+    w = pyro.sample("w", dist.Normal(0.0, 3.0).expand([X.shape[1]]).to_event(1))
+    noise = pyro.param("noise", torch.tensor(1.0), constraint=dist.constraints.positive)
+    with pyro.plate("data", len(X)):
+        pyro.sample("y", dist.Normal(X @ w, noise), obs=y)
+
+
+def line_guide(X: Tensor, y: Tensor) -> None:
+    """A normal whose parameters are made where they are first asked for, and one that nothing uses."""
+    loc = pyro.param("w.loc", lambda: torch.zeros(X.shape[1]))
+    scale = pyro.param("w.scale", lambda: 0.1 * torch.ones(X.shape[1]), constraint=dist.constraints.positive)
+    pyro.param("unused", torch.zeros(2))
+    pyro.sample("w", dist.Normal(loc, scale).to_event(1))
+
+
+def lines() -> dict[str, Tensor]:
+    X = torch.randn(2000, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    return {"X": X, "y": X @ torch.arange(6.0, dtype=torch.float64) / 6 + 0.3 * X[:, 0].cos()}
+
+
+@piece
+def svi_params() -> dict[str, Tensor]:
+    """Plain functions with `pyro.param`: gradients of unequal shards are averaged by their rows."""
+    data = {n: own(v) for n, v in lines().items()}
+    method = SVI(guide="story", steps=120, starts=1, draws=100)
+    posterior = fit(line, data, method, guide=line_guide, seed=1, ranks="own")
+    return result(posterior) | {"elbo": torch.tensor(posterior.diagnostics["elbo"], dtype=torch.float64)}
+
+
+@piece
+def svi_batches() -> dict[str, Tensor]:
+    """Every rank draws its part of a batch; twice the same."""
+    method = SVI(guide="story", steps=400, starts=1, draws=100, batch_size=200, lr=0.05, particles=1)
+    first, again = (fit(line, lines(), method, guide=line_guide, seed=1) for _ in range(2))
+    assert torch.equal(first.draws["w"], again.draws["w"])
+    return result(first)
+
+
+class Auto(torch.nn.Module):
+    """A linear VAE: the exact posterior is within its reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.decoder, self.encoder = torch.nn.Linear(2, 6).double(), torch.nn.Linear(6, 2).double()
+
+    def model(self, x: Tensor) -> None:
+        """z ~ N(0, 1), x ~ N(decoder(z), 0.5)."""
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(z), 0.5).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        """z ~ N(encoder(x), scale)."""
+        pyro.module("encoder", self.encoder)
+        scale = pyro.param("scale", x.new_full((2,), 0.3), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.encoder(x), scale).to_event(1))
+
+
+@piece
+def svi_network() -> dict[str, Tensor]:
+    """Latents in the rows: each rank draws its own, the answer has those of all rows."""
+    posterior = fit(Auto(), factors(), SVI(steps=200, starts=1, draws=50, lr=0.1, particles=2), seed=1)
+    weights = {n: v.detach() for n, v in posterior.problem.story.state_dict().items()}
+    return {
+        "z": posterior.draws["z"],
+        "elbo": torch.tensor(posterior.diagnostics["elbo"], dtype=torch.float64),
+        **weights,
+    }
+
+
+def by_row(x: Tensor) -> None:
+    """A normal mean for every row, and a common centre."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(mu, 1.0))
+        pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+
+def by_row_guide(x: Tensor) -> None:
+    """Points: no noise, so that every step can be repeated by one process."""
+    pyro.sample("mu", dist.Delta(pyro.param("mu.loc", x.new_zeros(()))))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Delta(pyro.param("z.loc", lambda: 0.0 * x)))
+
+
+@piece
+def svi_rows() -> dict[str, Tensor]:
+    """A parameter for every row stays with the rank that has the row."""
+    x = factors()[:, 0] * 3
+    return result(fit(by_row, x, SVI(steps=150, starts=1), guide=by_row_guide, seed=1))
 
 
 def work(names: list[str]) -> dict[str, dict[str, Tensor]]:

@@ -22,7 +22,8 @@ EM_PIECES = [
     "fa_missing",
     "mfa",
 ]
-QUICK = [*EM_PIECES, "gmm_incremental"]
+SVI_PIECES = ["svi_derived", "svi_params", "svi_rows"]
+QUICK = [*EM_PIECES, "gmm_incremental", *SVI_PIECES, "svi_batches", "svi_network"]
 
 
 def environment() -> dict[str, str]:
@@ -78,6 +79,32 @@ def test_blocks_of_several_ranks_climb_to_the_same_maximum(alone, ranks):
     wanted, found = parts(alone, "gmm_incremental"), parts(ranks[0], "gmm_incremental")
     for name in wanted.keys() - {"history"}:
         np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("piece", SVI_PIECES)
+def test_svi_on_shards_is_svi_on_all_rows(alone, ranks, piece):
+    """Losses, parameters, ELBO: gradients that are not weighed by rows, or a prior counted twice, show in the first steps."""
+    wanted, found = parts(alone, piece), parts(ranks[0], piece)
+    assert wanted.keys() == found.keys()
+    for name in wanted:
+        np.testing.assert_allclose(found[name], wanted[name], rtol=1e-8, atol=1e-8, err_msg=name)
+
+
+def test_batches_of_several_ranks_find_the_least_squares(ranks):
+    """Ranks that drew the same rows, or weighed them wrongly, would end elsewhere than the exact answer."""
+    X, y = (v.numpy() for v in ranks_work.lines().values())
+    exact = np.linalg.solve(X.T @ X, X.T @ y)
+    np.testing.assert_allclose(parts(ranks[0], "svi_batches")["w"].mean(0), exact, atol=0.02)
+
+
+def test_networks_are_averaged_and_rows_put_together(alone, ranks):
+    """The same bound as one process reaches, and draws of all 2,000 rows in their order."""
+    wanted, found = parts(alone, "svi_network"), parts(ranks[0], "svi_network")
+    assert found["z"].shape == wanted["z"].shape == (50, 2000, 2)
+    assert abs(float(found["elbo"]) - float(wanted["elbo"])) < 0.01 * abs(float(wanted["elbo"]))
+    x = ranks_work.factors().numpy()
+    guess = x @ found["encoder.weight"].T + found["encoder.bias"]
+    np.testing.assert_allclose(found["z"].mean(0), guess, atol=0.6)  # the scale of z is about 0.3, of 50 draws 0.05
 
 
 def test_every_rank_has_the_same_answer(ranks):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import DivergenceError
+from ..problem import Problem
 
 if TYPE_CHECKING:
     from .holdout import Holdout
@@ -41,8 +41,14 @@ STRIDE = 5
 class Target(Protocol):
     """Something whose ELBO can be climbed."""
 
+    problem: Problem
+
     def start(self) -> Leaves:
         """Parameters at a new start."""
+        ...
+
+    def whole_norm(self, norm: Tensor, gradients: Leaves) -> Tensor:
+        """Length of the gradient (), of which several ranks may hold parts."""
         ...
 
     def objective(self, leaves: Leaves) -> tuple[Tensor, Leaves]:
@@ -132,7 +138,8 @@ class Ascent:
         DivergenceError
             The objective or its gradient is not finite; the last finite state is attached.
         """
-        while len(self.history) < until and not self.converged and time.perf_counter() < deadline:
+        ranks = self.target.problem.ranks
+        while len(self.history) < until and not self.converged and ranks.before(deadline):
             self.step()
             if self.schedule == "adaptive":
                 self.adapt()
@@ -162,6 +169,7 @@ class Ascent:
             raise
         with torch.no_grad():
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients.values()))))
+            norm = self.target.whole_norm(norm, gradients)
             number, length = torch.stack([value.to(norm.dtype), norm]).tolist()
             if not (math.isfinite(number) and math.isfinite(length)):
                 self.diverged(number, gradients)

@@ -21,12 +21,16 @@ Single = Callable[..., Tensor]
 class Batches:
     """Random rows without replacement, epoch after epoch; an incomplete last batch is left out of its epoch.
 
+    Of several ranks, each cuts its share of a batch from its own rows, with random numbers of its own.
+
     Attributes
     ----------
     size
         Rows a batch, or None for all rows at once.
     scale
         N / size: a batch speaks for all.
+    whole
+        The same of all rows of this rank: 1 where there is one.
     names
         Arguments that are cut.
     pool
@@ -47,7 +51,20 @@ class Batches:
         if pool is not None:
             self.size = min(size or self.rows, self.rows)
         self.scale = 1.0 if self.size is None else self.rows / self.size
+        self.ranks, self.whole = problem.ranks, 1.0
+        self.generator: torch.Generator | None = None
+        if problem.ranks.shares_rows:
+            self.share_out(problem, size)
         self.order = torch.empty(0, dtype=torch.long, device=self.device)
+
+    def share_out(self, problem: Problem, size: int | None) -> None:
+        """This rank's part of a batch; all of its rows where there are no batches."""
+        total = problem.all_rows
+        part = self.rows if size is None or size >= total else round(size * self.rows / total)
+        self.size = max(1, min(part, self.rows))
+        self.scale, self.whole = total / self.size, total / self.rows
+        self.generator = torch.Generator(device=self.device)
+        self.generator.manual_seed(problem.seed * 1_000_003 + self.ranks.rank)
 
     def first(self, offset: int = 0) -> Tensor:
         """Some rows, always the same, without touching the random stream."""
@@ -60,8 +77,10 @@ class Batches:
     def next(self) -> Tensor:
         """Indices of the next batch."""
         size = self.size or self.rows
+        if self.ranks.shares_rows and size == self.rows:
+            return self.first()
         if len(self.order) < size:
-            self.order = torch.randperm(self.rows, device=self.device)
+            self.order = torch.randperm(self.rows, generator=self.generator, device=self.device)
         rows, self.order = self.order[:size], self.order[size:]
         return self.among(rows)
 

@@ -78,15 +78,16 @@ class Climbs:
         if self.file is not None and (found := self.file.read(self.fresh)) is not None:
             self.ascents, self.dropped, self.final = found
         warnings: list[str] = []
+        ranks = self.problem.ranks
         try:
             self.climb(deadline)
         except KeyboardInterrupt:
-            if not any(ascent.history for ascent in self.ascents):
+            if ranks.several or not any(ascent.history for ascent in self.ascents):
                 raise
             warnings.append(INTERRUPTED)
         best = max(self.ascents, key=lambda a: a.recent())
         best.conclude()
-        spent = time.perf_counter() > deadline and not best.converged
+        spent = not ranks.before(deadline) and not best.converged
         if self.file is not None and INTERRUPTED not in warnings:
             self.file.leave(not spent, self.ascents, self.dropped, self.final)
         if self.dropped:
@@ -124,7 +125,7 @@ class Climbs:
                 except DivergenceError as error:
                     self.dropped.append(error)
                     self.ascents.pop()
-                if time.perf_counter() > deadline:
+                if not self.problem.ranks.before(deadline):
                     break
             if not self.ascents:
                 raise self.dropped[0]

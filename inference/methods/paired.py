@@ -24,6 +24,7 @@ from .ascent import Leaves
 from .batches import Batches, is_latent, side_by_side
 from .networks import Networks
 from .parameters import NETWORK_RATE, Parameter, guide_arguments, no_guess, watched
+from .shared import in_step, joint_draws, of_all_ranks, whole_norm
 from .svi_step import ASKED, faster
 from .tightened import row_weights, tight_step
 from .weighted import PLAIN, Weights, weighted_elbo
@@ -103,7 +104,23 @@ class PairTarget:
         self.names = {watch.known.get(n, n): n for n in self.networks.weights}
         store = pyro.get_param_store()
         leaves = {n: store._params[n].detach().clone() for n in watch.found}
-        return leaves | {n: self.networks.weights[own].detach().clone() for n, own in self.names.items()}
+        leaves |= {n: self.networks.weights[own].detach().clone() for n, own in self.names.items()}
+        return in_step(self, leaves)
+
+    def by_row(self, name: str) -> bool:
+        """Whether a parameter has a value a row."""
+        return name in self.parameters and self.parameters[name].local
+
+    @property
+    def apart(self) -> bool:
+        """Whether ranks draw latents that all rows share along with those of their own rows, so that no two draws are one."""
+        structure = self.problem.structure
+        shared = any(n not in structure or not structure[n].local for n in self.sites)
+        return self.problem.ranks.shares_rows and bool(structure.continuous_locals) and shared
+
+    def whole_norm(self, norm: Tensor, gradients: Leaves) -> Tensor:
+        """With the parts of other ranks' rows."""
+        return whole_norm(self, norm, gradients)
 
     def rate(self, name: str) -> float:
         """Networks take smaller steps."""
@@ -165,7 +182,7 @@ class PairTarget:
 
     def log_ratio(self, leaves: Leaves, rows: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """log p(data, u) - log q(u) at one draw u of the guide, and u."""
-        scale = 1.0 if rows is None else self.batches.scale
+        scale = self.batches.whole if rows is None else self.batches.scale
         trace = self.guide_trace(leaves, rows)
         trace.compute_log_prob()
         values = {n: s["value"] for n, s in trace.nodes.items() if is_latent(s)}
@@ -187,10 +204,8 @@ class PairTarget:
             self.made += 1
         calls = 1 if self.lanes else self.particles
         parts = [self.call(*leaves.values(), *rows) for _ in range(calls)]
-        if calls == 1:
-            return parts[0][0], dict(zip(leaves, parts[0][1:]))
-        means = [torch.stack(part).mean(0) for part in zip(*parts)]
-        return means[0], dict(zip(leaves, means[1:]))
+        means = parts[0] if calls == 1 else [torch.stack(part).mean(0) for part in zip(*parts)]
+        return of_all_ranks(self, means[0], dict(zip(leaves, means[1:])))
 
     def capture(self, leaves: Leaves) -> Callable[..., Any]:
         """Value and gradient at one draw, as a graph where that is possible."""
@@ -313,11 +328,16 @@ class PairTarget:
             trace.compute_log_prob()
 
     def draws(self, leaves: Leaves, count: int, seconds: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """log p - log q (S,) and draws (S, ...) of the continuous latents, on all rows.
+        """log p - log q (S,) and draws (S, ...) of the continuous latents, on all rows (draws of a row: on those here).
 
         S is `count`, or at least 100 where `seconds` are over before; 5 where no latent is shared by the rows, each of which
         then says its own.
         """
+        return joint_draws(self, lambda: self.own_draws(leaves, count, seconds))
+
+    def own_draws(self, leaves: Leaves, count: int, seconds: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same with the rows of this rank."""
+
         shared = [n for n in self.latents if not self.problem.structure[n].local]
         least = 100 if shared or self.batches.size is None else 5
 

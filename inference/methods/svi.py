@@ -109,6 +109,7 @@ class SVI:
     """
 
     name: ClassVar[str] = "svi"
+    spreads: ClassVar[str] = "rows"
     guide: str | Amortised = "auto"
     steps: int = 3000
     lr: float = 0.02
@@ -220,11 +221,18 @@ class SVI:
             text += "; a prior is improper, so that the evidence is undefined and the ELBO known up to a constant"
         return Verdict(True, f"approximate posterior by {text}")
 
+    def unshareable(self, structure: Structure) -> str:
+        """Why several processes cannot hold rows apart, or nothing."""
+        if self.family(structure) == "story" or not structure.continuous_locals:
+            return ""
+        return f"the derived guide has a latent {structure.continuous_locals[0].name!r} for every row (a story's own may not)"
+
     def run(self, problem: Problem) -> Posterior:
         """Several short runs, the best to its end, then draws and their k-hat."""
         from ..meter import Meter
         from ..posterior import Posterior
         from .paired import PairTarget
+        from .shared import whole_draws, whole_parameters
 
         family = self.family(problem.structure)
         if family == "topics":
@@ -252,6 +260,8 @@ class SVI:
         # Weights of networks stay where they belong: in the networks.
         learned = [s.name for s in problem.structure.learned if "$$$" not in s.name]
         values = {n: v.detach().cpu() for n, v in target.values(leaves).items()}
+        draws = whole_draws(problem, draws)
+        values = whole_parameters(target, values) if family == "story" else values
         count = len(next(iter(draws.values()))) if draws else 1
         draws |= {n: values[n].expand(count, *values[n].shape) for n in learned}
         return Posterior(
@@ -288,6 +298,8 @@ class SVI:
     def climbs(self, problem: Problem, family: str) -> Climbs:
         """Everything that is to be climbed, as the checkpoint left it where there is one."""
         file, options = None, self
+        if problem.ranks.several and (self.checkpoint is not None or self.validation is not None):
+            raise ValueError("SVI over ranks keeps no checkpoint and holds no rows out: leave checkpoint and validation out")
         if self.checkpoint is not None:
             said = replace(self, checkpoint=None)
             file = ClimbFile(Path(self.checkpoint), problem, said, family)
@@ -361,6 +373,9 @@ class SVI:
                     f"what it says about spread is not to be trusted"
                 )
             return draws, found, warnings
+        if getattr(target, "apart", False):
+            warnings.append("k-hat is not known: ranks drew latents that all rows share apart from each other")
+            return draws, found, warnings
         ratio = np.exp(weights - weights.max())
         # Where all weights are nearly equal, the shape of their tail does no harm.
         share = float(ratio.sum() ** 2 / (ratio**2).sum() / len(ratio))
@@ -374,7 +389,7 @@ class SVI:
 
     def notes(self, problem: Problem) -> list[str]:
         """What holds before the first step."""
-        notes, rows = [], problem.structure.num_rows
+        notes, rows = [], problem.structure.num_rows and problem.all_rows
         if self.batch_size and rows and self.batch_size > rows:
             notes.append(f"batch_size={self.batch_size} exceeds the {rows} rows: all rows are used in every step")
         improper = [s.name for s in problem.structure.latents if s.improper]
