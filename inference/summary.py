@@ -82,6 +82,8 @@ def summarise(posterior: Posterior) -> Summary:
                 row |= {"R-hat": found["rhat"], "ESS bulk": found["ess_bulk"], "ESS tail": found["ess_tail"]}
             rows.append(row)
     heading = [head_line(posterior)]
+    if seen := data_line(posterior):
+        heading.append(seen)
     total = sum(math.prod(v.shape[1:]) for n, v in posterior.draws.items() if n not in local and NETWORK not in n)
     if total > len(rows):
         heading.append(f"the first {len(rows)} of {total} entries")
@@ -99,6 +101,19 @@ def network_weights(posterior: Posterior) -> dict[str, int]:
         if divider:
             found[network] = found.get(network, 0) + math.prod(value.shape[1:])
     return found
+
+
+def data_line(posterior: Posterior) -> str:
+    """How the data were read: which of their sides are rows."""
+    structure, parts = posterior.problem.structure, []
+    for name, value in posterior.problem.kwargs.items():
+        shape = tuple(getattr(value, "shape", ()))
+        if shape:
+            rows = name in structure.row_arguments
+            rest = shape[1:] if rows else shape
+            inner = " x ".join(map(str, rest))
+            parts.append(f"{name} ({shape[0]} rows{' of ' + inner if rest else ''})" if rows else f"{name} ({inner})")
+    return "data: " + ", ".join(parts) if parts else ""
 
 
 def head_line(posterior: Posterior) -> str:

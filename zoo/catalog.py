@@ -254,6 +254,38 @@ _ENTRIES = (
         symbols="none: x is noise that a learned map bends",
         methods="SVI (maximum likelihood; the density is exact)",
     ),
+    Entry(
+        name="VAE",
+        chapter="deep",
+        description="Variational autoencoder: a network turns a few numbers a row into what is seen",
+        path="zoo.deep.vae:VAE",
+        symbols="z (N, K); networks encoder, decoder",
+        methods="SVI (encoder); ELBO, IWAE and importance-sampled log p(x)",
+    ),
+    Entry(
+        name="LinearVAE",
+        chapter="deep",
+        description="Linear VAE: linear decoder and encoder, whose best bound is PPCA's likelihood",
+        path="zoo.deep.linear_vae:LinearVAE",
+        symbols="z (N, K); networks encoder, decoder",
+        methods="SVI (linear encoder)",
+    ),
+    Entry(
+        name="DeepLatentGaussian",
+        chapter="deep",
+        description="Layers of codes, each the place and scale of the next, down to what is seen",
+        path="zoo.deep.deep_latent_gaussian:DeepLatentGaussian",
+        symbols="z1 (N, K_1), ..., zL (N, K_L); networks encoder, decoder",
+        methods="SVI (encoders, bottom up); ELBO, IWAE and importance-sampled log p(x)",
+    ),
+    Entry(
+        name="Autoencoder",
+        chapter="deep",
+        description="Plain autoencoder, the baseline without a density: squared error through a few numbers",
+        path="zoo.deep.autoencoder:Autoencoder",
+        symbols="z (N, K), flat; networks encoder, decoder",
+        methods="SVI (a point a row: squared error); log densities are n/a",
+    ),
 )
 
 
