@@ -287,7 +287,7 @@ class Posterior:
         return save(self, path)
 
     def __repr__(self) -> str:
-        from .summary import NETWORK, network_weights
+        from .summary import network_weights
 
         lines = []
         if self.warnings:
@@ -301,8 +301,6 @@ class Posterior:
         for name, count in network_weights(self).items():
             lines.append(f"  {name:<12} a network of {count:,} weights")
         for name, value in self.draws.items():
-            if NETWORK in name:
-                continue
             lines.append(f"  {name:<12} {tuple(value.shape[1:])!s:<12} mean {_preview(value.double().mean(0))}")
         finite = [s.name for s in self.structure.finite]
         if finite:

@@ -60,9 +60,8 @@ def summarise(posterior: Posterior) -> Summary:
     rows: list[dict[str, float]] = []
     names: list[str] = []
     local = {b.name for b in posterior.joint.blocks if b.local}
-    weights = network_weights(posterior)
     for name, value in posterior.draws.items():
-        if name in local or NETWORK in name:
+        if name in local:
             continue
         array = value.double().cpu().numpy()
         for index in entries(tuple(array.shape[1:])):
@@ -84,10 +83,10 @@ def summarise(posterior: Posterior) -> Summary:
     heading = [head_line(posterior)]
     if seen := data_line(posterior):
         heading.append(seen)
-    total = sum(math.prod(v.shape[1:]) for n, v in posterior.draws.items() if n not in local and NETWORK not in n)
+    total = sum(math.prod(v.shape[1:]) for n, v in posterior.draws.items() if n not in local)
     if total > len(rows):
         heading.append(f"the first {len(rows)} of {total} entries")
-    heading += [f"{name} is a network of {count:,} weights" for name, count in weights.items()]
+    heading += [f"{name} is a network of {count:,} weights" for name, count in network_weights(posterior).items()]
     for name in sorted(local):
         heading.append(f"{name} is local: posterior.local({name!r})")
     return Summary(heading, list(posterior.warnings), pd.DataFrame(rows, index=names))
@@ -96,10 +95,10 @@ def summarise(posterior: Posterior) -> Summary:
 def network_weights(posterior: Posterior) -> dict[str, int]:
     """How many numbers each network of the story has learned."""
     found: dict[str, int] = {}
-    for name, value in posterior.draws.items():
-        network, divider, _ = name.partition(NETWORK)
+    for site in posterior.structure.learned:
+        network, divider, _ = site.name.partition(NETWORK)
         if divider:
-            found[network] = found.get(network, 0) + math.prod(value.shape[1:])
+            found[network] = found.get(network, 0) + math.prod(site.shape)
     return found
 
 

@@ -10,6 +10,7 @@ import torch
 from pyro.distributions.transforms.spline import _monotonic_rational_spline
 
 from inference import SVI, fit, inspect
+from inference import load as read_answer
 from zoo import IAF, MAF, NICE, Glow, NeuralSplineFlow, PlanarFlow, RealNVP, load
 from zoo.flows.autoregressive import Autoregressive
 from zoo.flows.base import Chain, FlowDistribution, Inverse, Permute, Standardise
@@ -307,6 +308,16 @@ def test_fit_repeats_itself_and_leaves_the_story_alone():
     first, second = (fit(story, x, SVI(steps=30, batch_size=64), seed=3, progress=False) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(before, story.parameters()))
     assert torch.equal(first.log_prob(), second.log_prob()) and first.history == second.history
+
+
+def test_a_saved_flow_has_its_weights(tmp_path):
+    """An answer read back with the weights that the story was made with: permutations and scales are settings, not numbers."""
+    x = load("two_rods").x
+    posterior = fit(MAF(3, 2, (8,), loc=[0.1, 0.2, 0.3]), x, SVI(steps=40, lr=0.1), seed=0, progress=False)
+    path = posterior.save(tmp_path / "flow.post")
+    again = read_answer(path, MAF(3, 2, (8,), loc=[0.1, 0.2, 0.3], seed=5))
+    torch.testing.assert_close(again.log_prob(), posterior.log_prob(), rtol=0, atol=0)
+    assert (again.log_prob(x) - MAF(3, 2, (8,)).distribution().log_prob(x)).abs().max() > 0.1
 
 
 def test_conditional_density_is_one_for_every_context():

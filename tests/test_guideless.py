@@ -71,7 +71,7 @@ def test_regression_is_least_squares(untouched):
         design = torch.cat((x, torch.ones(200, 1, dtype=torch.float64)), 1)
         best = torch.linalg.lstsq(design, y).solution
         torch.testing.assert_close(
-            posterior.draws["network$$$weight"][0, 0], best[:2], rtol=0, atol=1e-3, check_dtype=False
+            posterior.problem.story.network.weight[0].detach(), best[:2], rtol=0, atol=1e-3, check_dtype=False
         )
         density = dist.Normal(design @ best, 0.1).log_prob(y)
         assert posterior.kind == "point" and posterior.diagnostics["mode"] == "graph"
@@ -88,7 +88,7 @@ def test_a_story_is_initialised_once_and_only_its_copy():
     story = Curve()
     posterior = fit(story, (x, y), SVI(steps=1, lr=1e-6), seed=0, progress=False)
     assert posterior.problem.story.seen == 1 and story.seen == 0
-    assert posterior.draws["network$$$bias"].item() == pytest.approx(3.0, abs=1e-3)
+    assert posterior.problem.story.network.bias.item() == pytest.approx(3.0, abs=1e-3)
     assert story.network.bias.item() != pytest.approx(3.0, abs=1e-3)
 
 
@@ -100,7 +100,7 @@ def test_finite_latents_are_summed_out():
     y = x[:, 0] * slopes[z] + 0.2 * torch.randn(300, dtype=torch.float64)
     posterior = fit(Switch(), (x, y), SVI(steps=800, lr=0.2), seed=0, progress=False)
     assert "z summed out" in posterior.why()
-    found = posterior.draws["slopes$$$weight"][0, :, 0].double()
+    found = posterior.problem.story.slopes.weight[:, 0].detach()
     torch.testing.assert_close(found, slopes, rtol=0, atol=0.06)
     each = dist.Normal(x * found, 0.2).log_prob(y[:, None]) + torch.tensor(0.5).log()
     torch.testing.assert_close(posterior.log_prob(), each.logsumexp(1), rtol=1e-6, atol=1e-6)

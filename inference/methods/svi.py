@@ -299,7 +299,9 @@ class SVI:
         """Everything that is to be climbed, as the checkpoint left it where there is one."""
         file, options = None, self
         if problem.ranks.several and (self.checkpoint is not None or self.validation is not None):
-            raise ValueError("SVI over ranks keeps no checkpoint and holds no rows out: leave checkpoint and validation out")
+            raise ValueError(
+                "SVI over ranks keeps no checkpoint and holds no rows out: leave checkpoint and validation out"
+            )
         if self.checkpoint is not None:
             said = replace(self, checkpoint=None)
             file = ClimbFile(Path(self.checkpoint), problem, said, family)
