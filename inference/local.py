@@ -53,7 +53,7 @@ def local_posterior(posterior: Posterior, site: str, data: Any, draws: int) -> T
 
         return local(posterior, site, data, draws)
     kwargs = posterior.problem.kwargs if data is None else posterior.problem.with_data(data)
-    if structure[site].continuous:
+    if not structure[site].enumerable:
         if data is None and site in posterior.draws and posterior.kind != "point":
             return posterior.draws[site]
         with posterior.problem.scope(posterior.seed):

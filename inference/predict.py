@@ -37,7 +37,7 @@ def spread_draws(posterior: Posterior, count: int) -> list[int]:
 
 def global_values(posterior: Posterior, index: int) -> dict[str, Tensor]:
     """One draw of everything that is shared by the rows."""
-    local = {b.name for b in posterior.joint.blocks if b.local}
+    local = {s.name for s in posterior.structure.sites if s.local}
     return {n: v for n, v in posterior.draw(index).items() if n not in local}
 
 
@@ -60,7 +60,7 @@ def sample_rows(posterior: Posterior, num: int, seed: int | None) -> dict[str, T
         raise ValueError(
             "the story has no rows to draw anew (no data plate whose size an argument sets); use predict()"
         )
-    if reason := without_density(posterior):
+    if (reason := without_density(posterior)) and not structure.uncountable:
         raise ValueError(f"{reason}. Nor are there codes to draw new rows from")
     parts: list[dict[str, Tensor]] = []
     with posterior.problem.scope(posterior.seed + 1 if seed is None else seed):

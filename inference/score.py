@@ -71,6 +71,12 @@ def score(posterior: Posterior, data: Any, draws: int) -> Score:
 
 def without_density(posterior: Posterior) -> str | None:
     """Why rows have no density, or None."""
+    endless = [s.name for s in posterior.structure.uncountable]
+    if endless:
+        return (
+            f"n/a: {endless[0]!r} has infinitely many states, over which log p(x) is not summed; draws of it are in "
+            f"posterior.draws[{endless[0]!r}]"
+        )
     flat = [s.name for s in posterior.structure.continuous_locals if s.improper]
     if not flat:
         return None

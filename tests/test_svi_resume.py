@@ -1,6 +1,7 @@
 """SVI that is interrupted, stopped early or averaged."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from inference import SVI, Amortised, fit
+from inference.distributed import ALONE
 from inference.methods.ascent import Ascent
 from inference.methods.climb_file import ClimbFile
 
@@ -127,6 +129,11 @@ def test_validation_stops_before_the_noise_is_learned_by_heart():
 
 class Hill:
     """-(x - 1)^2 / 2, whose slope is seen through noise."""
+
+    problem = SimpleNamespace(ranks=ALONE)
+
+    def whole_norm(self, norm, gradients):
+        return norm
 
     def rate(self, name):
         return 1.0

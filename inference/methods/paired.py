@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pyro
@@ -24,6 +25,7 @@ from .ascent import Leaves
 from .batches import Batches, is_latent, side_by_side
 from .networks import Networks
 from .parameters import NETWORK_RATE, Parameter, guide_arguments, no_guess, watched
+from .scored import compares, score_step
 from .shared import in_step, joint_draws, of_all_ranks, whole_norm
 from .svi_step import ASKED, faster
 from .tightened import row_weights, tight_step
@@ -76,7 +78,8 @@ class PairTarget:
         trace = self.guide_trace(first)
         self.check(trace)
         self.sites = [n for n, s in trace.nodes.items() if is_latent(s)]
-        self.latents = [n for n in self.sites if n in problem.structure and problem.structure[n].continuous]
+        known = problem.structure
+        self.latents = [n for n in self.sites if n in known and not known[n].enumerable]
         self.points = all(type(unwrap(trace.nodes[n]["fn"])).__name__ == "Delta" for n in self.latents)
         self.certain = not self.sites and not self.parameters  # every climb is the same
         if not self.sites:
@@ -86,6 +89,8 @@ class PairTarget:
         self.reason = "the guide has latents whose draws have no gradient (score function estimator)"
         self.call: Callable[..., Any] = self.by_score
         self.lanes = False  # whether one call takes all particles side by side
+        if not self.follows and compares(self, trace):
+            self.call, self.lanes = partial(score_step, self), True
         if self.follows:
             self.call = self.capture(first) if alpha is None else self.tighten(first, alpha)
         elif not weighing.plain or alpha is not None or path:

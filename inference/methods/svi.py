@@ -177,10 +177,11 @@ class SVI:
 
     def check(self, structure: Structure) -> Verdict:
         """Valid where a density exists and every discrete latent can be summed out."""
-        objection = density_objection(structure) or gradient_objection(structure)
+        family = self.family(structure)
+        guided = family == "story" and structure.has_guide and not isinstance(self.guide, Amortised)
+        objection = density_objection(structure, guided=guided) or gradient_objection(structure)
         if objection:
             return Verdict(False, objection)
-        family = self.family(structure)
         if family == "topics":
             how = (
                 "Dirichlet factors by natural gradients"
@@ -212,6 +213,8 @@ class SVI:
             text = "the story's guide"
         else:
             text = "a flow" if family == "flow" else f"a derived {family.replace('_', '-')} Gaussian guide"
+        if structure.uncountable:
+            text += f"; {structure.uncountable[0].name} by score functions"
         if structure.finite:
             names = ", ".join(s.name for s in structure.finite[:4]) + (", ..." if len(structure.finite) > 4 else "")
             text += f"; {names} summed out" if family != "story" else f"; {names} summed out unless the guide has them"
