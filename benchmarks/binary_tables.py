@@ -21,7 +21,6 @@ from _peers import Report, arguments
 from torch import Tensor
 
 from inference import EM, SVI, fit
-from inference.amortised import bounds
 from zoo import VAE, BernoulliMixture
 
 FILE = "debd_binary10.npz"
@@ -78,7 +77,7 @@ def autoencoders(rows: dict[str, Tensor], most: int, draws: int) -> tuple[float,
             )
             posterior = fit(story, rows["train"], svi, seed=i, device="cpu", progress=False)
             story = posterior.problem.story
-            figure = float(bounds(posterior, rows["valid"], draws=draws, k=draws).evidence.mean())
+            figure = float(posterior.bounds(rows["valid"], draws=draws, k=draws).evidence.mean())
             name = f"VAE {setting['hidden']}, {setting['num_codes']} codes, {(i + 1) * steps} steps"
             found.append((figure, posterior, name))
             best = max(best, figure)
@@ -109,7 +108,7 @@ def main() -> int:
                 "seconds of the VAEs": time.perf_counter() - between,
             }
             of_mixture = mixture.log_prob(rows["test"])
-            ladder = bounds(network, rows["test"], draws=k, k=50)
+            ladder = network.bounds(rows["test"], draws=k, k=50)
             case.facts |= {
                 mixture_name: float(of_mixture.mean()),
                 network_name: float(ladder.evidence.mean()),

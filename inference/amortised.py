@@ -82,14 +82,20 @@ class GuideRows:
         self.n = len(self.kwargs[self.names[0]])
         self.points = False
 
+    def guide_trace(self, kwargs: dict[str, Any]) -> Any:
+        """One run of the fitted guide on these rows."""
+        problem = self.posterior.problem
+        assert problem.guide is not None
+        fixed = {**self.posterior.extra.get("guide_params", {}), **self.globals}
+        with poutine.block(), pyro.validation_enabled(False), torch.no_grad():
+            return poutine.trace(Substitute(fixed)(problem.guide)).get_trace(**guide_arguments(problem, kwargs))
+
     def run(self, kwargs: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
         """One draw of the latents of these rows, and log p(x, u) - log q(u | x), (rows,)."""
         posterior, problem = self.posterior, self.posterior.problem
-        fixed = {**posterior.extra.get("guide_params", {}), **self.globals}
         rows = len(kwargs[self.names[0]])
-        assert problem.guide is not None
+        trace = self.guide_trace(kwargs)
         with poutine.block(), pyro.validation_enabled(False), torch.no_grad():
-            trace: Any = poutine.trace(Substitute(fixed)(problem.guide)).get_trace(**guide_arguments(problem, kwargs))
             trace.compute_log_prob()
             plate = posterior.structure.data_plate
             sites = [
@@ -165,6 +171,82 @@ def new_locals(posterior: Posterior, kwargs: dict[str, Any], count: int) -> list
     proposals = max(100, min(1000, CELLS // max(1, rows * width)))
     found = GuideRows(posterior, 0, kwargs, proposals).resample_jointly(count)
     return [{n: v[i] for n, v in found.items()} for i in range(count)]
+
+
+@dataclass(frozen=True, repr=False)
+class Units:
+    """How much each unit of a code says of its row.
+
+    Attributes
+    ----------
+    site
+        The latent.
+    kl
+        Mean over rows of the divergence of the guide from the prior, unit by unit, (K,), in nats: 0 says nothing.
+    active
+        Whether the guide's mean differs between rows, (K,) of bool: its variance exceeds 0.01 (Burda and others, 2016).
+    """
+
+    site: str
+    kl: Tensor
+    active: Tensor
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether no unit is active: the posterior is the prior, and codes say nothing."""
+        return not bool(self.active.any())
+
+    def __repr__(self) -> str:
+        most = ", ".join(f"{v:.2g}" for v in self.kl.sort(descending=True).values[:10].tolist())
+        text = f"{self.site}: {int(self.active.sum())} of {len(self.kl)} units active, {self.kl.sum():.3g} nats a row"
+        return text + f" (by unit {most}{', ...' if len(self.kl) > 10 else ''})" + ("; collapsed" * self.collapsed)
+
+
+def units(posterior: Posterior, data: Any = None) -> dict[str, Units]:
+    """Divergence and activity of every unit of the codes that a fitted guide gives rows: a detector of posterior collapse.
+
+    Where a code's prior depends on another code, the divergence is that at one draw of the other one a row.
+
+    Parameters
+    ----------
+    posterior
+        An answer by a guide that has a guess for any rows.
+    data
+        Rows, as for `fit`; None for the fitted ones.
+
+    Raises
+    ------
+    ValueError
+        The answer is no such guide, or a code's divergence has no closed form.
+    """
+    from .score import active_units
+
+    if not is_amortised(posterior):
+        raise ValueError(
+            "units need a story's own guide that reads its guess off the rows; fit with SVI(guide='story')"
+        )
+    kwargs = posterior.problem.kwargs if data is None else posterior.problem.with_data(data)
+    rows = GuideRows(posterior, 0, kwargs)
+    with posterior.problem.scope(posterior.seed), torch.no_grad():
+        guide = rows.guide_trace(kwargs)
+        values = {n: s["value"] for n, s in guide.nodes.items() if is_latent(s)}
+        told, _ = posterior.joint.trace({**rows.globals, **values}, kwargs)
+    found = {}
+    for site in posterior.structure.continuous_locals:
+        q, p = unwrap(guide.nodes[site.name]["fn"]), unwrap(told.nodes[site.name]["fn"])
+        try:
+            kl = torch.distributions.kl_divergence(q, p)
+        except NotImplementedError:
+            raise ValueError(
+                f"the divergence of {type(q).__name__} from {type(p).__name__} at {site.name!r} has no closed form"
+            ) from None
+        count = len(values[site.name])
+        found[site.name] = Units(
+            site.name,
+            kl.expand(values[site.name].shape).reshape(count, -1).mean(0),
+            active_units(q.mean.expand(values[site.name].shape).reshape(count, -1)),
+        )
+    return found
 
 
 def bounds(posterior: Posterior, data: Any = None, *, draws: int = 1000, k: int = 50) -> Any:

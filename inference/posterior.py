@@ -16,10 +16,11 @@ from .methods.base import positive_int
 from .problem import Problem
 
 if TYPE_CHECKING:
+    from .amortised import Units
     from .choose import Choice
     from .methods.base import Method
     from .predict import Imputation
-    from .score import Score
+    from .score import Ladder, Score
     from .summary import Summary
 
 #: Draws that a question about rows is averaged over, evenly spaced among all.
@@ -173,6 +174,18 @@ class Posterior:
         from .score import score
 
         return score(self, data, draws)
+
+    def bounds(self, data: Any = None, *, draws: int = 1000, k: int = 50) -> Ladder:
+        """ELBO <= IWAE(k) <= importance-sampled log p(x_n) from draws of a fitted encoder: see `amortised.bounds`."""
+        from .amortised import bounds
+
+        return bounds(self, data, draws=draws, k=k)
+
+    def units(self, data: Any = None) -> dict[str, Units]:
+        """How much each unit of the codes says of its row, a detector of posterior collapse: see `amortised.units`."""
+        from .amortised import units
+
+        return units(self, data)
 
     def sample(self, num: int = 100, *, seed: int | None = None) -> dict[str, Tensor]:
         """New rows from the posterior predictive distribution: every local site, (num, ...event) each."""

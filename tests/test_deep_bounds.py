@@ -10,8 +10,6 @@ from torch import nn
 from torch.nn.functional import linear
 
 from inference import SVI, fit
-from inference.amortised import bounds
-from inference.score import active_units, kl_per_unit
 from zoo import VAE, LinearVAE
 from zoo import load as data_set
 
@@ -67,7 +65,7 @@ def test_bounds_of_a_linear_vae_bracket_its_exact_density(linear_fit):
     """ELBO <= IWAE <= log p(x) row by row but for noise, for rows that were not fitted; importance sampling equals it."""
     new = standardised("wine")[150:]
     exact = marginal(linear_fit.problem.story, new)
-    ladder = bounds(linear_fit, new, draws=2000, k=20)
+    ladder = linear_fit.bounds(new, draws=2000, k=20)
     assert (ladder.elbo <= exact + 0.02).all() and ladder.elbo.mean() <= ladder.iwae.mean() <= exact.mean() + 1e-3
     assert ((ladder.evidence - exact).abs() < 5 * ladder.error + 1e-6).all()
     torch.testing.assert_close(linear_fit.log_prob(new), exact, rtol=0, atol=0.01)
@@ -78,7 +76,7 @@ def test_a_loose_guide_has_room_for_the_ladder():
     x = standardised("wine")
     p = fit(LinearVAE(13, 2).double(), x, SVI(steps=10, starts=1, lr=0.04), seed=0)
     exact = marginal(p.problem.story, x)
-    ladder = bounds(p, x, draws=4000, k=50)
+    ladder = p.bounds(x, draws=4000, k=50)
     gaps = [float((exact - part).mean()) for part in (ladder.elbo, ladder.iwae, ladder.evidence)]
     assert gaps[0] > 10 * gaps[1] > 0 and abs(gaps[2]) < 0.2 * gaps[1]
 
@@ -114,9 +112,8 @@ def divergence(story, **options):
         **options,
     }
     p = fit(story, x, SVI(**options), seed=0)
-    with torch.no_grad():
-        loc, scale = p.problem.story.encode(x.float())
-    return float(kl_per_unit(loc, scale).sum()), int(active_units(loc).sum())
+    found = p.units()["z"]
+    return float(found.kl.sum()), int(found.active.sum())
 
 
 @pytest.mark.slow
