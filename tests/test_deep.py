@@ -17,6 +17,7 @@ from zoo.catalog import get
 from zoo.deep import (
     ConvDecoder,
     ConvEncoder,
+    columns,
 )
 from zoo.mixtures import count_setting
 
@@ -300,3 +301,23 @@ def test_examples_are_fitted_by_svi_without_being_asked(name):
     story, data = get(name).example()
     p = fit(story, {n: v[:200] for n, v in data.items()}, SVI(steps=20, starts=1), seed=0)
     assert p.diagnostics["mode"] == "graph" and repr(story).startswith(f"{name}(num_features=")
+
+
+def test_mixed_columns_with_holes_are_learned_and_filled():
+    """A column's outputs or holes that reach another column: one network for five kinds, no worse than its columns' means."""
+    x = data_set("patients").x.clone()
+    x[:, :2] = (x[:, :2] - x[:, :2].mean(0)) / x[:, :2].std(0)
+    torch.manual_seed(0)
+    holes = torch.rand_like(x) < 0.15
+    kinds = columns(5, real=[0, 1], counts=[2], binary=[3], categories={4: 3})
+    story = VAE(5, 2, hidden=(32,), likelihood=kinds, missing=True)
+    p = fit(story, x.masked_fill(holes, torch.nan), SVI(steps=300, starts=1, particles=2), seed=0)
+    assert p.diagnostics["mode"] == "graph"
+    assert p.structure["x"].missing == int(holes.sum()) and p.log_prob().shape == (len(x),)
+    found = p.impute()
+    mean = x.masked_fill(holes, torch.nan).nanmean(0)
+    for j in (0, 2, 3, 4):  # what the code of a patient decides most
+        h = holes[:, j]
+        assert (found.values[h, j] - x[h, j]).square().mean() < 0.9 * (mean[j] - x[h, j]).square().mean()
+    drawn = p.sample(200)["x"]
+    assert story.columns(torch.zeros(1, story.columns.outputs)).support.check(drawn).all()
