@@ -22,7 +22,6 @@ from _peers import Report, arguments
 from torch import Tensor
 
 from inference import SVI, Posterior, fit
-from inference.amortised import bounds
 from zoo import VAE
 
 FILE, PIXELS, ROWS = "binarized_mnist_static_packed.npz", 784, 256
@@ -60,7 +59,7 @@ class Curve:
 
     def add(self, name: str, posterior: Posterior, lr: float) -> float:
         """One more row; returns the importance-weighted bound of 50 draws on validation rows."""
-        found = bounds(posterior, self.valid, draws=50, k=50)
+        found = posterior.ladder(self.valid, draws=50, k=50)
         self.steps[name] = self.steps.get(name, 0) + len(posterior.history)
         row = {
             "setting": name,
@@ -124,7 +123,7 @@ def main() -> int:
         name, posterior = trained(rows, minutes, curve)
         case.facts |= {"setting": name, "curve": curve.rows, "seconds": time.perf_counter() - curve.began}
         case.facts["parameters"] = sum(p.numel() for p in posterior.problem.story.parameters())
-        found = bounds(posterior, rows["test"], draws=k, k=50)
+        found = posterior.ladder(rows["test"], draws=k, k=50)
         error = float(found.evidence.std() / math.sqrt(len(found.evidence)))
         case.facts |= {
             f"test log p(x), importance sampling, k = {k}": float(found.evidence.mean()),

@@ -18,6 +18,7 @@ from .problem import Problem
 if TYPE_CHECKING:
     from .amortised import Recogniser
     from .choose import Choice
+    from .collapse import Units
     from .methods.base import Method
     from .predict import Imputation
     from .refinement import Refinement
@@ -198,6 +199,23 @@ class Posterior:
 
         positive_int("ladder", "draws", draws)
         return row_ladder(self, data, draws, k)
+
+    def units(self, data: Any = None) -> dict[str, Units]:
+        """How much each unit of the codes says of its row: its divergence from the prior, and whether it is active.
+
+        Parameters
+        ----------
+        data
+            New rows, as for `fit`; None for the fitted ones.
+
+        Raises
+        ------
+        ValueError
+            The fit has no guide that reads rows, or a divergence has no closed form.
+        """
+        from .collapse import units
+
+        return units(self, data)
 
     def refine(self, data: Any = None, *, steps: int = 300, progress: bool | None = None) -> Refinement:
         """Fit the latents of single rows from the guide's guess on, and report the amortisation gap.

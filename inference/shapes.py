@@ -288,6 +288,8 @@ def _hint(r: Record, value: Tensor) -> str:
     top, low = value.max().item(), value.min().item()
     if r.family in ("Bernoulli", "ContinuousBernoulli") and top > 1:
         return "Pixels in 0..255: divide by 255 and round, e.g. (x / 255).round()"
+    if r.family == "Bernoulli" and low >= 0:
+        return "Grey values between 0 and 1 are no yes or no: threshold them, e.g. (x > 0.5), or choose another distribution"
     if r.family == "Categorical":
         shift = f": use {r.name} - {low:g}" if low > 0 else ""
         return f"Labels run from {low:g} to {top:g}; they must count from 0 to the number of classes - 1{shift}"

@@ -1,49 +1,27 @@
-"""Deep stories: likelihoods against scipy, shapes, what a fit answers about new rows, files, missing pixels, refusals."""
+"""Deep stories: shapes, settings, what a fit answers about new rows, files, missing pixels, refusals."""
 
 import math
 
-import numpy as np
 import pyro
 import pytest
-import scipy.stats
 import torch
 from pyro import poutine
+from test_deep_likelihoods import KINDS
 from torch import nn
-from torch.nn.functional import softplus
 
 from inference import SVI, compare, fit, load, simulate
 from inference.local import row_integral
+from inference.score import active_units, kl_per_unit
 from zoo import VAE, Autoencoder, DeepLatentGaussian, LinearVAE
 from zoo import load as data_set
 from zoo.catalog import get
 from zoo.deep import (
-    Bernoulli,
-    Binomial,
-    Categorical,
-    Columns,
     ConvDecoder,
     ConvEncoder,
-    DiscretisedLogistic,
-    NegativeBinomial,
-    Normal,
-    Poisson,
-    StudentT,
     columns,
 )
-from zoo.deep.likelihoods import LEAST
 from zoo.mixtures import count_setting
 
-KINDS = (
-    Bernoulli(),
-    Binomial(5),
-    Categorical(4),
-    Normal(),
-    Normal(0.7),
-    StudentT(3.0),
-    Poisson(),
-    NegativeBinomial(),
-    DiscretisedLogistic(8),
-)
 STORIES = {
     "VAE": VAE(64, 3, hidden=(20,)),
     "convolutions": VAE(64, 3, hidden=(16,), conv=(8, 8)),
@@ -74,121 +52,6 @@ def fitted(digits):
     return fit(
         VAE(64, 5, hidden=(64,)), digits[:1500], SVI(steps=400, batch_size=200, starts=1, lr=0.01, particles=1), seed=0
     )
-
-
-def outputs(kind, rows=3, width=1):
-    return torch.randn(rows, kind.outputs, width, dtype=torch.float64)
-
-
-def values(kind, width):
-    """All values of a finite or countable support, as far as there is mass."""
-    top = {Bernoulli: 1, Binomial: 5, Categorical: 3, DiscretisedLogistic: 7}.get(type(kind), 400)
-    return torch.arange(top + 1, dtype=torch.float64).reshape(-1, 1, 1).expand(-1, 3, width)
-
-
-# Likelihoods
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=repr)
-def test_likelihoods_sum_or_integrate_to_one(kind):
-    """A missing normaliser, a tail that is cut off, a level too many."""
-    fn = kind(outputs(kind))
-    assert fn.batch_shape == (3, 1) and fn.event_shape == ()
-    if kind.support.is_discrete:
-        total = fn.log_prob(values(kind, 1)).exp().sum(0)
-    else:
-        grid = torch.sinh(torch.linspace(-12, 12, 200_001, dtype=torch.float64)).reshape(-1, 1, 1)
-        total = torch.trapezoid(fn.log_prob(grid).exp(), grid.expand(-1, 3, 1), dim=0)
-    torch.testing.assert_close(total, torch.ones(3, 1, dtype=torch.float64), rtol=1e-6, atol=1e-6)
-
-
-def test_likelihoods_are_scipys():
-    """Successes and failures mixed up, a rate for a scale, mean and dispersion swapped."""
-    out = {kind: outputs(kind) for kind in KINDS}
-    part = {kind: [v.squeeze(-1).numpy() for v in o.unbind(-2)] for kind, o in out.items()}
-    raw = {kind: [softplus(v).squeeze(-1).numpy() + LEAST for v in o.unbind(-2)] for kind, o in out.items()}
-    x = np.array([0.0, 1.0, 1.0])
-    share = {kind: scipy.special.expit(p[0]) for kind, p in part.items()}
-    m, r = raw[NegativeBinomial()]
-    loc, scale = 3.5 * (1 + part[DiscretisedLogistic(8)][0]), 3.5 * raw[DiscretisedLogistic(8)][1]
-    logistic = scipy.stats.logistic(loc, scale)
-    lower = np.where(x == 0, 0.0, logistic.cdf(x - 0.5))
-    expected = {
-        Bernoulli(): scipy.stats.bernoulli(share[Bernoulli()]).logpmf(x),
-        Binomial(5): scipy.stats.binom(5, share[Binomial(5)]).logpmf(x),
-        Categorical(4): torch.stack([torch.tensor(v) for v in part[Categorical(4)]], -1)
-        .log_softmax(-1)[range(3), x.astype(int)]
-        .numpy(),
-        Normal(): scipy.stats.norm(part[Normal()][0], raw[Normal()][1]).logpdf(x),
-        Normal(0.7): scipy.stats.norm(part[Normal(0.7)][0], 0.7).logpdf(x),
-        StudentT(3.0): scipy.stats.t(3.0, part[StudentT(3.0)][0], raw[StudentT(3.0)][1]).logpdf(x),
-        Poisson(): scipy.stats.poisson(raw[Poisson()][0]).logpmf(x),
-        NegativeBinomial(): scipy.stats.nbinom(r, r / (r + m)).logpmf(x),
-        DiscretisedLogistic(8): np.log(logistic.cdf(x + 0.5) - lower),
-    }
-    for kind, log_p in expected.items():
-        ours = kind(out[kind]).log_prob(torch.tensor(x).unsqueeze(-1)).squeeze(-1)
-        np.testing.assert_allclose(ours.numpy(), log_p, rtol=1e-9, err_msg=repr(kind))
-
-
-def test_tails_of_the_discretised_logistic_do_not_cancel():
-    """log(0) for a grey value far from its place: the difference of two cdfs that are both 1."""
-    fn = DiscretisedLogistic(256)(torch.tensor([[-1.0], [-8.0]]))
-    assert fn.log_prob(torch.tensor([[200.0]])).isfinite().all() and fn.log_prob(torch.tensor([[0.0]])) > -1.0
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=repr)
-def test_draws_have_the_mean_of_their_likelihood(kind):
-    """A sampler that does not belong to its density: mean over 20,000 draws within 5 standard errors."""
-    fn = kind(0.5 * outputs(kind))
-    draws = fn.sample((20_000,)).double()
-    assert kind.support.check(draws).all()
-    if kind.support.is_discrete:
-        x = values(kind, 1)
-        mean = (fn.log_prob(x).exp() * x).sum(0)
-    else:
-        mean = fn.mean
-    assert ((draws.mean(0) - mean).abs() <= 5 * draws.std(0) / len(draws) ** 0.5).all()
-
-
-def test_columns_of_mixed_kinds_are_each_scored_by_their_own():
-    """Outputs that go to another column's likelihood; columns put back in another order."""
-    kinds = columns(5, real=[3], counts=[0], binary=[4, 1], categories={2: 3})
-    assert kinds == (NegativeBinomial(), Bernoulli(), Categorical(3), Normal(), Bernoulli())
-    together = Columns(5, kinds)
-    assert together.outputs == 2 + 1 + 3 + 2 + 1 and together.inputs == 7
-    out = torch.randn(6, together.outputs, dtype=torch.float64)
-    fn = together(out)
-    x = fn.sample()
-    assert x.shape == fn.batch_shape == (6, 5) and fn.support.check(x).all() and fn.mean.shape == (6, 5)
-    # outputs lie group by group, in the order in which kinds first come
-    alone = [(out[:, 0:2], 0), (out[:, 2:3], 1), (out[:, 4:7], 2), (out[:, 7:9], 3), (out[:, 3:4], 4)]
-    for part, j in alone:
-        log_p = kinds[j](part.unsqueeze(-1)).log_prob(x[:, j : j + 1])
-        torch.testing.assert_close(fn.log_prob(x)[:, j : j + 1], log_p)
-    assert not fn.support.check(x + 0.5)[:, [0, 1, 2, 4]].any() and fn.support.check(x + 0.5)[:, 3].all()
-    wide = fn.expand((2, 6, 5))
-    assert wide.sample().shape == (2, 6, 5)
-    torch.testing.assert_close(wide.log_prob(x), fn.log_prob(x).expand(2, 6, 5))
-    assert (together.encode(torch.full((2, 5), torch.nan)) == 0).all()
-
-
-def test_likelihoods_refuse_with_what_would_do():
-    """A misspelt name without the list; a size that is missing; a column of no kind or of two."""
-    with pytest.raises(ValueError, match=r"'bernuolli'.*'bernoulli'.*mean 'bernoulli'"):
-        VAE(4, 2, likelihood="bernuolli")
-    with pytest.raises(ValueError, match=r"levels=\.\.\."):
-        VAE(4, 2, likelihood="categorical")
-    with pytest.raises(ValueError, match="2 entries and there are 4 columns"):
-        VAE(4, 2, likelihood=["normal", "poisson"])
-    with pytest.raises(TypeError, match="one of"):
-        VAE(4, 2, likelihood=3)
-    with pytest.raises(ValueError, match=r"columns \[1\] are of no kind"):
-        columns(2, real=[0])
-    with pytest.raises(ValueError, match="column 0 is both"):
-        columns(1, real=[0], binary=[0])
-    with pytest.raises(ValueError, match="no column 5"):
-        columns(2, real=[5, 0])
 
 
 # Shapes and settings
@@ -280,6 +143,8 @@ def test_grey_values_and_holes_are_refused_with_the_way_out(digits):
     """Pixels in 0..255 for a yes or no; missing cells that an encoder would take for zeros."""
     with pytest.raises(ValueError, match="divide by 255"):
         fit(VAE(64, 2), 255 * digits, SVI(steps=5))
+    with pytest.raises(ValueError, match="Grey values between 0 and 1"):
+        fit(VAE(64, 2), digits / 2, SVI(steps=5))
     x = digits[:50].clone()
     x[3, 4] = torch.nan
     with pytest.raises(ValueError, match="missing=True"):
@@ -344,6 +209,17 @@ def test_bounds_climb_the_ladder(fitted, digits):
     assert abs(float(ladder.evidence.mean()) - float(fitted.log_prob(digits[1500:1600]).mean())) < 0.1
 
 
+def test_units_say_what_a_code_tells(fitted, digits):
+    """A divergence summed over the wrong axis; activity of the scale and not of the mean."""
+    x = digits[:200]
+    with torch.no_grad():
+        loc, scale = fitted.problem.story.encode(x.float())
+    found = fitted.units(x)["z"]
+    torch.testing.assert_close(found.kl, kl_per_unit(loc, scale))
+    assert torch.equal(found.active, active_units(loc)) and not found.collapsed
+    assert "of 5 units active" in repr(found)
+
+
 def test_deep_codes_are_drawn_together(digits):
     """Codes of two layers that come from different draws: z1 must lie where its own z2 puts it."""
     story = DeepLatentGaussian(64, (4, 2), hidden=32)
@@ -352,6 +228,7 @@ def test_deep_codes_are_drawn_together(digits):
     assert p.local("z1", new).shape[1:] == (50, 4) and p.local("z2", new).shape[1:] == (50, 2)
     ladder = p.ladder(new, draws=200, k=20)
     assert ladder.elbo.mean() < ladder.iwae.mean() < ladder.evidence.mean()
+    assert {name: len(u.kl) for name, u in p.units(new).items()} == {"z1": 4, "z2": 2}
     with p.problem.scope(0):
         rows = row_integral(p, 0, p.problem.with_data(new), 50)
         values = rows.all_draws(50)
@@ -422,3 +299,23 @@ def test_examples_are_fitted_by_svi_without_being_asked(name):
     story, data = get(name).example()
     p = fit(story, {n: v[:200] for n, v in data.items()}, SVI(steps=20, starts=1), seed=0)
     assert p.diagnostics["mode"] == "graph" and repr(story).startswith(f"{name}(num_features=")
+
+
+def test_mixed_columns_with_holes_are_learned_and_filled():
+    """A column's outputs or holes that reach another column: one network for five kinds, no worse than its columns' means."""
+    x = data_set("patients").x.clone()
+    x[:, :2] = (x[:, :2] - x[:, :2].mean(0)) / x[:, :2].std(0)
+    torch.manual_seed(0)
+    holes = torch.rand_like(x) < 0.15
+    kinds = columns(5, real=[0, 1], counts=[2], binary=[3], categories={4: 3})
+    story = VAE(5, 2, hidden=(32,), likelihood=kinds, missing=True)
+    p = fit(story, x.masked_fill(holes, torch.nan), SVI(steps=300, starts=1, particles=2), seed=0)
+    assert p.diagnostics["mode"] == "graph"
+    assert p.structure["x"].missing == int(holes.sum()) and p.log_prob().shape == (len(x),)
+    found = p.impute()
+    mean = x.masked_fill(holes, torch.nan).nanmean(0)
+    for j in (0, 2, 3, 4):  # what the code of a patient decides most
+        h = holes[:, j]
+        assert (found.values[h, j] - x[h, j]).square().mean() < 0.9 * (mean[j] - x[h, j]).square().mean()
+    drawn = p.sample(200)["x"]
+    assert story.columns(torch.zeros(1, story.columns.outputs)).support.check(drawn).all()

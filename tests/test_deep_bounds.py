@@ -10,7 +10,6 @@ from torch import nn
 from torch.nn.functional import linear
 
 from inference import SVI, fit
-from inference.score import active_units, kl_per_unit
 from zoo import VAE, LinearVAE
 from zoo import load as data_set
 
@@ -113,9 +112,8 @@ def divergence(story, **options):
         **options,
     }
     p = fit(story, x, SVI(**options), seed=0)
-    with torch.no_grad():
-        loc, scale = p.problem.story.encode(x.float())
-    return float(kl_per_unit(loc, scale).sum()), int(active_units(loc).sum())
+    found = p.units()["z"]
+    return float(found.kl.sum()), int(found.active.sum())
 
 
 @pytest.mark.slow
