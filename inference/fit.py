@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .choose import WANTS, Choice, check_request, choose
+from .guard import MemoryGuard
 from .methods import resolve
 from .methods.base import Method, one_of, positive_float, positive_int
 from .posterior import Posterior
@@ -28,6 +29,7 @@ def fit(
     seed: int | None = None,
     device: str | torch.device = "auto",
     budget: float | None = None,
+    memory: float | None = None,
     progress: bool | None = None,
 ) -> Posterior:
     """Infer what a generative story leaves unsaid, given what was seen.
@@ -53,6 +55,8 @@ def fit(
         "auto", "cpu" or "cuda".
     budget
         Seconds that the run may take; the best answer so far is returned, marked as not converged.
+    memory
+        Megabytes that the process may hold (`posterior.timings["peak_memory"]` tells what it took); likewise.
     progress
         Progress bars; None shows them on a terminal.
 
@@ -80,6 +84,8 @@ def fit(
         positive_int("fit", "seed", seed, least=0)
     if budget is not None:
         positive_float("fit", "budget", budget)
+    if memory is not None:
+        positive_float("fit", "memory", memory)
     if data is None:
         raise ValueError("data is None: there is nothing to learn from. To draw from the story use simulate(story)")
     start = time.perf_counter()
@@ -95,7 +101,7 @@ def fit(
     )
     choice = decide(problem, method)
     setup = time.perf_counter() - start
-    return run(problem, choice, setup)
+    return run(problem, choice, setup, memory)
 
 
 def decide(problem: Problem, method: str | Method) -> Choice:
@@ -131,12 +137,16 @@ def pilot(problem: Problem) -> tuple[float, str]:
     )
 
 
-def run(problem: Problem, choice: Choice, setup: float = 0.0) -> Posterior:
+def run(problem: Problem, choice: Choice, setup: float = 0.0, memory: float | None = None) -> Posterior:
     """Run the chosen method in a scope of its own and complete the answer."""
     start = time.perf_counter()
     with problem.scope(problem.seed):
-        posterior = choice.method.run(problem)
+        with MemoryGuard(memory) as guard:
+            posterior = choice.method.run(problem)
         posterior = replace(posterior, choice=choice)
+        if guard.reached is not None:
+            note = f"the memory budget of {memory:g} MB is used up ({guard.reached:.0f} MB): the best state so far is returned"
+            posterior = replace(posterior, warnings=[note, *posterior.warnings], converged=False)
         posterior = posterior.finished()
     timings = dict(posterior.timings)
     timings["setup"] = timings.get("setup", 0.0) + setup

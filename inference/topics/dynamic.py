@@ -136,7 +136,8 @@ def run(problem: Problem, max_iter: int, tol: float, name: str, callback: Any = 
         run = Climb(problem.admixture, documents, problem.seed, drift=drift)
         meter.mark("setup")
         tokens = max(documents.num_tokens, 1.0)
-        with tqdm(total=max_iter, desc=name, disable=not problem.progress, leave=False) as bar:
+        bar = tqdm(total=max_iter, desc=name, disable=not problem.progress, leave=False)
+        with bar, over:
             while len(run.history) < max_iter:
                 value = run.iterate()
                 bar.update()
@@ -147,7 +148,7 @@ def run(problem: Problem, max_iter: int, tol: float, name: str, callback: Any = 
                     converged = True
                     break
                 if over():
-                    stopped = "the budget is used up: the best state so far is returned"
+                    stopped = over.reason
                     break
         meter.mark("run")
     return run, meter, stopped, converged

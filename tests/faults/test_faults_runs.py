@@ -15,19 +15,23 @@ from fault_table import row
 from stories import SCHOOLS, beta_bernoulli, gaussian_mixture, ppca
 
 from inference import EM, HMC, NUTS, SVI, DivergenceError, Gibbs, fit
+from zoo import LDA
 
 pytestmark = pytest.mark.usefixtures("untouched")
+
+MANY_WORDS = torch.randint(0, 3, (2000, 200), generator=torch.Generator().manual_seed(5)).double()
 
 ENDLESS = {
     "em": (gaussian_mixture, X, EM(restarts=2, max_iter=10**7, tol=0.0)),
     "em_topics": (topics(), WORDS, EM(restarts=1, max_iter=10**7, tol=0.0)),
     "svi": (location, X, SVI(steps=10**7, schedule="constant")),
-    "svi_topics": (topics(), WORDS, SVI(steps=10**7, tol=0.0)),
+    "svi_topics": (LDA(20, 0.5, 0.5), MANY_WORDS, SVI(steps=10**7, tol=0.0, starts=1)),
     "nuts_graph": (location, X, NUTS(chains=2, warmup=100, draws=10**6, backend="graph")),
     "nuts_warmup": (location, X, NUTS(chains=2, warmup=10**7, draws=100, backend="graph")),
     "nuts_compiled": (location, X, NUTS(chains=2, warmup=100, draws=2 * 10**6)),
     "hmc": (location, X, HMC(chains=4, warmup=100, draws=10**6, backend="graph")),
     "gibbs": (topics(), WORDS, Gibbs(chains=2, warmup=10, draws=10**5)),
+    "gibbs_warmup": (topics(), WORDS, Gibbs(chains=2, warmup=10**6, draws=10)),
 }
 
 
@@ -99,7 +103,7 @@ def test_divergences_come_before_the_numbers(method):
     count = posterior.diagnostics["divergences"]
     assert count > 0 and any("diverg" in w and str(count) in w for w in posterior.warnings)
     text = str(posterior.summary())
-    assert text.startswith("warning") and text.index("diverg") < text.index("mu")
+    assert text.startswith("warning") and text.index("diverg") < text.index("\nmu")
 
 
 @row("chains in two modes", ("nuts", "hmc"))
@@ -150,7 +154,7 @@ def test_a_spent_budget_returns_what_there_is(method, case):
     took = time.perf_counter() - began
     assert not posterior.converged and any("budget of 1 s" in w or "budget is used up" in w for w in posterior.warnings)
     assert posterior.draws and all(v.isfinite().all() for v in posterior.draws.values())
-    assert took < 15, took
+    assert took < 60, took
 
 
 @row("a budget that is used up", ("any",), **{n: ENDLESS[n] for n in ("em", "svi", "nuts_graph", "hmc")})
@@ -191,6 +195,8 @@ def test_ctrl_c_returns_what_there_is(method, case):
     timer.start()
     try:
         posterior = fit(story, data, options, seed=0, budget=60.0)
+    except KeyboardInterrupt:
+        pytest.fail("Ctrl-C threw the run away")
     finally:
         timer.cancel()
     assert not posterior.converged and any("interrupted" in w for w in posterior.warnings), posterior.warnings
