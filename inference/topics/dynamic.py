@@ -129,15 +129,15 @@ class Climb:
 
 def run(problem: Problem, max_iter: int, tol: float, name: str, callback: Any = None) -> tuple[Climb, Meter, str, bool]:
     """Climb until a word's log-likelihood rises by less than `tol`."""
-    over, stopped, converged = deadline_of(problem), "", False
-    with Meter() as meter:
+    stopped, converged = "", False
+    with deadline_of(problem) as over, Meter() as meter:
         documents = problem.admixture.documents(problem.kwargs)
         drift = best_drift(problem.admixture, documents, problem.seed)
         run = Climb(problem.admixture, documents, problem.seed, drift=drift)
         meter.mark("setup")
         tokens = max(documents.num_tokens, 1.0)
         bar = tqdm(total=max_iter, desc=name, disable=not problem.progress, leave=False)
-        with bar, over:
+        with bar:
             while len(run.history) < max_iter:
                 value = run.iterate()
                 bar.update()

@@ -96,13 +96,13 @@ def run_em(problem: Problem, em: EM) -> Posterior:
         from .dynamic import run_em as run_dynamic
 
         return run_dynamic(problem, em)
-    with Meter() as meter:
+    with deadline_of(problem) as over, Meter() as meter:
         documents = form.documents(problem.kwargs)
         same = bool((form.eta == form.eta[0]).all())
         eta = form.eta[:1].T if same else form.eta.T
         meter.mark("setup")
         bar = tqdm(total=em.max_iter, desc="EM", disable=not problem.progress, leave=False)
-        with bar, deadline_of(problem) as over:
+        with bar:
 
             def tick(i: int, value: float) -> None:
                 bar.update()
@@ -170,8 +170,7 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
         from .dynamic import run_svi as run_dynamic
 
         return run_dynamic(problem, svi)
-    over = deadline_of(problem)
-    with Meter() as meter:
+    with deadline_of(problem) as over, Meter() as meter:
         documents = form.documents(problem.kwargs)
         runs = [
             VariationalBayes(documents, form.alpha.float().cpu(), form.eta.float().cpu(), seed=1000 * problem.seed + r)
@@ -188,7 +187,7 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
         best = max(range(len(runs)), key=lambda r: histories[r][-1])
         run, history, warnings, converged = runs[best], histories[best], [], False
         bar = tqdm(total=svi.steps, desc="SVI", disable=not problem.progress, leave=False)
-        with bar, over:
+        with bar:
             while len(history) < svi.steps:
                 improve_concentrations(run, form, len(history))
                 history.append(run.sweep())
@@ -278,12 +277,12 @@ def run_gibbs(problem: Problem, gibbs: Gibbs) -> Posterior:
     from ..posterior import Posterior
 
     form = problem.admixture
-    with Meter() as meter:
+    with deadline_of(problem) as over, Meter() as meter:
         documents = form.documents(problem.kwargs)
         meter.mark("setup")
         total = gibbs.warmup + gibbs.draws * gibbs.thin
         bar = tqdm(total=total, desc="Gibbs", disable=not problem.progress, leave=False)
-        with bar, deadline_of(problem) as over:
+        with bar:
             phi, theta, late = sample(
                 documents, form.alpha.double().cpu(), form.eta.double().cpu(),
                 chains=gibbs.chains, warmup=gibbs.warmup, draws=gibbs.draws, thin=gibbs.thin, seed=problem.seed,
