@@ -20,7 +20,9 @@ class DataNotice(UserWarning):
     """The data were usable, but something about them was changed or should be known."""
 
 
-def bind(model: Callable, data: Any, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Any]:
+def bind(
+    model: Callable, data: Any, dtype: torch.dtype, device: torch.device | str = "cpu", new: bool = False
+) -> dict[str, Any]:
     """Tensors for the arguments of `model`.
 
     Parameters
@@ -33,6 +35,8 @@ def bind(model: Callable, data: Any, dtype: torch.dtype, device: torch.device | 
     dtype, device
         Of floating tensors (large float32 arrays stay what they are); whole numbers stay whole (they may index),
         unless the story turns out to need floats.
+    new
+        Rows of a story that has been fitted: nothing is learned from them, so that a column may be missing in all.
 
     Returns
     -------
@@ -64,7 +68,7 @@ def bind(model: Callable, data: Any, dtype: torch.dtype, device: torch.device | 
     ]
     if needed:
         raise TypeError(f"the story needs {needed} and data has {list(given)}; pass data as a mapping with these keys")
-    return {name: to_value(name, value, dtype, device) for name, value in given.items()}
+    return {name: to_value(name, value, dtype, device, new) for name, value in given.items()}
 
 
 def _by_name(model: Callable, names: list[str], data: Any) -> dict[str, Any]:
@@ -95,7 +99,7 @@ def _numeric_columns(frame: Any) -> None:
         )
 
 
-def to_value(name: str, value: Any, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+def to_value(name: str, value: Any, dtype: torch.dtype, device: torch.device | str = "cpu", new: bool = False) -> Any:
     """One argument: numbers in arrays become a checked tensor; scalars (sizes, switches) pass as they are."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -115,7 +119,7 @@ def to_value(name: str, value: Any, dtype: torch.dtype, device: torch.device | s
     if tensor.dtype == torch.float32 and tensor.numel() >= KEEP_SINGLE:
         kind = tensor.dtype  # twice the memory would hold no more digits; sums over it are made in float64
     tensor = tensor.to(device=device, dtype=kind)
-    check_values(name, tensor)
+    check_values(name, tensor, new)
     return tensor
 
 
@@ -151,7 +155,7 @@ def first_index(mask: Tensor) -> tuple[int, ...]:
     return tuple(int(i) for i in np.unravel_index(int(mask.flatten().int().argmax()), tuple(mask.shape)))
 
 
-def check_values(name: str, tensor: Tensor) -> None:
+def check_values(name: str, tensor: Tensor, new: bool = False) -> None:
     """Refuse what no story can explain: no rows, infinities, columns of NaN, numbers that overflow.
 
     Raises
@@ -166,7 +170,7 @@ def check_values(name: str, tensor: Tensor) -> None:
     low, high = (float(v) for v in torch.aminmax(tensor))  # NaN wins over any number
     if math.isnan(low):
         dead = tensor.isnan().all(0) if tensor.ndim > 1 else tensor.isnan().all().reshape(1)
-        if tensor.ndim >= 1 and dead.any():
+        if tensor.ndim >= 1 and dead.any() and not new:
             what = f"column {_short(first_index(dead))} of {name}" if tensor.ndim > 1 else name
             raise ValueError(f"{what} is NaN in every row ({len(tensor)} of {len(tensor)}); drop it")
         low, high = (float(v) for v in torch.aminmax(tensor.nan_to_num(0.0, math.inf, -math.inf)))

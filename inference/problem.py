@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import DataNotice, bind, first_index, has_nan
+from .distributed import ALONE, Ranks
 from .handlers import supports_missing
 from .rehearsal import FEW_ROWS, check_covariates, run_checked
 from .session import fresh_seed, isolated
@@ -47,6 +48,8 @@ class Problem:
         The same arguments with the first rows only.
     admixture
         Which site plays which role, where the story is a topic model (`topics.form.Admixture`), else None.
+    ranks
+        The processes that work on it together; the rows here are this one's.
     """
 
     story: Any
@@ -62,6 +65,12 @@ class Problem:
     want: str = "auto"
     few: dict[str, Any] = field(default_factory=dict)
     admixture: Any = None
+    ranks: Ranks = ALONE
+
+    @property
+    def all_rows(self) -> int:
+        """Rows of all ranks together."""
+        return self.ranks.total(max(1, self.structure.num_rows or 1))
 
     @property
     def sketch(self) -> dict[str, Any]:
@@ -101,7 +110,7 @@ class Problem:
         TypeError, ValueError
             As for `fit`, and where an observed column count differs from the fitted one.
         """
-        kwargs = bind(self.model, data, self.dtype, self.device)
+        kwargs = bind(self.model, data, self.dtype, self.device, new=True)
         for name, value in kwargs.items():
             fitted = self.kwargs.get(name)
             ragged = self.admixture is not None and name in self.admixture.ragged
@@ -176,8 +185,9 @@ def prepare(
     pair(story)
     story = _private_copy(story)
     model, own_guide = pair(story)
-    if guide is not None and not callable(guide):
-        raise TypeError(f"guide must be a Pyro program (a callable), got {type(guide).__name__}")
+    derived = guide if hasattr(guide, "build") else None  # one that is made when the story's shapes are known
+    if guide is not None and not callable(guide) and derived is None:
+        raise TypeError(f"guide must be a Pyro program (a callable) or Amortised(...), got {type(guide).__name__}")
     guide = guide or own_guide
     where, note = choose_device(device)
     notes = [note] if note else []
@@ -229,6 +239,8 @@ def prepare(
             except (ValueError, RuntimeError, NotImplementedError, IndexError):
                 conjugate = False  # the story has another fault, which its method will name
         problem = replace(problem, structure=replace(structure, conjugate=conjugate))
+    if derived is not None:
+        problem = replace(problem, guide=derived.build(problem))
     if problem.admixture is None and (wide := wide_tables(runs.full, structure)):
         for text in wide:
             warnings.warn(text, DataNotice, stacklevel=3)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .data import first_index
 from .handlers import FlatStart, unwrap
+from .mending import MISTAKES, retold
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,24 @@ class Recorder(Messenger):
         super().__init__()
         self.kwargs = kwargs
         self.records: dict[str, Record] = {}
+        self.plates: set[str] = set()
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if site_is_subsample(msg):
-            return
         name = msg["name"]
+        if site_is_subsample(msg):
+            nested = any(f.name == name for f in msg["cond_indep_stack"])  # Pyro has words for that
+            if name in self.plates and not nested:
+                size = msg["fn"].size
+                raise ValueError(
+                    f"plate {name!r} of size {size} is made twice; make it once and enter it wherever it is needed:\n"
+                    f'  {name} = pyro.plate("{name}", {size})   and then   with {name}:'
+                )
+            self.plates.add(name)
+            return
         if name in self.records:
             raise ValueError(
-                f'two sites are called {name!r}; every pyro.sample needs a name of its own (f"{name}_{{i}}")'
+                f'two sites are called {name!r}; every pyro.sample needs a name of its own (f"{name}_{{i}}"), or, for '
+                f'many that are alike, one statement inside `with pyro.plate("components", K):`'
             )
         self.records[name] = site_record(msg, self.kwargs)
 
@@ -94,17 +105,21 @@ def record(model: Callable, kwargs: Mapping[str, Any]) -> dict[str, Record]:
     try:
         with torch.no_grad(), poutine.block(), recorder, FlatStart():
             model(**kwargs)
-    except ValueError as error:
+    except MISTAKES as error:
         match = re.match(
             r"Shape mismatch inside plate\('(.+?)'\) at site (\S+) dim (-?\d+), (\d+) vs (\d+)", str(error)
         )
         if match is None:
-            raise
-        plate, site, _, expected, found = match.groups()
+            told = retold(error, recorder.records, kwargs)
+            if told is None:
+                raise
+            raise told from error
+        plate, site, dim, expected, found = match.groups()
         raise ValueError(
-            f"site {site!r} holds {found} values inside plate {plate!r} of size {expected}; make both lengths equal "
-            f"(one row of data for each member of the plate), or append `.to_event(1)` to the distribution if the "
-            f"{found} values are one vector"
+            f"site {site!r} holds {found} values inside plate {plate!r} of size {expected}: dimension {dim} belongs to the "
+            f"plate and must have {expected} entries, one a row.\n"
+            f"  the {found} values are one vector: append `.to_event(1)` to the distribution\n"
+            f"  they are rows: make both lengths equal, {found} and {expected}"
         ) from None
     return recorder.records
 
@@ -124,7 +139,7 @@ def site_record(msg: dict, kwargs: Mapping[str, Any]) -> Record:
         kind = "observed" if msg["is_observed"] else "latent"
     vectorised = {f.dim: f for f in frames if f.vectorized}
     if kind in ("observed", "latent"):
-        check_batch(name, fn, vectorised)
+        check_batch(name, fn, vectorised, kind == "observed")
         if kind == "observed":
             check_observed(name, fn, value, vectorised)
     support = getattr(fn, "support", None)
@@ -156,18 +171,27 @@ def site_record(msg: dict, kwargs: Mapping[str, Any]) -> Record:
     )
 
 
-def check_batch(name: str, fn: Any, frames: Mapping[int, Any]) -> None:
+def check_batch(name: str, fn: Any, frames: Mapping[int, Any], observed: bool = True) -> None:
     """Every batch dimension of the distribution belongs to a plate of its size."""
     shape = tuple(fn.batch_shape)
     for dim in range(-len(shape), 0):
         n = shape[dim]
-        if n > 1 and dim not in frames:
+        if n <= 1 or dim in frames:
+            continue
+        told = f"site {name!r} holds {n} values side by side (batch shape {shape}, dim {dim}) and no plate says "
+        twice = next((f for f in frames.values() if f.size == n), None)
+        if twice is not None:
             raise ValueError(
-                f"site {name!r} holds {n} values side by side (batch shape {shape}, dim {dim}) and no plate says "
-                f"whether they are independent.\n"
-                f'  independent: sample it inside `with pyro.plate("data", {n}):`\n'
-                f"  one vector:  append `.to_event(1)` to its distribution"
+                f"{told}what they are.\n"
+                f"  plate {twice.name!r} of size {n} lies on dim {twice.dim}: a column ({n}, 1) has met a row ({n},), and "
+                f"every row holds all rows\n"
+                f"  mend: drop the last dimension of the column, .squeeze(-1), so that it is ({n},)"
             )
+        raise ValueError(
+            f"{told}whether they are independent.\n"
+            f'  independent: sample it inside `with pyro.plate("{"data" if observed else "components"}", {n}):`\n'
+            f"  one vector:  append `.to_event(1)` to its distribution"
+        )
 
 
 def check_observed(name: str, fn: Any, value: Any, frames: Mapping[int, Any]) -> None:
@@ -187,20 +211,48 @@ def check_observed(name: str, fn: Any, value: Any, frames: Mapping[int, Any]) ->
             f'  independent: sample it inside `with pyro.plate("data", {n}):`\n'
             f"  one vector:  append `.to_event(1)` to its distribution"
         )
+    raise ValueError(f"{where}.\n  {misfit(found, wanted)}\n  {mending_line(name, found, wanted, event)}")
+
+
+def misfit(found: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    """The dimension that does not fit, in words."""
+    if len(found) > len(wanted):
+        dim = (
+            len(wanted)
+            if found[: len(wanted)] == wanted
+            else next((i for i, (a, b) in enumerate(zip(found, wanted)) if a != b), len(wanted))
+        )
+        return f"dimension {dim} of the data, {found[dim]} long, belongs to no plate and to no event"
+    if len(found) < len(wanted):
+        return f"the data have {len(found)} dimensions and need {len(wanted)}"
+    dim = next(i for i, (a, b) in enumerate(zip(found, wanted)) if a != b)
+    return f"dimension {dim} of the data is {found[dim]} long and should be {wanted[dim]}"
+
+
+def mending_line(name: str, found: tuple[int, ...], wanted: tuple[int, ...], event: tuple[int, ...]) -> str:
+    """What to change, for the commonest mistakes."""
+    batch = wanted[: len(wanted) - len(event)]
     if found == (*wanted, 1):
-        mend = f"drop the last dimension of the data: {name}.squeeze(-1), shape {wanted}"
-    elif found[:1] == wanted[:1] and len(found) == len(wanted) + 1:
-        mend = "if each row is one vector, append `.to_event(1)` to the distribution"
-    elif len(found) < len(wanted):
-        mend = (
+        return f"drop the last dimension of the data: {name}.squeeze(-1), shape {wanted}"
+    if found[:1] == wanted[:1] and len(found) == len(wanted) + 1:
+        return "if each row is one vector, append `.to_event(1)` to the distribution"
+    if found == event and event[: len(batch)] == batch:
+        return (
+            f"the plate counts these {event[0]} rows already: use `.to_event({len(event) - 1})` instead of {len(event)}"
+        )
+    if len(found) < len(wanted):
+        return (
             f"one value would be copied to all members of the plate; observe one each "
             f"({name}.expand{wanted} if a copy is meant)"
         )
-    elif len(found) == len(wanted):
-        mend = f"make the lengths equal: the data need {wanted}, or the plate the size {found[0]}"
-    else:
-        mend = f"reshape the data to {wanted}"
-    raise ValueError(f"{where}.\n  {mend}")
+    if len(found) != len(wanted):
+        return f"reshape the data to {wanted}"
+    if len(found) == 2 and found == wanted[::-1]:
+        return f"rows and columns have changed places: observe {name}.mT, shape {wanted}"
+    if found[: len(batch)] == batch:
+        mine, theirs = wanted[len(batch) :], found[len(batch) :]
+        return f"one event of the distribution is {mine} and one row of the data {theirs}: give its parameters shape {theirs}"
+    return f"make the lengths equal: the data need {wanted}, or the plate the size {found[0]}"
 
 
 def check_supports(records: Mapping[str, Record], moving: frozenset[str]) -> None:
@@ -237,7 +289,10 @@ def _hint(r: Record, value: Tensor) -> str:
     if r.family in ("Bernoulli", "ContinuousBernoulli") and top > 1:
         return "Pixels in 0..255: divide by 255 and round, e.g. (x / 255).round()"
     if r.family == "Categorical":
-        return f"Labels run from {low:g} to {top:g}; they must count from 0 to the number of classes - 1"
+        shift = f": use {r.name} - {low:g}" if low > 0 else ""
+        return f"Labels run from {low:g} to {top:g}; they must count from 0 to the number of classes - 1{shift}"
+    if r.support.startswith("whole numbers") and bool((value != value.round()).any()):
+        return "Counts are whole numbers; measurements want a distribution over the reals (Normal, Gamma)"
     if low < 0:
         return "Negative values are impossible here: check the data or choose a distribution over the reals"
     return "Check the data, or choose a distribution whose support holds them"

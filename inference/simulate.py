@@ -48,7 +48,7 @@ def simulate(
             trace: Any = poutine.trace(pyro.condition(model, fixed)).get_trace(**inputs)
         except NotImplementedError as error:
             raise ValueError(
-                f"a prior of the story has no draws ({error}); hold that site fixed with given={{...}}"
+                f"a prior of the story has no draws ({str(error).splitlines()[0]}); hold that site fixed with given={{...}}"
             ) from None
     sites = {n: s for n, s in trace.nodes.items() if s["type"] == "sample" and type(s["fn"]).__name__ != "_Subsample"}
     if unknown := set(fixed) - set(sites):

@@ -252,3 +252,19 @@ def test_problem_of_new_rows_checks_them():
     problem = prepare(gaussian_mixture, IRIS, seed=0)
     with pytest.raises(TypeError, match="'y'"):
         problem.with_data({"y": IRIS})
+
+
+def test_one_new_row_may_lack_a_cell():
+    """A single row with a hole is a table with a column of NaN: nothing to learn from, but something to be told about."""
+    posterior = fit(GMM(1), IRIS, EM(estimate="mle"), seed=0)
+    row = IRIS[:1].clone()
+    row[0, 2:] = math.nan
+    found = posterior.impute(row, draws=4000, seed=0)
+    mu = posterior.draws["mu"][0, 0]
+    cov = posterior.draws["Lambda"][0, 0].inverse()
+    wanted = mu[2:] + cov[2:, :2] @ torch.linalg.solve(cov[:2, :2], row[0, :2] - mu[:2])
+    assert torch.allclose(found.mean, wanted, atol=0.05)
+    wanted = torch.distributions.MultivariateNormal(mu[:2], cov[:2, :2]).log_prob(row[:, :2])
+    assert torch.allclose(posterior.log_prob(row), wanted, atol=1e-6)
+    with pytest.raises(ValueError, match="column 2 of x is NaN in every row"):
+        fit(GMM(1), row, EM(), seed=0)

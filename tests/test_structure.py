@@ -112,7 +112,7 @@ def forgotten_plate(y):
         (normal, torch.tensor(1.0), ["'y'", "'data'", "expand"]),
         (normal, torch.randn(7), ["'y'", "'data'", "lengths equal"]),
         (outside, torch.randn(5), ["'y'", 'pyro.plate("data", 5)', "to_event(1)"]),
-        (forgotten_plate, torch.randn(5), ["'mu'", 'pyro.plate("data", 3)', "to_event(1)"]),
+        (forgotten_plate, torch.randn(5), ["'mu'", 'pyro.plate("components", 3)', "to_event(1)"]),
     ],
 )
 def test_shape_mistakes_name_site_plate_and_mending_line(story, data, words, method, untouched):

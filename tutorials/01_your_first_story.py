@@ -19,6 +19,7 @@
 # We tell how the counts could have come about, and let inference run the story backwards.
 
 # %%
+# %matplotlib inline
 import pyro
 import pyro.distributions as dist
 import torch

@@ -17,6 +17,7 @@
 # answers all of them, and says each time how.
 
 # %%
+# %matplotlib inline
 import math
 
 import torch

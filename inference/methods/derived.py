@@ -24,7 +24,9 @@ from ..joint import Block, LogJoint
 from ..problem import Problem
 from .batches import Batches, Density
 from .blame import culprit, impossibility, impossible, steepness
+from .flow_guide import FLOW
 from .gaussian import FAMILIES, Leaves, noise_for
+from .shared import SharedDensity, own_noise
 
 #: Draws from the prior, and points near the origin of the unconstrained space, that every start chooses from.
 TRIES = (8, 4)
@@ -38,7 +40,7 @@ class DerivedTarget:
     Parameters
     ----------
     family
-        A key of `FAMILIES`.
+        A key of `FAMILIES`, or "flow".
     particles
         Draws a step.
     batch_size
@@ -59,7 +61,7 @@ class DerivedTarget:
         mode: str = "auto",
         steps: int = 1,
     ) -> None:
-        self.problem, self.family = problem, FAMILIES[family]
+        self.problem, self.family = problem, FLOW if family == "flow" else FAMILIES[family]
         self.joint = LogJoint(problem)
         self.batches = Batches(problem, batch_size)
         self.part = self.joint if self.batches.size is None else self.batch_joint()
@@ -85,7 +87,8 @@ class DerivedTarget:
         )
         self.size = len(self.latent_at)
         self.particles = particles if self.size else 1
-        self.density = Density(self.single, self.examples(), self.particles, mode, steps)
+        own = Density(self.single, self.examples(), self.particles, mode, steps)
+        self.density = SharedDensity(own, problem.ranks) if problem.ranks.shares_rows else own
         self.mode, self.reason = self.density.mode, self.density.reason
 
     # -- the log density ---------------------------------------------------------------------------------------------
@@ -192,6 +195,9 @@ class DerivedTarget:
     def best_try(self) -> tuple[Tensor, Tensor]:
         """The try of highest log density among those with a finite gradient."""
         tries = [self.prior_draw() for _ in range(TRIES[0])] + [self.near_origin() for _ in range(TRIES[1])]
+        if self.problem.ranks.shares_rows:
+            tries = self.problem.ranks.first(tries)
+            own_noise(self.problem)
         rows = self.batches.next() if self.batches.size is not None else None
         best, top = None, -math.inf
         for z, points in tries:
@@ -281,6 +287,10 @@ class DerivedTarget:
         """One step size for all."""
         return 1.0
 
+    def whole_norm(self, norm: Tensor, gradients: Leaves) -> Tensor:
+        """Ranks hold the same parameters, all of them."""
+        return norm
+
     # -- answers -----------------------------------------------------------------------------------------------------
 
     def values(self, leaves: Leaves) -> dict[str, Tensor]:
@@ -298,21 +308,26 @@ class DerivedTarget:
         """
         points = leaves.get("points", self.empty())
         if not self.size:
-            only = self.joint.unconstrained(self.flat(self.empty(), points)).detach()
-            return only.reshape(1), {}
+            only = self.joint.unconstrained(self.flat(self.empty(), points), None, self.batches.whole).detach()
+            return self.problem.ranks.mean(only.reshape(1))[0], {}
+        if self.problem.ranks.shares_rows:
+            own_noise(self.problem)
         found = self.family.place(leaves, noise_for(self.family, count, self.size, leaves["loc"], antithetic=False))
         log_q = found.log_q.sum(-1) if found.log_q.ndim == 2 else found.log_q
         density = self.density
         if self.batches.size is not None:
             examples = [(z, points) for z in found.z[:3]]
-            density = Density(lambda z, m: self.joint.unconstrained(self.flat(z, m)), examples, 2)
+            whole = self.batches.whole
+            density = Density(lambda z, m: self.joint.unconstrained(self.flat(z, m), None, whole), examples, 2)
         values, began = [], time.perf_counter()
         chunk = max(1, min(128, int(2e7 / max(1, self.problem.structure.data_bytes))))
         for part in found.z.split(chunk):
             values.append(density.values(part, points))
             if time.perf_counter() - began > seconds and len(values) * chunk >= 100:
                 break
-        ratio = torch.cat(values)
+        ratio, ranks = torch.cat(values), self.problem.ranks
+        if ranks.shares_rows:
+            ratio = ranks.mean(ratio[: min(ranks.gather(len(ratio)))])[0]
         constrained = constrain_many(self.joint, self.flat(found.z[: len(ratio)], points))
         latents = [b.name for b in self.joint.blocks if not b.param]
         return ratio - log_q[: len(ratio)], {n: constrained[n] for n in latents}

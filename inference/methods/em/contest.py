@@ -38,7 +38,7 @@ class Contest:
 
     def __init__(self, em: EM, engine: Any, joint: LogJoint, problem: Problem, count: int) -> None:
         self.em, self.engine, self.joint, self.problem, self.count = em, engine, joint, problem, count
-        self.rows = max(1, problem.structure.num_rows or 1)
+        self.rows = problem.all_rows
         self.deadline = time.perf_counter() + (self.problem.budget or math.inf)
         self.runs: list[Run] = []
         self.stopped = ""
@@ -75,7 +75,7 @@ class Contest:
             except DivergenceError as error:
                 dropped.append(error)
             except KeyboardInterrupt:
-                if not self.runs:
+                if not self.runs or self.problem.ranks.several:  # ranks would stop at different steps
                     raise
                 self.stopped = "interrupted: the best state so far is returned"
             done += len(group)
@@ -101,9 +101,10 @@ class Contest:
             self.em.tol,
             self.rows,
             self.deadline,
-            self.em.callback,
+            self.em.callback if self.problem.ranks.leads else None,
             self.tick,
             saved.write if saved else lambda climb: None,
+            self.problem.ranks,
         )
         size = self.em.batch_size or max(8192, self.rows // 20)
         with tqdm(total=self.em.max_iter, desc="EM", disable=not self.problem.progress, leave=False) as self.bar:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...distributed import ALONE, Ranks
 from ...errors import DivergenceError
 from ...handlers import Substitute
 from ...joint import Block, LogJoint, Unconstrained
@@ -250,7 +251,8 @@ class MStep:
         begin = torch.cat(pieces)
         flat = begin.clone().requires_grad_()
         fixed = {n: v for n, v in theta.items() if n not in names}
-        scale = 1.0 / max(1, self.joint.structure.num_rows or 1)
+        scale = 1.0 / self.joint.problem.all_rows
+        ranks = self.joint.problem.ranks if any(self.plan.needs_data(t) for t in self.plan.terms.values()) else ALONE
         many = CLIMB if self.joint.finite else 400
         optimiser = torch.optim.LBFGS(
             [flat],
@@ -263,8 +265,9 @@ class MStep:
 
         def loss() -> Tensor:
             optimiser.zero_grad()
-            value = -scale * self.expected(tuple(blocks), flat, fixed, e)
+            value = -scale * self.expected(tuple(blocks), flat, fixed, e, ranks)
             value.backward()
+            value, flat.grad = ranks.add(value, flat.grad)  # type: ignore[arg-type]
             if not bool(value.isfinite() & flat.grad.isfinite().all()):  # type: ignore[union-attr]
                 if bool(value.isfinite()) and torch.equal(flat, begin):
                     raise no_slope(self.joint, theta, blocks, flat.grad)
@@ -274,7 +277,7 @@ class MStep:
 
         def cost() -> float:
             with torch.no_grad():
-                return float(-scale * self.expected(tuple(blocks), flat, fixed, e))
+                return float(ranks.add(-scale * self.expected(tuple(blocks), flat, fixed, e, ranks))[0])
 
         before = cost()
         with torch.enable_grad():
@@ -287,8 +290,15 @@ class MStep:
             self.joint.trace(Both(handler, fixed))
         return {n: handler.values[n].detach() if n in names else v for n, v in theta.items()}
 
-    def expected(self, blocks: tuple[Block, ...], flat: Tensor, fixed: dict[str, Tensor], e: Expectation) -> Tensor:
-        """Expected complete log joint as far as it depends on the climbing unknowns."""
+    def expected(
+        self,
+        blocks: tuple[Block, ...],
+        flat: Tensor,
+        fixed: dict[str, Tensor],
+        e: Expectation,
+        ranks: Ranks = ALONE,
+    ) -> Tensor:
+        """Expected complete log joint as far as it depends on the climbing unknowns; over `ranks`, this one's part."""
         names = {b.name for b in blocks}
         total: Any = 0.0
         data_terms = [t for t in self.plan.terms.values() if t.family is None and t.depends & names]
@@ -301,6 +311,7 @@ class MStep:
                     if term.family is not None and term.depends & names:
                         p = parameters(term, slots_of(term, trace.nodes[term.name], symbols))
                         total = total + term.family.expected(p, e.stats[term.name]).sum()
+                total = total / ranks.size if ranks.shares_rows else total  # every rank adds its part of it
             if data_terms:
                 keep = {t.name for t in data_terms}
                 for factor in self.joint.factors_of(trace, symbols, only=keep):
