@@ -10,7 +10,7 @@ import torch
 
 from .choose import WANTS, Choice, check_request, choose
 from .distributed import ALONE, SHARES, Ranks, own_device, shared_out, start
-from .guard import MemoryGuard
+from .guard import MemoryGuard, frees_memory
 from .mending import MISTAKES, known, retold
 from .methods import resolve
 from .methods.base import Method, one_of, positive_float, positive_int
@@ -21,6 +21,7 @@ from .problem import Problem, prepare
 PATIENCE = 300.0
 
 
+@frees_memory
 def fit(
     story: Any,
     data: Any,
@@ -179,10 +180,19 @@ def run(
         posterior = posterior.finished()
         if ranks.several:
             posterior = agreed(posterior, ranks)
+    found = {"device": f"{problem.device}{chosen_alone(problem)}"}
+    posterior = replace(posterior, diagnostics={**posterior.diagnostics, **found})
     timings = dict(posterior.timings)
     timings["setup"] = timings.get("setup", 0.0) + setup
     timings["total"] = setup + time.perf_counter() - start
     return replace(posterior, timings=timings)
+
+
+def chosen_alone(problem: Problem) -> str:
+    """Why "auto" took the processor."""
+    if problem.device.type != "cpu" or problem.asked != "auto":
+        return ""
+    return ' ("auto"; device="cuda" is there)' if torch.cuda.is_available() else ' ("auto": no CUDA device was found)'
 
 
 def agreed(posterior: Posterior, ranks: Ranks) -> Posterior:

@@ -3,14 +3,78 @@
 from __future__ import annotations
 
 import _thread
+import functools
+import inspect as signatures
 import math
 import signal
 import threading
 import time
+import traceback
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from .meter import INTERVAL, resident_megabytes
+
+F = TypeVar("F", bound=Callable)
+
+
+def frees_memory(function: F) -> F:
+    """A device that runs out of memory is told with the batch size, after its memory has been released.
+
+    Raises
+    ------
+    MemoryError
+        In place of PyTorch's error, naming the rows of a step and a smaller number to try.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except RuntimeError as error:
+            text = out_of_memory(error)
+            if text is None:
+                raise
+            trouble: BaseException | None = error
+            while trouble is not None:  # tracebacks hold on to every tensor of the run
+                traceback.clear_frames(trouble.__traceback__)
+                trouble = trouble.__cause__ or trouble.__context__
+            bound = signatures.signature(function).bind(*args, **kwargs).arguments
+        import gc
+
+        import torch
+
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        raise MemoryError(f"{text}; {smaller(bound.get('method'), bound.get('data'))}. What the fit held is released")
+
+    return wrapped  # type: ignore[return-value]
+
+
+def out_of_memory(error: BaseException | None) -> str | None:
+    """The first line of an error that tells of too little memory, wherever in the chain of causes."""
+    import torch
+
+    while error is not None:
+        text = str(error).strip().split("\n")[0]
+        words = ("out of memory", "can't allocate memory", "not enough memory")
+        if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and any(w in text for w in words)):
+            return text.rstrip(".")
+        error = error.__cause__
+    return None
+
+
+def smaller(method: Any, data: Any) -> str:
+    """What to try with less memory."""
+    values = data.values() if isinstance(data, Mapping) else data if isinstance(data, tuple) else (data,)
+    rows = max((len(v) for v in values if hasattr(v, "__len__") and not isinstance(v, str)), default=1)
+    batch = min(getattr(method, "batch_size", None) or rows, rows)
+    name = method if isinstance(method, str) else getattr(method, "name", "the method")
+    less = max(1, batch // 4)
+    advice = f"SVI(batch_size={less})" if name in ("auto", "svi") else f"fewer chains or rows, or SVI(batch_size={less})"
+    return f"a step of {name} saw {batch} of {rows} rows: try {advice}, or device='cpu'"
 
 
 class MemoryGuard:
