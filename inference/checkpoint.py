@@ -5,6 +5,7 @@ Nothing is pickled, so nothing in a file can run.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -55,7 +56,15 @@ def save(posterior: Posterior, path: str | Path) -> Path:
 
 
 def write_atomically(path: Path, payload: bytes) -> None:
-    """Temporary file in the same folder, flushed to the disk, then renamed over the target."""
+    """Temporary file in the same folder, flushed to the disk, then renamed over the target.
+
+    Raises
+    ------
+    OSError
+        The folder cannot be written or the disk is full, with the path; or the target is no regular file, such as a device.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, f"cannot write {path}: it is no regular file")
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:
@@ -121,8 +130,20 @@ def describe(posterior: Posterior, tensors: dict[str, Tensor]) -> dict[str, Any]
         "timings": plain(posterior.timings),
         "why": posterior.why(),
         "data_sha256": fingerprint({n: v for n, v in tensors.items() if n.startswith("data/")}),
-        "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "pyro": pyro.__version__},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """What computes here."""
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "pyro": pyro.__version__}
+
+
+def other_versions(saved: dict[str, str]) -> list[str]:
+    """A note where a file was written under other versions."""
+    here = versions()
+    other = [f"{n} {v} (here {here.get(n, 'none')})" for n, v in saved.items() if here.get(n) != v]
+    return [f"saved under {', '.join(other)}: last digits of what is computed anew may differ"] if other else []
 
 
 def options_of(method: Any) -> dict[str, Any]:
@@ -197,6 +218,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise FileNotFoundError(f"{path} does not exist")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory; name a file in it")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is no regular file; nothing was loaded from it")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
@@ -247,7 +270,7 @@ def load(path: str | Path, story: Any, *, guide: Any = None) -> Posterior:
             f"{path} answers the story {card['story']['name']!r} {card['story']['settings']}; the one given cannot take its "
             f"data: {error}"
         ) from error
-    check_story(path, card["story"], story_card(problem.story, problem.structure))
+    check_story(path, card, {**card, "story": story_card(problem.story, problem.structure), "dtype": str(problem.dtype)})
     extra: dict[str, Any] = {}
     for name, value in tensors.items():
         if name.startswith("extra/"):
@@ -270,7 +293,7 @@ def load(path: str | Path, story: Any, *, guide: Any = None) -> Posterior:
             chains=card["chains"],
             history=revive(card["history"]),
             diagnostics=revive(card["diagnostics"]),
-            warnings=card["warnings"],
+            warnings=card["warnings"] + other_versions(card["versions"]),
             timings=revive(card["timings"]),
             sample_stats={n.removeprefix("stats/"): v.numpy() for n, v in tensors.items() if n.startswith("stats/")},
             converged=card["converged"],
@@ -292,9 +315,12 @@ def write_networks(path: Path, problem: Problem, weights: dict[str, Tensor]) -> 
     networks.write(weights)
 
 
-def check_story(path: Path, saved: dict[str, Any], given: dict[str, Any]) -> None:
-    """Refuse another story, other settings or other sites, listing every difference."""
+def check_story(path: Path, saved_card: dict[str, Any], given_card: dict[str, Any]) -> None:
+    """Refuse another story, other settings, other sites or another precision, listing every difference."""
+    saved, given = saved_card["story"], given_card["story"]
     differences = []
+    if saved_card["dtype"] != given_card["dtype"]:
+        differences.append(f"dtype: saved {saved_card['dtype']}, given {given_card['dtype']}")
     for key in ("name", "settings"):
         if saved[key] != given[key]:
             differences.append(f"{key}: saved {saved[key]!r}, given {given[key]!r}")

@@ -10,6 +10,7 @@ import torch
 
 from .choose import WANTS, Choice, check_request, choose
 from .distributed import ALONE, SHARES, Ranks, own_device, shared_out, start
+from .guard import MemoryGuard, frees_memory
 from .mending import MISTAKES, known, retold
 from .methods import resolve
 from .methods.base import Method, one_of, positive_float, positive_int
@@ -20,6 +21,7 @@ from .problem import Problem, prepare
 PATIENCE = 300.0
 
 
+@frees_memory
 def fit(
     story: Any,
     data: Any,
@@ -30,6 +32,7 @@ def fit(
     seed: int | None = None,
     device: str | torch.device = "auto",
     budget: float | None = None,
+    memory: float | None = None,
     progress: bool | None = None,
     ranks: str = "split",
 ) -> Posterior:
@@ -56,6 +59,8 @@ def fit(
         "auto", "cpu" or "cuda".
     budget
         Seconds that the run may take; the best answer so far is returned, marked as not converged.
+    memory
+        Megabytes that the process may hold (`posterior.timings["peak_memory"]` tells what it took); likewise.
     progress
         Progress bars; None shows them on a terminal. Of several processes, the first one shows them.
     ranks
@@ -89,6 +94,8 @@ def fit(
         positive_int("fit", "seed", seed, least=0)
     if budget is not None:
         positive_float("fit", "budget", budget)
+    if memory is not None:
+        positive_float("fit", "memory", memory)
     if data is None:
         raise ValueError("data is None: there is nothing to learn from. To draw from the story use simulate(story)")
     one_of("fit", "ranks", ranks, SHARES)
@@ -113,7 +120,7 @@ def fit(
     choice = others.together(lambda: decide(problem, method))
     if method == "auto":
         choice = others.first(choice)  # clocks differ
-    return run(problem, choice, time.perf_counter() - began, others)
+    return run(problem, choice, time.perf_counter() - began, others, memory)
 
 
 def decide(problem: Problem, method: str | Method) -> Choice:
@@ -149,13 +156,16 @@ def pilot(problem: Problem) -> tuple[float, str]:
     )
 
 
-def run(problem: Problem, choice: Choice, setup: float = 0.0, ranks: Ranks = ALONE) -> Posterior:
+def run(
+    problem: Problem, choice: Choice, setup: float = 0.0, ranks: Ranks = ALONE, memory: float | None = None
+) -> Posterior:
     """Run the chosen method in a scope of its own and complete the answer."""
     start = time.perf_counter()
     shared = shared_out(problem, ranks, choice.method)
     with problem.scope(problem.seed):
         try:
-            posterior = choice.method.run(shared)
+            with MemoryGuard(memory) as guard:
+                posterior = choice.method.run(shared)
         except MISTAKES as error:  # a fault that shows itself only where latents are summed out
             told = retold(error, known(problem.structure), problem.kwargs)
             if told is None:
@@ -164,13 +174,25 @@ def run(problem: Problem, choice: Choice, setup: float = 0.0, ranks: Ranks = ALO
         if shared is not problem:
             posterior = replace(posterior, problem=problem if ranks.share == "split" else posterior.problem)
         posterior = replace(posterior, choice=choice)
+        if guard.reached is not None:
+            note = f"the memory budget of {memory:g} MB is used up ({guard.reached:.0f} MB): the best state so far is returned"
+            posterior = replace(posterior, warnings=[note, *posterior.warnings], converged=False)
         posterior = posterior.finished()
         if ranks.several:
             posterior = agreed(posterior, ranks)
+    found = {"device": f"{problem.device}{chosen_alone(problem)}"}
+    posterior = replace(posterior, diagnostics={**posterior.diagnostics, **found})
     timings = dict(posterior.timings)
     timings["setup"] = timings.get("setup", 0.0) + setup
     timings["total"] = setup + time.perf_counter() - start
     return replace(posterior, timings=timings)
+
+
+def chosen_alone(problem: Problem) -> str:
+    """Why "auto" took the processor."""
+    if problem.device.type != "cpu" or problem.asked != "auto":
+        return ""
+    return ' ("auto"; device="cuda" is there)' if torch.cuda.is_available() else ' ("auto": no CUDA device was found)'
 
 
 def agreed(posterior: Posterior, ranks: Ranks) -> Posterior:

@@ -47,6 +47,8 @@ def retold(error: Exception, records: Mapping[str, "Record"], given: Mapping[str
     while isinstance(error.__cause__, MISTAKES):  # Pyro appends its table of shapes to a copy
         error = error.__cause__
     text = str(error).split("\n")[0].strip()
+    if isinstance(error, torch.OutOfMemoryError):
+        return None
     place = story_frame(error.__traceback__)
     if place is None or isinstance(error, StoryError) or "dtype" in text or "scalar type" in text:
         return None

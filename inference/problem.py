@@ -44,6 +44,8 @@ class Problem:
         Seconds that the method may run, or None.
     progress
         Whether to draw progress bars.
+    asked
+        The device as the user named it.
     few
         The same arguments with the first rows only.
     admixture
@@ -63,6 +65,7 @@ class Problem:
     budget: float | None = None
     progress: bool = False
     want: str = "auto"
+    asked: str = "auto"
     few: dict[str, Any] = field(default_factory=dict)
     admixture: Any = None
     ranks: Ranks = ALONE
@@ -220,6 +223,7 @@ def prepare(
         budget,
         progress,
         want,
+        str(device),
         runs.few,
     )
     if structure.continuous_locals:

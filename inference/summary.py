@@ -112,7 +112,7 @@ def data_line(posterior: Posterior) -> str:
             rest = shape[1:] if rows else shape
             inner = " x ".join(map(str, rest))
             parts.append(f"{name} ({shape[0]} rows{' of ' + inner if rest else ''})" if rows else f"{name} ({inner})")
-    return "data: " + ", ".join(parts) if parts else ""
+    return f"data: {', '.join(parts)}, on {posterior.problem.device}" if parts else ""
 
 
 def head_line(posterior: Posterior) -> str:

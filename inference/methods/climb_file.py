@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DivergenceError
-from ..saved_state import SavedState, fingerprint
+from ..saved_state import SavedState, fingerprint, particulars
 
 if TYPE_CHECKING:
     from ..problem import Problem
@@ -44,7 +44,7 @@ class ClimbFile:
     every = EVERY
 
     def __init__(self, path: Path, problem: Problem, *parts: Any) -> None:
-        self.state = SavedState(path, "SVI", fingerprint(problem, *parts))
+        self.state = SavedState(path, "SVI", fingerprint(problem, *parts), particulars(problem, *parts))
         self.written = time.perf_counter()
 
     def mode(self) -> str | None:
@@ -107,7 +107,7 @@ class ClimbFile:
     def leave(self, finished: bool, ascents: list[Ascent], dropped: list[DivergenceError], final: bool) -> None:
         """Remove the file of a run that has come to its end; write that of another once more."""
         if finished:
-            self.state.path.unlink(missing_ok=True)
+            self.state.remove()
         else:
             self.write(ascents, dropped, final, now=True)
 

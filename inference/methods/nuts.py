@@ -142,6 +142,7 @@ class NUTS:
                     run.leave()
             meter.mark("run" if watch.warm else "warmup")
             positions, stats, notes = gather(run.records, watch.stopped)
+            notes += file.state.lost[:1] if file is not None else []
             facts = {"dense_mass": run.records[0].settings.dense_mass}
             posterior = answer(
                 self, problem, joint, potential, backend, positions, stats, notes, facts, meter, not watch.stopped
@@ -238,7 +239,7 @@ class Run:
         if self.file is not None:
             settings = self.records[0].settings
             if all(r.done == settings.warmup + settings.draws for r in self.records):
-                self.file.state.path.unlink(missing_ok=True)
+                self.file.state.remove()
             else:
                 self.file.write(self.records, now=True)
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..saved_state import SavedState, fingerprint
+from ..saved_state import SavedState, fingerprint, particulars
 
 if TYPE_CHECKING:
     from ..problem import Problem
@@ -80,7 +80,7 @@ class ChainFile:
     """
 
     def __init__(self, path: Path, problem: Problem, *parts: Any) -> None:
-        self.state = SavedState(path, "NUTS", fingerprint(problem, *parts))
+        self.state = SavedState(path, "NUTS", fingerprint(problem, *parts), particulars(problem, *parts))
         self._written = time.perf_counter()
 
     def read(self, chains: int) -> list[Snapshot] | None:

@@ -331,24 +331,25 @@ class SVI:
         """Derived guide or the story's own; batches are drawn from the rows in `pool`."""
         from .derived import DerivedTarget
         from .paired import PairTarget
+        from .svi_step import WORTH
         from .weighted import Weights
 
+        hurried = self.mode == "auto" and problem.budget is not None and problem.budget < WORTH
+        mode = "graph" if hurried else self.mode  # compiling would spend the budget
         if family == "story":
             formula = self.divergence == "formula" or (self.divergence == "auto" and problem.structure.has_modules)
             path = self.gradient == "path"
             beta = tuple(self.beta) if isinstance(self.beta, list) else self.beta
             weighing = Weights(beta, self.free_bits, formula)
             alpha = {"elbo": None, "iwae": 0.0, "renyi": float(self.alpha)}[self.objective]
-            return PairTarget(
-                problem, self.particles, self.batch_size, self.mode, self.steps, weighing, alpha, pool, path
-            )
+            return PairTarget(problem, self.particles, self.batch_size, mode, self.steps, weighing, alpha, pool, path)
         if self.beta != 1.0 or self.free_bits or self.objective != "elbo" or self.gradient != "total":
             raise ValueError(
                 f"SVI(beta={self.beta!r}, free_bits={self.free_bits!r}, objective={self.objective!r}, "
                 f"gradient={self.gradient!r}) are for a story's own "
                 f"guide; this fit derives its guide ({family})"
             )
-        return DerivedTarget(problem, family, self.particles, self.batch_size, self.mode, self.steps)
+        return DerivedTarget(problem, family, self.particles, self.batch_size, mode, self.steps)
 
     def answer(
         self, problem: Problem, target: Any, leaves: Leaves, seconds: float

@@ -129,14 +129,15 @@ class Climb:
 
 def run(problem: Problem, max_iter: int, tol: float, name: str, callback: Any = None) -> tuple[Climb, Meter, str, bool]:
     """Climb until a word's log-likelihood rises by less than `tol`."""
-    over, stopped, converged = deadline_of(problem), "", False
-    with Meter() as meter:
+    stopped, converged = "", False
+    with deadline_of(problem) as over, Meter() as meter:
         documents = problem.admixture.documents(problem.kwargs)
         drift = best_drift(problem.admixture, documents, problem.seed)
         run = Climb(problem.admixture, documents, problem.seed, drift=drift)
         meter.mark("setup")
         tokens = max(documents.num_tokens, 1.0)
-        with tqdm(total=max_iter, desc=name, disable=not problem.progress, leave=False) as bar:
+        bar = tqdm(total=max_iter, desc=name, disable=not problem.progress, leave=False)
+        with bar:
             while len(run.history) < max_iter:
                 value = run.iterate()
                 bar.update()
@@ -147,7 +148,7 @@ def run(problem: Problem, max_iter: int, tol: float, name: str, callback: Any = 
                     converged = True
                     break
                 if over():
-                    stopped = "the budget is used up: the best state so far is returned"
+                    stopped = over.reason
                     break
         meter.mark("run")
     return run, meter, stopped, converged

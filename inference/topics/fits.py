@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +11,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 from tqdm import tqdm
 
+from ..guard import Deadline
 from ..meter import Meter
 from . import expected
 from .form import Admixture
@@ -70,10 +69,9 @@ def refuse_options(em: EM) -> None:
             )
 
 
-def deadline_of(problem: Problem) -> Callable[[], bool]:
-    """Whether the budget is used up."""
-    end = time.perf_counter() + (problem.budget or math.inf)
-    return lambda: time.perf_counter() > end
+def deadline_of(problem: Problem) -> Deadline:
+    """When to end: the budget is used up, or Ctrl-C was pressed."""
+    return Deadline(problem.budget)
 
 
 def learned(problem: Problem, form: Admixture, alpha: Tensor, eta: Tensor) -> dict[str, Tensor]:
@@ -98,12 +96,13 @@ def run_em(problem: Problem, em: EM) -> Posterior:
         from .dynamic import run_em as run_dynamic
 
         return run_dynamic(problem, em)
-    with Meter() as meter:
+    with deadline_of(problem) as over, Meter() as meter:
         documents = form.documents(problem.kwargs)
         same = bool((form.eta == form.eta[0]).all())
         eta = form.eta[:1].T if same else form.eta.T
         meter.mark("setup")
-        with tqdm(total=em.max_iter, desc="EM", disable=not problem.progress, leave=False) as bar:
+        bar = tqdm(total=em.max_iter, desc="EM", disable=not problem.progress, leave=False)
+        with bar:
 
             def tick(i: int, value: float) -> None:
                 bar.update()
@@ -117,13 +116,13 @@ def run_em(problem: Problem, em: EM) -> Posterior:
                 learn_alpha=form.alpha_param is not None, learn_eta=form.eta_param is not None,
                 tied=sizes.get(form.alpha_param or "", 0) == 1 < form.num_topics,
                 restarts=em.restarts, max_iter=em.max_iter, tol=WORD_TOL * em.tol, seed=problem.seed,
-                tick=tick, over=deadline_of(problem),
+                tick=tick, over=over,
             )  # fmt: skip
         state = end.state
         draws = {form.topics: normalised(state.phi)[None]}
         draws |= learned(problem, form, state.alpha, state.eta[:1] if same else state.eta.T)
         meter.mark("run")
-    warnings = [end.stopped] if end.stopped else []
+    warnings = [over.reason] if end.stopped else []
     if not end.converged and not end.stopped:
         warnings.append(f"EM did not converge in {em.max_iter} passes; raise max_iter or tol")
     tokens = max(documents.num_tokens, 1.0)
@@ -171,8 +170,7 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
         from .dynamic import run_svi as run_dynamic
 
         return run_dynamic(problem, svi)
-    over = deadline_of(problem)
-    with Meter() as meter:
+    with deadline_of(problem) as over, Meter() as meter:
         documents = form.documents(problem.kwargs)
         runs = [
             VariationalBayes(documents, form.alpha.float().cpu(), form.eta.float().cpu(), seed=1000 * problem.seed + r)
@@ -188,7 +186,8 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
             histories.append([run.sweep() for _ in range(min(trial, svi.steps))])
         best = max(range(len(runs)), key=lambda r: histories[r][-1])
         run, history, warnings, converged = runs[best], histories[best], [], False
-        with tqdm(total=svi.steps, desc="SVI", disable=not problem.progress, leave=False) as bar:
+        bar = tqdm(total=svi.steps, desc="SVI", disable=not problem.progress, leave=False)
+        with bar:
             while len(history) < svi.steps:
                 improve_concentrations(run, form, len(history))
                 history.append(run.sweep())
@@ -200,7 +199,7 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
                         break
                     run.fresh = False  # the last sweeps never fall
                 if over():
-                    warnings.append(f"the budget of {problem.budget:g} s is used up: the best state so far is returned")
+                    warnings.append(over.reason)
                     break
         run.widen()
         bound = run.bound()
@@ -278,19 +277,24 @@ def run_gibbs(problem: Problem, gibbs: Gibbs) -> Posterior:
     from ..posterior import Posterior
 
     form = problem.admixture
-    with Meter() as meter:
+    with deadline_of(problem) as over, Meter() as meter:
         documents = form.documents(problem.kwargs)
         meter.mark("setup")
         total = gibbs.warmup + gibbs.draws * gibbs.thin
-        with tqdm(total=total, desc="Gibbs", disable=not problem.progress, leave=False) as bar:
+        bar = tqdm(total=total, desc="Gibbs", disable=not problem.progress, leave=False)
+        with bar:
             phi, theta, late = sample(
                 documents, form.alpha.double().cpu(), form.eta.double().cpu(),
                 chains=gibbs.chains, warmup=gibbs.warmup, draws=gibbs.draws, thin=gibbs.thin, seed=problem.seed,
-                tick=lambda i: bar.update(), over=deadline_of(problem),
+                tick=lambda i: bar.update(), over=over,
             )  # fmt: skip
         meter.mark("run")
     draws: dict[str, Any] = {form.topics: phi.flatten(0, 1), form.theta: form.site_theta(theta.flatten(0, 1))}
-    warnings = [f"the budget of {problem.budget:g} s is used up: fewer draws than asked for"] if late else []
+    warnings = [over.reason] if late else []
+    if late and phi.shape[1] == 1:
+        warnings.append(
+            "it was still warming up: these are the places where the chains stand, not draws from the posterior"
+        )
     return Posterior(
         kind="samples",
         method=gibbs,

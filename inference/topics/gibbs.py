@@ -101,8 +101,10 @@ def sample(
         if i >= warmup and (i - warmup) % thin == thin - 1:
             phis.append(run.phi.clone())
             thetas.append(run.theta())
-        if over() and len(phis) > 1:
+        if over():
             late = True
+            if not phis:
+                phis, thetas = [run.phi.clone()], [run.theta()]
             break
     phi, theta = torch.stack(phis, 1), torch.stack(thetas, 1)
     return *in_one_order(phi, theta), late

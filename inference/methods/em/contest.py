@@ -46,6 +46,7 @@ class Contest:
         self.state: dict[str, Tensor] = {}
         self.driver = self.choose_driver()
         self.bar: Any = None
+        self.saved: Any = None
 
     def choose_driver(self) -> str:
         """The user's driver where the engine can, else batch."""
@@ -96,6 +97,7 @@ class Contest:
         )
         if saved is not None:
             climb = saved.resume(climb)
+        self.saved = saved
         limits = Limits(
             self.em.max_iter,
             self.em.tol,
@@ -223,6 +225,7 @@ class Contest:
     def distrust(self, best: Run, fallen: list[bool]) -> list[str]:
         """What the user should know before using the answer."""
         warnings = ([self.stopped] if self.stopped else []) + self.notes
+        warnings += self.saved.state.lost[:1] if self.saved is not None else []
         if self.em.batch_size and self.em.batch_size > self.rows and self.driver != "batch":
             warnings.append(
                 f"batch_size={self.em.batch_size} exceeds the {self.rows} rows: all rows are used in every step"

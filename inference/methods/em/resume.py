@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ...saved_state import SavedState, fingerprint
+from ...saved_state import SavedState, fingerprint, particulars
 from .climb import Climb, Run
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ class Saved:
         options = (em.estimate, em.tol, em.ridge, em.driver, em.batch_size, em.kernels, em.restarts)
         layout = [(b.name, b.shape) for b in blocks if not b.local]
         path = Path(str(em.checkpoint) + (f".{offset}" if offset else ""))
-        return cls(SavedState(path, "EM", fingerprint(problem, options, layout, offset)))
+        parts = (options, layout, offset)
+        return cls(SavedState(path, "EM", fingerprint(problem, *parts), particulars(problem, *parts)))
 
     def write(self, climb: Climb) -> None:
         """Keep the state, if it is time."""
