@@ -98,13 +98,13 @@ for i, name in enumerate(words[:5]):
     ax.annotate(
         name, (5, float(writing[5, i])), xytext=(6, 0), textcoords="offset points", va="center", color=line.get_color()
     )
-ax.set(xlabel="slice of time", ylabel="probability of the word in the topic", xlim=(0, 5.6))
+ax.set(xlabel="slice of time", ylabel="probability in the topic", xlim=(0, 5.6))
 ax.spines[["top", "right"]].set_visible(False)
 assert (writing - truth[0]).abs().max() < 0.1
 figure
 
 # %% [markdown]
-# For collections of a real size `topics.plot_streams` draws the same, with the shares of the topics as streams.
+# `topics.plot_streams` draws the same for every topic of any size, with the words that moved most.
 
 # %%
 figure = topics.plot_streams(walk, vocabulary=words)
