@@ -12,7 +12,7 @@ INSTALL := $(PY) -m pip install -qq --disable-pip-version-check $(PIP_ARGS)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
-.PHONY: help setup demo test test-slow lint bench clean
+.PHONY: help setup demo test test-slow lint bench docs docs-quick clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -41,9 +41,15 @@ bench: $(VENV)/.setup-bench  ## every benchmark, one after the other
 	  echo "== $$file"; $(PY) "$$file" || exit 1; \
 	done
 
+docs: $(VENV)/.setup-docs  ## the site, into docs/_build/html; runs the tutorials that changed
+	@$(PY) docs/build.py
+
+docs-quick: $(VENV)/.setup-docs  ## the site without running any tutorial
+	@$(PY) docs/build.py --skip-tutorials
+
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) demo-output build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	find zoo inference tests tutorials benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	rm -rf $(VENV) demo-output docs/_build build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find zoo inference tests tutorials benchmarks docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # Set-up is repeated only when pyproject.toml changes, and once for each extra.
 $(VENV)/.setup: pyproject.toml

@@ -34,7 +34,12 @@ OURS = "ours"
 
 
 def arguments(
-    description: str | None, *, repeats: int, device: bool = False, data: str | None = None
+    description: str | None,
+    *,
+    repeats: int,
+    device: bool = False,
+    data: str | None = None,
+    minutes: float | None = None,
 ) -> argparse.Namespace:
     """The command line of every benchmark: --quick, --repeats, --threads, --only and --json.
 
@@ -51,6 +56,8 @@ def arguments(
         Whether to offer --device.
     data
         What --data is to hold, where there is such an option.
+    minutes
+        Default of --minutes, how long to train, where there is such an option.
     """
     parser = argparse.ArgumentParser(description=(description or "").strip().split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small data, two rounds, no JSON: does it still run?")
@@ -62,6 +69,8 @@ def arguments(
         parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     if data is not None:
         parser.add_argument("--data", type=Path, help=data)
+    if minutes is not None:
+        parser.add_argument("--minutes", type=float, default=minutes, help=f"of training (default {minutes:g})")
     options = parser.parse_args()
     for package in ("inference", "zoo", "threadpoolctl"):
         if find_spec(package) is None:
@@ -257,7 +266,7 @@ class Case:
                 lines.append(f"  goal   {goal['what']}: {goal['found']:.3g} ({sign} {goal['bound']:.3g}) {word}")
         told = {goal["what"] for goal in self.goals} if self.sound else set()
         for name, value in self.facts.items():
-            if name not in told and (self.sound or " / " not in name):
+            if name not in told and not isinstance(value, list) and (self.sound or " / " not in name):
                 lines.append(f"  {name}: {value:.4g}" if isinstance(value, float) else f"  {name}: {value}")
         return lines
 

@@ -18,16 +18,19 @@ if TYPE_CHECKING:
     from .choose import Choice, NoMethodError, choose
     from .compare import Comparison, compare
     from .data import DataNotice
-    from .errors import DivergenceError
+    from .errors import DivergenceError, RankError
     from .fit import fit
-    from .methods import EM, HMC, NUTS, SVI, Exact, Gibbs, Verdict
-    from .plates import draw_plates
+    from .methods import EM, HMC, NUTS, SVI, Amortised, Exact, Gibbs, Verdict
+    from .plates import draw_plates, draw_sheet
+    from .plates_export import to_graphviz, to_mermaid
     from .posterior import Posterior
     from .simulate import simulate
+    from .story_math import story_density, story_latex, story_mathml
     from .story_text import story_lines, story_text
     from .structure import Site, Structure, inspect
 
 _HOME = {
+    "Amortised": "methods",
     "Calibration": "calibration",
     "check": "calibration",
     "CheckpointError": "checkpoint",
@@ -39,6 +42,7 @@ _HOME = {
     "compare": "compare",
     "DataNotice": "data",
     "DivergenceError": "errors",
+    "RankError": "errors",
     "fit": "fit",
     "EM": "methods",
     "Exact": "methods",
@@ -48,8 +52,14 @@ _HOME = {
     "SVI": "methods",
     "Verdict": "methods",
     "draw_plates": "plates",
+    "draw_sheet": "plates",
+    "to_graphviz": "plates_export",
+    "to_mermaid": "plates_export",
     "Posterior": "posterior",
     "simulate": "simulate",
+    "story_density": "story_math",
+    "story_latex": "story_math",
+    "story_mathml": "story_math",
     "story_lines": "story_text",
     "story_text": "story_text",
     "Site": "structure",
@@ -62,6 +72,7 @@ __all__ = [
     "HMC",
     "NUTS",
     "SVI",
+    "Amortised",
     "Calibration",
     "CheckpointError",
     "Choice",
@@ -72,6 +83,7 @@ __all__ = [
     "Gibbs",
     "NoMethodError",
     "Posterior",
+    "RankError",
     "Site",
     "Structure",
     "Verdict",
@@ -79,12 +91,18 @@ __all__ = [
     "choose",
     "compare",
     "draw_plates",
+    "draw_sheet",
     "fit",
     "inspect",
     "load",
     "simulate",
+    "story_density",
+    "story_latex",
     "story_lines",
+    "story_mathml",
     "story_text",
+    "to_graphviz",
+    "to_mermaid",
 ]
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from .posterior import Posterior
+    from .problem import Problem
 
 FORMAT = "pyro-model-zoo posterior 2"
 
@@ -84,13 +85,18 @@ def write_atomically(path: Path, payload: bytes) -> None:
 
 def gather(posterior: Posterior) -> dict[str, Tensor]:
     """All tensors of an answer under prefixed names."""
-    tensors = {f"draws/{n}": v for n, v in posterior.draws.items()}
+    tensors = {f"draws/{n}": v[:1] if n in repeated(posterior) else v for n, v in posterior.draws.items()}
     tensors |= {f"data/{n}": v for n, v in posterior.problem.kwargs.items() if isinstance(v, Tensor)}
     tensors |= {f"stats/{n}": torch.from_numpy(np.ascontiguousarray(v)) for n, v in posterior.sample_stats.items()}
     for group, value in posterior.extra.items():
         if isinstance(value, dict):
             tensors |= {f"extra/{group}/{n}": v for n, v in value.items() if isinstance(v, Tensor)}
     return {n: v.detach().cpu().contiguous().clone() for n, v in tensors.items()}
+
+
+def repeated(posterior: Posterior) -> dict[str, int]:
+    """How often a learned point stands among the draws, one number in memory: it is written once."""
+    return {n: len(v) for n, v in posterior.draws.items() if v.ndim > 1 and len(v) > 1 and v.stride(0) == 0}
 
 
 def describe(posterior: Posterior, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -103,6 +109,7 @@ def describe(posterior: Posterior, tensors: dict[str, Tensor]) -> dict[str, Any]
         "method": posterior.method.name,
         "options": options_of(posterior.method),
         "chains": posterior.chains,
+        "repeated": repeated(posterior),
         "converged": posterior.converged,
         "seed": posterior.seed,
         "dtype": str(problem.dtype),
@@ -208,7 +215,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, card
 
 
-def load(path: str | Path, story: Any) -> Posterior:
+def load(path: str | Path, story: Any, *, guide: Any = None) -> Posterior:
     """An answer from a file, and the story that it answers.
 
     Parameters
@@ -217,6 +224,8 @@ def load(path: str | Path, story: Any) -> Posterior:
         Written by `Posterior.save`.
     story
         The same story as at the fit: files hold numbers, not programs.
+    guide
+        The same guide as at the fit, where it was not the story's own.
 
     Raises
     ------
@@ -234,7 +243,7 @@ def load(path: str | Path, story: Any) -> Posterior:
     tensors, card = read(path)
     data = {n.removeprefix("data/"): v for n, v in tensors.items() if n.startswith("data/")}
     try:
-        problem = prepare(story, {**data, **card["arguments"]}, seed=card["seed"], want=card["want"])
+        problem = prepare(story, {**data, **card["arguments"]}, guide=guide, seed=card["seed"], want=card["want"])
     except (ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} answers the story {card['story']['name']!r} {card['story']['settings']}; the one given cannot take its "
@@ -250,12 +259,16 @@ def load(path: str | Path, story: Any) -> Posterior:
     if method is None:
         raise CheckpointError(f"{path}: method {card['method']!r} is unknown here; known are {list(METHODS)}")
     method = with_options(method, card["options"])
+    draws = {n.removeprefix("draws/"): v for n, v in tensors.items() if n.startswith("draws/")}
+    draws = {n: v.expand(card.get("repeated", {}).get(n, len(v)), *v.shape[1:]) for n, v in draws.items()}
+    if "networks" in extra:
+        write_networks(path, problem, extra["networks"])
     with problem.scope(card["seed"]):
         return Posterior(
             kind=card["kind"],
             method=method,
             problem=problem,
-            draws={n.removeprefix("draws/"): v for n, v in tensors.items() if n.startswith("draws/")},
+            draws=draws,
             chains=card["chains"],
             history=revive(card["history"]),
             diagnostics=revive(card["diagnostics"]),
@@ -266,6 +279,19 @@ def load(path: str | Path, story: Any) -> Posterior:
             choice=Choice(method, card["why"].splitlines()[0].partition(": ")[2]),
             extra=extra,
         )
+
+
+def write_networks(path: Path, problem: Problem, weights: dict[str, Tensor]) -> None:
+    """Give the story's networks, a copy of the user's, the weights that they had when the fit ended."""
+    from .methods.networks import Networks
+
+    networks = Networks(problem.story, problem.model, problem.guide)
+    shapes = {n: tuple(p.shape) for n, p in networks.weights.items()}
+    if shapes != {n: tuple(w.shape) for n, w in weights.items()}:
+        raise CheckpointError(
+            f"{path} holds other networks than the story given: {sorted(weights)} and {sorted(shapes)}"
+        )
+    networks.write(weights)
 
 
 def check_story(path: Path, saved: dict[str, Any], given: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from .methods import METHODS, resolve
 from .methods.base import Method
 from .posterior import Posterior
 from .problem import prepare
+from .score import without_density
 from .session import fresh_seed
 from .structure import Structure
 
@@ -161,9 +162,12 @@ def compare(
     agreements = {n: agree(p, posteriors[reference]) for n, p in posteriors.items() if n != reference}
     rows, heldout = {}, {}
     for label, posterior in posteriors.items():
-        if held is not None:
+        reason = without_density(posterior)
+        if held is not None and not reason:
             heldout[label] = posterior.log_prob(held)
         rows[label] = table_row(posterior, heldout.get(label), agreements.get(label), label == reference)
+        if reason:
+            rows[label]["held-out log p"] = "n/a (no density)"
     for label in refused:
         rows[label] = {"kind": "n/a (no density)" if problem.structure.implicit else "n/a (refused)"}
     table = pd.DataFrame.from_dict(rows, orient="index").reindex(list(chosen))

@@ -230,7 +230,9 @@ def simple(module: fx.GraphModule, example: tuple[Tensor, ...]) -> fx.GraphModul
     try:
         with torch.no_grad():
             # Shapes are enough: tracing with numbers would keep a copy of every table of a large story.
-            traced = make_fx(lambda *args: module.forward(*args), decomposition_table=table, tracing_mode="fake")(*example)
+            traced = make_fx(lambda *args: module.forward(*args), decomposition_table=table, tracing_mode="fake")(
+                *example
+            )
     finally:
         torch.set_default_dtype(before)
     traced.graph.eliminate_dead_code()

@@ -139,6 +139,8 @@ def _from_array(name: str, value: Any) -> Tensor:
         raise ValueError(f"{name} holds {array.max()}, beyond 64-bit whole numbers")
     if array.dtype.kind == "f" and array.dtype.itemsize > 8:
         array = array.astype(np.float64)
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
     if array.dtype.kind == "u":
         array = array.astype(np.int64)
     if isinstance(value, np.memmap) and array.flags.c_contiguous and array.dtype.kind in "fi":

@@ -24,3 +24,18 @@ class DivergenceError(RuntimeError):
         self.state = dict(state or {})
         self.step = step
         self.site = site
+
+
+class RankError(RuntimeError):
+    """One of several processes that worked on one fit has ended or fallen silent.
+
+    Attributes
+    ----------
+    rank, size
+        Number of the process that noticed, and how many there were.
+    """
+
+    def __init__(self, message: str, *, rank: int = 0, size: int = 1) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.size = size

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .choose import WANTS, Choice, check_request, choose
+from .distributed import ALONE, SHARES, Ranks, own_device, shared_out, start
 from .mending import MISTAKES, known, retold
 from .methods import resolve
 from .methods.base import Method, one_of, positive_float, positive_int
@@ -30,6 +31,7 @@ def fit(
     device: str | torch.device = "auto",
     budget: float | None = None,
     progress: bool | None = None,
+    ranks: str = "split",
 ) -> Posterior:
     """Infer what a generative story leaves unsaid, given what was seen.
 
@@ -55,7 +57,11 @@ def fit(
     budget
         Seconds that the run may take; the best answer so far is returned, marked as not converged.
     progress
-        Progress bars; None shows them on a terminal.
+        Progress bars; None shows them on a terminal. Of several processes, the first one shows them.
+    ranks
+        What the processes that `torchrun` started (if it did) are given, all of them calling this with the same other
+        arguments. "split": each the whole table, of which it works on its share. "own": each rows of its own, as many as it
+        has. "alone": each fits by itself. Every process gets the same answer.
 
     Returns
     -------
@@ -68,6 +74,8 @@ def fit(
         Bad data or a story with a mistake, before any work; nothing global has changed.
     DivergenceError
         The run left the finite numbers; the last finite state is attached.
+    RankError
+        Another process of the same fit has ended.
 
     Examples
     --------
@@ -83,20 +91,29 @@ def fit(
         positive_float("fit", "budget", budget)
     if data is None:
         raise ValueError("data is None: there is nothing to learn from. To draw from the story use simulate(story)")
-    start = time.perf_counter()
-    problem = prepare(
-        story,
-        data,
-        guide=guide,
-        device=device,
-        seed=seed,
-        budget=budget,
-        want=want,
-        progress=sys.stderr.isatty() if progress is None else progress,
+    one_of("fit", "ranks", ranks, SHARES)
+    began = time.perf_counter()
+    others = start(ranks)
+    if progress is None:
+        progress = sys.stderr.isatty()
+    problem = others.together(
+        lambda: prepare(
+            story,
+            data,
+            guide=guide,
+            device=own_device(device) if others.several else device,
+            seed=seed,
+            budget=budget,
+            want=want,
+            progress=progress and others.leads,
+        )
     )
-    choice = decide(problem, method)
-    setup = time.perf_counter() - start
-    return run(problem, choice, setup)
+    if others.several:
+        problem = replace(problem, seed=others.first(problem.seed))
+    choice = others.together(lambda: decide(problem, method))
+    if method == "auto":
+        choice = others.first(choice)  # clocks differ
+    return run(problem, choice, time.perf_counter() - began, others)
 
 
 def decide(problem: Problem, method: str | Method) -> Choice:
@@ -132,20 +149,43 @@ def pilot(problem: Problem) -> tuple[float, str]:
     )
 
 
-def run(problem: Problem, choice: Choice, setup: float = 0.0) -> Posterior:
+def run(problem: Problem, choice: Choice, setup: float = 0.0, ranks: Ranks = ALONE) -> Posterior:
     """Run the chosen method in a scope of its own and complete the answer."""
     start = time.perf_counter()
+    shared = shared_out(problem, ranks, choice.method)
     with problem.scope(problem.seed):
         try:
-            posterior = choice.method.run(problem)
+            posterior = choice.method.run(shared)
         except MISTAKES as error:  # a fault that shows itself only where latents are summed out
             told = retold(error, known(problem.structure), problem.kwargs)
             if told is None:
                 raise
             raise told from error
+        if shared is not problem:
+            posterior = replace(posterior, problem=problem if ranks.share == "split" else posterior.problem)
         posterior = replace(posterior, choice=choice)
         posterior = posterior.finished()
+        if ranks.several:
+            posterior = agreed(posterior, ranks)
     timings = dict(posterior.timings)
     timings["setup"] = timings.get("setup", 0.0) + setup
     timings["total"] = setup + time.perf_counter() - start
     return replace(posterior, timings=timings)
+
+
+def agreed(posterior: Posterior, ranks: Ranks) -> Posterior:
+    """The same answer on every rank, to the last bit: that of rank 0, but for latents of rows that a rank brought itself."""
+    names = ["kind", "chains", "history", "diagnostics", "warnings", "sample_stats", "converged"]
+    told = {n: getattr(posterior, n) for n in names}
+    told["draws"] = {n: v for n, v in posterior.draws.items() if not rows_of_a_rank(posterior, n, ranks)}
+    if ranks.share == "split":
+        told["extra"] = posterior.extra
+    told = ranks.first(told)
+    told["draws"] = {n: told["draws"].get(n, v) for n, v in posterior.draws.items()}
+    return replace(posterior, **told)
+
+
+def rows_of_a_rank(posterior: Posterior, name: str, ranks: Ranks) -> bool:
+    """Whether draws are of one rank's rows."""
+    structure = posterior.structure
+    return ranks.share == "own" and name in structure and structure[name].local

@@ -1,9 +1,9 @@
 """Posteriors of local latents, for fitted and for new rows.
 
 Finite latents: exact, by enumeration, averaged over draws of the globals.  Continuous ones: the method's own draws for
-fitted rows; for new rows a Laplace proposal for each row, corrected by importance weights (multivariate t with five
-degrees of freedom around the mode; Tierney and Kadane, JASA 1986, and Owen, *Monte Carlo theory, methods and examples*,
-chapter 9).
+fitted rows; for new rows the fitted guide where it reads rows, else a Laplace proposal for each row, corrected by importance
+weights (multivariate t with five degrees of freedom around the mode; Tierney and Kadane, JASA 1986, and Owen, *Monte Carlo
+theory, methods and examples*, chapter 9).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from .amortised import GuideRows
 from .handlers import Substitute
 from .joint import Block, LogJoint
 from .linear_gaussian import GaussianRows
@@ -24,7 +25,7 @@ from .transforms import unconstrain_to
 
 if TYPE_CHECKING:
     from .posterior import Posterior
-    from .score import Score
+    from .score import Ladder, Score
 
 #: Draws of the globals for which continuous locals are integrated.
 GLOBAL_DRAWS = 20
@@ -52,11 +53,11 @@ def local_posterior(posterior: Posterior, site: str, data: Any, draws: int) -> T
 
         return local(posterior, site, data, draws)
     kwargs = posterior.problem.kwargs if data is None else posterior.problem.with_data(data)
-    if structure[site].continuous:
+    if not structure[site].enumerable:
         if data is None and site in posterior.draws and posterior.kind != "point":
             return posterior.draws[site]
         with posterior.problem.scope(posterior.seed):
-            chosen = posterior.some_draws(min(draws, GLOBAL_DRAWS))
+            chosen = draws_of_globals(posterior, min(draws, GLOBAL_DRAWS))
             count = max(1, math.ceil(draws / len(chosen)))
             found = [row_integral(posterior, i, kwargs).resample(site, count) for i in chosen]
         return torch.cat(found)[:draws]
@@ -68,10 +69,21 @@ def local_posterior(posterior: Posterior, site: str, data: Any, draws: int) -> T
     return total / len(indices)  # type: ignore[return-value]
 
 
+def draws_of_globals(posterior: Posterior, most: int) -> list[int]:
+    """Indices of draws that differ in what rows share; one where only rows have latents."""
+    shared = any(s.continuous and not s.local for s in posterior.structure.latents)
+    return posterior.some_draws(most if shared else 1)
+
+
 def row_integral(posterior: Posterior, index: int, kwargs: dict[str, Any], proposals: int = PROPOSALS) -> Any:
-    """The integral over the rows' continuous locals at one draw: exact where the story is linear-Gaussian."""
+    """The integral over the rows' continuous locals at one draw of the globals.
+
+    Exact where the story is linear-Gaussian; with a guide that reads rows as the proposal; else with one made row by row.
+    """
     if posterior.structure.linear_gaussian:
         return GaussianRows(posterior.joint, posterior.draw(index), kwargs)
+    if posterior.recogniser is not None:
+        return GuideRows(posterior.recogniser, posterior.joint, posterior.draw(index), kwargs, proposals)
     return RowIntegral(posterior.joint, posterior.draw(index), kwargs, proposals)
 
 
@@ -83,13 +95,14 @@ def _beside_continuous(posterior: Posterior, site: str, kwargs: dict[str, Any], 
             indices = posterior.some_draws(draws)
             exact = (GaussianRows(joint, posterior.draw(i), kwargs).state_probabilities(site) for i in indices)
             return sum(exact) / len(indices)  # type: ignore[return-value]
-    names = [b.name for b in joint.blocks if b.local]
     with posterior.problem.scope(posterior.seed):
         for i in posterior.some_draws(draws if fitted else GLOBAL_DRAWS):
             values = posterior.draw(i)
             if not fitted:
-                integral = RowIntegral(joint, values, kwargs)
-                values = {**values, **{n: integral.resample(n, 1)[0] for n in names}}
+                values = {
+                    **values,
+                    **{n: v[0] for n, v in row_integral(posterior, i, kwargs).resample_jointly(1).items()},
+                }
             total = total + joint.local_probabilities(site, values, kwargs)
             count += 1
     return total / count
@@ -134,21 +147,18 @@ class Stacked(Substitute):
 
 
 @dataclass
-class RowIntegral:
-    """Integral over the continuous locals of every row, at one draw of the globals.
+class FreeRows:
+    """The continuous locals of every row as one unconstrained vector a row, at one draw of the globals.
 
     Parameters
     ----------
     joint, values, kwargs
         The story, a draw (local entries are ignored), and the rows.
-    proposals
-        Importance draws a row.
     """
 
     joint: LogJoint
     values: dict[str, Tensor]
     kwargs: dict[str, Any]
-    proposals: int = PROPOSALS
 
     def __post_init__(self) -> None:
         locals_: list[Block] = [b for b in self.joint.blocks if b.local and not b.param]
@@ -159,7 +169,7 @@ class RowIntegral:
                     f"site {block.name!r} lies in the plates {list(site.plates)}: rows with a plate of their own inside "
                     f"cannot be integrated one by one; locals directly in the data plate can"
                 )
-        self.globals = {b.name: self.values[b.name] for b in self.joint.blocks if not b.local}
+        self.globals = {b.name: self.values[b.name] for b in self.joint.blocks if not b.local and "$$$" not in b.name}
         rows = self.joint.structure.row_arguments
         self.n = len(self.kwargs[rows[0]]) if rows else int(self.joint.structure.num_rows or 1)
         self.blocks, start = [], 0
@@ -168,14 +178,30 @@ class RowIntegral:
             self.blocks.append((block.name, start, start + width))
             start += width
         self.width = start
+
+    def log_rows(self, free: Tensor, kwargs: dict[str, Any] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """log p(x_n, z_n | globals) + log-Jacobian of every row at its free vector, (N,), and the latents."""
+        handler = RowsFree(self.blocks, free)
+        rows = self.joint.rows(Stacked(self.globals, handler), self.kwargs if kwargs is None else kwargs)
+        return rows + handler.log_det, handler.values
+
+
+@dataclass
+class RowIntegral(FreeRows):
+    """Integral over the continuous locals of every row, at one draw of the globals.
+
+    Parameters
+    ----------
+    proposals
+        Importance draws a row.
+    """
+
+    proposals: int = PROPOSALS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.mode, self.factor = self.laplace()
         self.points, self.log_weights = self.importance()
-
-    def log_rows(self, free: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """log p(x_n, z_n | globals) + log-Jacobian of every row at its free vector: (N,)."""
-        handler = RowsFree(self.blocks, free)
-        rows = self.joint.rows(Stacked(self.globals, handler), self.kwargs)
-        return rows + handler.log_det, handler.values
 
     def laplace(self) -> tuple[Tensor, Tensor]:
         """Mode of every row, and a Cholesky factor of the inverse Hessian there."""
@@ -223,20 +249,26 @@ class RowIntegral:
 
     def resample(self, site: str, count: int = 10) -> Tensor:
         """Draws of a local from its posterior: (count, N, ...event)."""
+        return self.resample_jointly(count)[site]
+
+    def resample_jointly(self, count: int) -> dict[str, Tensor]:
+        """Draws of all latents of every row together: (count, N, ...event) each."""
         chosen = torch.distributions.Categorical(logits=self.log_weights.T).sample((count,))
         with torch.no_grad():
-            return torch.stack([self.log_rows(self.points[c, torch.arange(self.n)])[1][site] for c in chosen])
+            draws = [self.log_rows(self.points[c, torch.arange(self.n)])[1] for c in chosen]
+        return {n: torch.stack([d[n] for d in draws]) for n, _, _ in self.blocks}
 
 
 def integrated_rows(posterior: Posterior, kwargs: dict[str, Any], draws: int) -> Score:
     """log p(x_n | fitted data) with continuous locals integrated out row by row."""
     from .score import Score
 
+    exact, guided = posterior.structure.linear_gaussian, posterior.recogniser is not None
     values, relative = [], []
     with posterior.problem.scope(posterior.seed):
-        exact = posterior.structure.linear_gaussian
-        indices = posterior.some_draws(draws if exact else min(draws, GLOBAL_DRAWS))
-        proposals = PROPOSALS if len(indices) > 1 else POINT_PROPOSALS
+        indices = draws_of_globals(posterior, draws if exact else min(draws, GLOBAL_DRAWS))
+        alone = max(draws, POINT_PROPOSALS) if guided else POINT_PROPOSALS
+        proposals = PROPOSALS if len(indices) > 1 else alone
         for i in indices:
             value, error = row_integral(posterior, i, kwargs, proposals).log_evidence()
             values.append(value)
@@ -246,10 +278,43 @@ def integrated_rows(posterior: Posterior, kwargs: dict[str, Any], draws: int) ->
     ratio = (table - rows).exp()
     between = ratio.var(0) / len(table) if len(table) > 1 else torch.zeros_like(rows)
     within = (ratio**2 * errors).sum(0) / len(table) ** 2
-    if posterior.structure.linear_gaussian:
-        plug_in = posterior.kind == "point"
+    plug_in = len(table) == 1
+    if exact:
         name = "exact Gaussian integral over the local latents" + ("" if plug_in else f", mean over {len(table)} draws")
         rule = "plug-in" if plug_in else "estimate under q" if posterior.kind == "variational" else "estimate"
         return Score(rows, name, between.sqrt(), rule)
-    name = f"importance sampling of the local latents ({proposals} Laplace-t proposals a row), mean over {len(table)} draws"
-    return Score(rows, name, (between + within).sqrt(), "plug-in estimate" if posterior.kind == "point" else "estimate")
+    what = "draws of the guide" if guided else "Laplace-t proposals"
+    name = f"importance sampling of the local latents ({proposals} {what} a row)"
+    name += "" if plug_in else f", mean over {len(table)} draws"
+    return Score(rows, name, (between + within).sqrt(), "plug-in estimate" if plug_in else "estimate")
+
+
+def shared_locals(posterior: Posterior, kwargs: dict[str, Any], count: int) -> list[dict[str, Tensor]] | None:
+    """`count` joint draws of new rows' locals at once, where all draws share the same globals; else None."""
+    one = len(draws_of_globals(posterior, 2)) == 1
+    if not one or not posterior.structure.continuous_locals or posterior.structure.linear_gaussian:
+        return None
+    found = row_integral(posterior, 0, kwargs, POINT_PROPOSALS // 4).resample_jointly(count)
+    return [{n: v[i] for n, v in found.items()} for i in range(count)]
+
+
+def row_ladder(posterior: Posterior, data: Any, draws: int, k: int) -> Ladder:
+    """See `Posterior.ladder`; every draw of the globals among those used gets its share of the proposals."""
+    from .score import ladder, without_density
+
+    if reason := without_density(posterior):
+        raise ValueError(reason)
+    if not posterior.structure.continuous_locals or posterior.structure.admixture:
+        raise ValueError(
+            "rows of this story have no continuous latents to integrate over: log_prob(data) has their density"
+        )
+    if posterior.structure.linear_gaussian:
+        raise ValueError(
+            "the integral over the rows' latents is exact here: log_prob(data) has it, and no bound is needed"
+        )
+    kwargs = posterior.problem.kwargs if data is None else posterior.problem.with_data(data)
+    with posterior.problem.scope(posterior.seed):
+        indices = draws_of_globals(posterior, min(draws, GLOBAL_DRAWS))
+        found = [row_integral(posterior, i, kwargs, max(1, draws // len(indices))) for i in indices]
+        table = torch.cat([f.log_weights() if isinstance(f, GuideRows) else f.log_weights for f in found])
+    return ladder(table, min(k, len(table)))

@@ -24,8 +24,14 @@ def family_arguments(fn: Any) -> dict[str, Any]:
     own = vars(base)
     nested = [vars(v) for k, v in own.items() if isinstance(v, torch.distributions.Distribution)]
     nested += [vars(unwrap(v)) for v in own.values() if isinstance(v, torch.distributions.Distribution)]
-    names = [n for n in inspect.signature(type(base).__init__).parameters if n not in ("self", "validate_args")]
-    allowed = {*_argument_constraints(base), "total_count", "dim"}
+    names = _constructor_names(type(base))
+    # Tensors of the constructor that have no constraint, such as the rows that a table is read at, tell something too.
+    allowed = {
+        *_argument_constraints(base),
+        "total_count",
+        "dim",
+        *(n for n in names if isinstance(own.get(n), Tensor)),
+    }
     found: dict[str, Any] = {}
     for name in names:
         for holder in (own, *nested):
@@ -41,6 +47,18 @@ def family_arguments(fn: Any) -> dict[str, Any]:
         order = ("df", "loc", "covariance_matrix", "precision_matrix", "scale_tril")
         found = {n: found[n] for n in (*order, *(k for k in found if k not in order)) if n in found}
     return found
+
+
+def _constructor_names(family: type) -> list[str]:
+    """Arguments of a distribution by name; those that it hands on as *args or **kwargs are its parent's."""
+    names: dict[str, None] = {}
+    for one in family.__mro__:
+        parameters = inspect.signature(one.__init__).parameters.values()  # type: ignore[misc]
+        named = (p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+        names |= dict.fromkeys(n for n in named if n not in ("self", "validate_args"))
+        if not any(p.kind == p.VAR_KEYWORD for p in parameters):
+            break
+    return list(names)
 
 
 def _argument_constraints(base: Any) -> dict[str, Any]:

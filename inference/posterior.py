@@ -16,10 +16,12 @@ from .methods.base import positive_int
 from .problem import Problem
 
 if TYPE_CHECKING:
+    from .amortised import Recogniser
     from .choose import Choice
     from .methods.base import Method
     from .predict import Imputation
-    from .score import Score
+    from .refinement import Refinement
+    from .score import Ladder, Score
     from .summary import Summary
 
 #: Draws that a question about rows is averaged over, evenly spaced among all.
@@ -89,6 +91,14 @@ class Posterior:
         """Log joint density of the story and the fitted data."""
         with self.problem.scope(self.seed):
             return LogJoint(self.problem)
+
+    @cached_property
+    def recogniser(self) -> Recogniser | None:
+        """The fitted guide, where it guesses the latents of a row from the row itself; else None."""
+        from .amortised import recogniser
+
+        with self.problem.scope(self.seed):
+            return recogniser(self)
 
     def why(self) -> str:
         """The method that ran, the rule that chose it, and every other method's verdict with its premise."""
@@ -166,6 +176,52 @@ class Posterior:
         from .score import score
 
         return score(self, data, draws)
+
+    def ladder(self, data: Any = None, *, draws: int = 1000, k: int = 50) -> Ladder:
+        """ELBO, IWAE(k) and importance-sampled log p(x_n | fitted data) of rows, each at least as high as the one before.
+
+        Parameters
+        ----------
+        data
+            New rows, as for `fit`; None for the fitted ones.
+        draws
+            Draws of the row's latents, from the fitted guide where it reads rows, else from a Laplace approximation.
+        k
+            Draws of a block of the middle bound.
+
+        Raises
+        ------
+        ValueError
+            Rows have no continuous latents of their own: `log_prob` is then no estimate of an integral over them.
+        """
+        from .local import row_ladder
+
+        positive_int("ladder", "draws", draws)
+        return row_ladder(self, data, draws, k)
+
+    def refine(self, data: Any = None, *, steps: int = 300, progress: bool | None = None) -> Refinement:
+        """Fit the latents of single rows from the guide's guess on, and report the amortisation gap.
+
+        Parameters
+        ----------
+        data
+            New rows, as for `fit`; None for the fitted ones.
+        steps
+            Of Adam, for all rows at once.
+        progress
+            A progress bar; None shows it on a terminal.
+
+        Raises
+        ------
+        ValueError
+            The fit has no guide that reads rows.
+        """
+        import sys
+
+        from .refinement import refine
+
+        positive_int("refine", "steps", steps)
+        return refine(self, data, steps, sys.stderr.isatty() if progress is None else progress)
 
     def sample(self, num: int = 100, *, seed: int | None = None) -> dict[str, Tensor]:
         """New rows from the posterior predictive distribution: every local site, (num, ...event) each."""

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .handlers import Substitute, unwrap
 from .linear_gaussian import GaussianRows
-from .local import RowIntegral
+from .local import row_integral, shared_locals
+from .score import without_density
 
 if TYPE_CHECKING:
     from .posterior import Posterior
@@ -36,7 +37,7 @@ def spread_draws(posterior: Posterior, count: int) -> list[int]:
 
 def global_values(posterior: Posterior, index: int) -> dict[str, Tensor]:
     """One draw of everything that is shared by the rows."""
-    local = {b.name for b in posterior.joint.blocks if b.local}
+    local = {s.name for s in posterior.structure.sites if s.local}
     return {n: v for n, v in posterior.draw(index).items() if n not in local}
 
 
@@ -59,6 +60,8 @@ def sample_rows(posterior: Posterior, num: int, seed: int | None) -> dict[str, T
         raise ValueError(
             "the story has no rows to draw anew (no data plate whose size an argument sets); use predict()"
         )
+    if (reason := without_density(posterior)) and not structure.uncountable:
+        raise ValueError(f"{reason}. Nor are there codes to draw new rows from")
     parts: list[dict[str, Tensor]] = []
     with posterior.problem.scope(posterior.seed + 1 if seed is None else seed):
         indices = posterior.some_draws(min(SAMPLE_DRAWS, num))
@@ -191,24 +194,29 @@ def impute(posterior: Posterior, data: Any, draws: int, seed: int | None) -> Imp
     holes = value.isnan()
     found = []
     with problem.scope(posterior.seed + 1 if seed is None else seed), torch.no_grad():
-        for i in spread_draws(posterior, draws):
-            found.append(complete(posterior, i, kwargs, name, fitted=data is None)[holes])
+        indices = spread_draws(posterior, draws)
+        known = None if data is None else shared_locals(posterior, kwargs, len(indices))
+        for k, i in enumerate(indices):
+            values = {**posterior.draw(i), **(known[k] if known else {})}
+            fitted = data is None or known is not None
+            found.append(complete(posterior, i, values, kwargs, name, fitted)[holes])
     table = torch.stack(found)
     filled = value.clone()
     filled[holes] = table.mean(0)
     return Imputation(filled, holes.nonzero(), table)
 
 
-def complete(posterior: Posterior, index: int, kwargs: dict[str, Any], name: str, fitted: bool) -> Tensor:
-    """The rows with their missing cells drawn, at one draw of the globals."""
-    joint, values = posterior.joint, posterior.draw(index)
+def complete(
+    posterior: Posterior, index: int, values: dict[str, Tensor], kwargs: dict[str, Any], name: str, fitted: bool
+) -> Tensor:
+    """The rows with their missing cells drawn, at one draw; the rows' latents are among its values where it is `fitted`."""
+    joint = posterior.joint
     local = [b.name for b in joint.blocks if b.local]
     if local and posterior.structure.linear_gaussian:
         exact = GaussianRows(joint, values, kwargs)
         values = {**values, **exact.split(exact.draw(1)[0])}
     elif local and not fitted:
-        integral = RowIntegral(joint, values, kwargs)
-        values = {**values, **{n: integral.resample(n, 1)[0] for n in local}}
+        values = {**values, **{n: v[0] for n, v in row_integral(posterior, index, kwargs).resample_jointly(1).items()}}
     values = {**values, **draw_finite(posterior, values, kwargs)}
     result = kwargs[name].clone()
     with poutine.block(), pyro.validation_enabled(False):

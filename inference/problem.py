@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import DataNotice, bind, first_index, has_nan
+from .distributed import ALONE, Ranks
 from .handlers import supports_missing
 from .rehearsal import FEW_ROWS, check_covariates, run_checked
 from .session import fresh_seed, isolated
@@ -47,6 +48,8 @@ class Problem:
         The same arguments with the first rows only.
     admixture
         Which site plays which role, where the story is a topic model (`topics.form.Admixture`), else None.
+    ranks
+        The processes that work on it together; the rows here are this one's.
     """
 
     story: Any
@@ -62,6 +65,12 @@ class Problem:
     want: str = "auto"
     few: dict[str, Any] = field(default_factory=dict)
     admixture: Any = None
+    ranks: Ranks = ALONE
+
+    @property
+    def all_rows(self) -> int:
+        """Rows of all ranks together."""
+        return self.ranks.total(max(1, self.structure.num_rows or 1))
 
     @property
     def sketch(self) -> dict[str, Any]:
@@ -176,8 +185,9 @@ def prepare(
     pair(story)
     story = _private_copy(story)
     model, own_guide = pair(story)
-    if guide is not None and not callable(guide):
-        raise TypeError(f"guide must be a Pyro program (a callable), got {type(guide).__name__}")
+    derived = guide if hasattr(guide, "build") else None  # one that is made when the story's shapes are known
+    if guide is not None and not callable(guide) and derived is None:
+        raise TypeError(f"guide must be a Pyro program (a callable) or Amortised(...), got {type(guide).__name__}")
     guide = guide or own_guide
     where, note = choose_device(device)
     notes = [note] if note else []
@@ -229,6 +239,8 @@ def prepare(
             except (ValueError, RuntimeError, NotImplementedError, IndexError):
                 conjugate = False  # the story has another fault, which its method will name
         problem = replace(problem, structure=replace(structure, conjugate=conjugate))
+    if derived is not None:
+        problem = replace(problem, guide=derived.build(problem))
     if problem.admixture is None and (wide := wide_tables(runs.full, structure)):
         for text in wide:
             warnings.warn(text, DataNotice, stacklevel=3)
@@ -289,7 +301,7 @@ def check_missing(records: dict[str, Record], kwargs: dict[str, Any]) -> None:
             if r.missing and not supports_missing(r.fn):
                 raise ValueError(
                     f"{text}; site {r.name!r} ({r.family}) has no closed marginal over the other cells. Drop these rows, "
-                    f"or use a distribution over independent cells or a MultivariateNormal"
+                    f"leave them out with poutine.mask, or use a distribution over independent cells or a MultivariateNormal"
                 )
 
 
@@ -300,7 +312,12 @@ def value_notes(records: dict[str, Record]) -> list[str]:
         if r.kind != "observed" or not isinstance(r.value, Tensor) or not r.value.is_floating_point():
             continue
         if r.missing:
-            notes.append(f"{r.missing} cells of {r.argument or r.name} are missing (NaN) and are integrated out")
+            cells = "cell" if r.missing == 1 else "cells"
+            where = first_index(r.value.isnan())
+            notes.append(
+                f"{r.missing} {cells} of {r.argument or r.name} missing (NaN), the first at index "
+                f"{where[0] if len(where) == 1 else where}: integrated out"
+            )
         rows = r.value.flatten(1) if r.value.ndim > 1 else r.value.unsqueeze(-1)
         if r.missing:
             rows = torch.where(rows.isnan(), rows.nanmean(0), rows)

@@ -196,6 +196,8 @@ class _Recorder(TorchDispatchMode):
             for node in list(self.graph.nodes):
                 if node.target in (aten.detach.default, aten.alias.default):
                     node.replace_all_uses_with(node.args[0])
+                elif node.target is aten.t.default and getattr(node.args[0], "target", None) is aten.t.default:
+                    node.replace_all_uses_with(node.args[0].args[0])  # derivatives of matrix products turn twice
         self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
         drawn = [n for n in self.graph.nodes if n.op == "call_function" and _draws(n.target, n.args, n.kwargs)]
         if drawn and not random:

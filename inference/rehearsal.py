@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -142,6 +143,7 @@ def run_checked(
     try:
         runs = run_and_compare(model, kwargs, dtype)
     except RuntimeError as error:
+        check_devices(error, device)
         if not is_dtype_error(error):
             raise
         floats, note = as_floats(kwargs, dtype)
@@ -199,6 +201,24 @@ def is_dtype_error(error: RuntimeError) -> bool:
     """Whether PyTorch complains about mixed dtypes."""
     text = str(error)
     return any(t in text for t in ("same dtype", "scalar type", "expected m1 and m2", "dtype"))
+
+
+def check_devices(error: RuntimeError, device: torch.device) -> None:
+    """Say in words that a story mixes devices.
+
+    Raises
+    ------
+    ValueError
+        `error` is about tensors on different devices.
+    """
+    if "device" not in str(error):
+        return
+    others = sorted(set(re.findall(r"\b(?:cpu|meta|mps|(?:cuda|xpu|hpu)(?::\d+)?)\b", str(error))) - {str(device)})
+    if others:
+        raise ValueError(
+            f"the data are on device {str(device)!r} and the story holds tensors on {', '.join(map(repr, others))}: pass "
+            f"device={others[0]!r} to fit, or move the story's tensors to {str(device)!r} ({error})"
+        ) from error
 
 
 def as_floats(kwargs: dict[str, Any], dtype: torch.dtype) -> tuple[dict[str, Any], str]:

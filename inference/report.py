@@ -43,11 +43,10 @@ def content(comparison: Comparison) -> dict[str, Any]:
 
     from .compare import cell
     from .plates import draw_plates
-    from .story_text import story_lines
+    from .story_math import story_mathml
 
     first = next(iter(comparison.posteriors.values()))
     problem = first.problem
-    lines = story_lines(problem.model, **problem.kwargs)
     table = comparison.table.map(cell).T
     return {
         "title": story_name(comparison.story),
@@ -55,7 +54,7 @@ def content(comparison: Comparison) -> dict[str, Any]:
         "verdict": comparison.verdict,
         "notes": comparison.notes,
         "plate": Markup(svg(draw_plates(problem.model, show_lines=False, **problem.kwargs))),
-        "lines": [story_line(line) for line in lines],
+        "mathematics": Markup(story_mathml(problem.model, **problem.kwargs)),
         "structure": str(comparison.structure),
         "columns": list(table.columns),
         "rows": [(name, list(row)) for name, row in zip(table.index, table.to_numpy())],
@@ -102,29 +101,6 @@ def svg(figure: Any) -> str:
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
-
-
-def story_line(line: str) -> Any:
-    """One line of the story: its formulas as MathML, the rest as text."""
-    from latex2mathml.converter import convert
-    from markupsafe import Markup, escape
-
-    parts = line.split("$")
-    indent = len(line) - len(line.lstrip())
-    made = []
-    for k, part in enumerate(parts):
-        if k % 2 == 0:
-            made.append(str(escape(part.replace("\\", ""))))
-            continue
-        try:
-            made.append(convert(part))
-        except Exception:  # latex2mathml raises errors of many kinds on unknown commands
-            made.append(f"<code>{escape(part)}</code>")
-    return (
-        Markup(f'<div class="line" style="padding-left:{indent * 0.6:.1f}em">')
-        + Markup("".join(made))
-        + Markup("</div>")
-    )
 
 
 def reproducibility(comparison: Comparison) -> dict[str, str]:

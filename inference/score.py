@@ -58,6 +58,8 @@ def score(posterior: Posterior, data: Any, draws: int) -> Score:
 
         return score_documents(posterior, data, draws)
     kwargs = posterior.problem.kwargs if data is None else posterior.problem.with_data(data)
+    if reason := without_density(posterior):
+        raise ValueError(reason)
     if posterior.structure.continuous_locals:
         from .local import integrated_rows
 
@@ -65,6 +67,23 @@ def score(posterior: Posterior, data: Any, draws: int) -> Score:
     with posterior.problem.scope(posterior.seed), torch.no_grad():
         table = rows_by_draw(posterior, posterior.some_draws(draws), kwargs)
     return average(table, posterior.kind)
+
+
+def without_density(posterior: Posterior) -> str | None:
+    """Why rows have no density, or None."""
+    endless = [s.name for s in posterior.structure.uncountable]
+    if endless:
+        return (
+            f"n/a: {endless[0]!r} has infinitely many states, over which log p(x) is not summed; draws of it are in "
+            f"posterior.draws[{endless[0]!r}]"
+        )
+    flat = [s.name for s in posterior.structure.continuous_locals if s.improper]
+    if not flat:
+        return None
+    return (
+        f"n/a (no density): the prior of {', '.join(flat)} in the rows is improper, so that log p(x) does not exist; compare "
+        f"reconstructions instead, with posterior.local({flat[0]!r}, data)"
+    )
 
 
 def average(table: Tensor, kind: str) -> Score:

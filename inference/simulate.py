@@ -9,7 +9,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from .handlers import unwrap
+from .handlers import FlatStart, unwrap
 from .problem import story_dtype
 from .session import isolated
 from .structure import pair
@@ -42,13 +42,13 @@ def simulate(
         n: torch.as_tensor(v) if hasattr(v, "__array__") and not isinstance(v, Tensor) else v
         for n, v in arguments.items()
     }
-    with isolated(seed, story_dtype(story)), torch.no_grad(), poutine.block():
+    with isolated(seed, story_dtype(story)), torch.no_grad(), poutine.block(), FlatStart():
         fixed, inputs = in_default_dtype(fixed), in_default_dtype(inputs)
         try:
             trace: Any = poutine.trace(pyro.condition(model, fixed)).get_trace(**inputs)
         except NotImplementedError as error:
             raise ValueError(
-                f"a prior of the story has no draws ({error}); hold that site fixed with given={{...}}"
+                f"a prior of the story has no draws ({str(error).splitlines()[0]}); hold that site fixed with given={{...}}"
             ) from None
     sites = {n: s for n, s in trace.nodes.items() if s["type"] == "sample" and type(s["fn"]).__name__ != "_Subsample"}
     if unknown := set(fixed) - set(sites):

@@ -54,6 +54,9 @@ def dreamed(problem: Problem) -> tuple[dict[str, Any], dict[str, Tensor]]:
         A prior is improper, or an observation is no part of an argument.
     """
     kwargs = {n: v.clone() if isinstance(v, Tensor) else v for n, v in problem.kwargs.items()}
+    improper = [s.name for s in problem.structure.latents if s.improper]
+    if improper:
+        raise ValueError(f"the prior of {improper} is improper and has no draws: give it a proper one")
     with poutine.block(), torch.no_grad(), pyro.validation_enabled(False):
         try:
             trace: Any = poutine.trace(poutine.uncondition(problem.model)).get_trace(**kwargs)

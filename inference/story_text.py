@@ -1,7 +1,7 @@
 """The story as mathematics: one line a site, in mathtext for figures and in Unicode for terminals."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .plates_algebra import Apply, Expr, Index, Listing, Number, Opaque, Ref
@@ -38,38 +38,91 @@ def story_text(story: Any, *args: Any, **kwargs: Any) -> str:
     """The story as plain Unicode, sizes of the plates in the last line; arguments as for `story_lines`."""
     sites = fold_loops(relations(story, *args, **kwargs))
     lines = write(sites, math_text=False)
-    letters = index_letters(_plates(sites), sites)
-    sizes = ", ".join(f"{letters[n].size} = {p.size}" for n, p in _plates(sites).items())
+    letters = index_letters(plates_of(sites), sites)
+    sizes = ", ".join(f"{letters[n].size} = {p.size}" for n, p in plates_of(sites).items())
     return "\n".join([*lines, *([f"where {sizes}"] if sizes else [])])
 
 
 def write(sites: dict[str, Site], math_text: bool) -> list[str]:
     """Lines of sites whose loops are folded."""
-    letters = index_letters(_plates(sites), sites)
-    writer = _Writer(sites, letters, math_text)
+    writer, rows = story_rows(sites, math_text)
+    lines = writer.declarations()
+    opened: tuple[Loop, ...] = ()
+    for row in rows:
+        same = 0
+        while same < min(len(row.loops), len(opened)) and row.loops[same] == opened[same]:
+            same += 1
+        lines += ["    " * depth + row.loops[depth].heading(writer) for depth in range(same, len(row.loops))]
+        opened = row.loops
+        lines.append("    " * len(opened) + writer.dollars(row.text))
+    return lines
+
+
+@dataclass(frozen=True)
+class Loop:
+    """All values of one index: a plate, or the steps of a chain that read alike."""
+
+    index: str
+    first: int
+    last: str
+    plate: str = ""
+
+    def heading(self, writer: "Writer") -> str:
+        """``for $n$ in 1..$N$  data:``"""
+        last = writer.dollars(self.last) if self.plate else self.last
+        return f"for {writer.dollars(self.index)} in {self.first}..{last}{'  ' * bool(self.plate)}{self.plate}:"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the story.
+
+    Attributes
+    ----------
+    loops
+        What it is repeated over, from the outermost in.
+    text
+        A formula without dollar signs.
+    site
+        The site it tells of; None for dots.
+    step
+        `Writer.step` while it speaks.
+    """
+
+    loops: tuple[Loop, ...]
+    text: str
+    site: Site | None = None
+    step: tuple[Chain, str, int] | None = None
+
+
+def story_rows(sites: dict[str, Site], math_text: bool) -> tuple["Writer", list[Row]]:
+    """Every line of sites whose loops are folded, and who wrote them."""
+    letters = index_letters(plates_of(sites), sites)
+    writer = Writer(sites, letters, math_text)
     chains = find_chains(sites)
     chain_of = {name: chain for chain in chains for name in chain.place}
-    time = spare_letter({*used_words(sites.values()), *(x.index for x in letters.values())})
-    page = _Page(writer, list(writer.declarations()))
+    used = {*used_words(sites.values()), *(x.index for x in letters.values())}
+    rows: list[Row] = []
     written: set[int] = set()
     for name, site in sites.items():
         if site.kind in ("input", "parameter", "module"):
             continue
         chain = chain_of.get(name)
         if chain is None:
-            page.add(site.plates, (), writer.line(site))
+            rows.append(Row(writer.loops(site), writer.line(site), site))
         elif id(chain) not in written:
             written.add(id(chain))
-            _add_chain(page, chain, sites, time)
-    return _name_functions(page.lines, sites)
+            # Steps of time depend on each other; what does not is merely numbered.
+            rows += _chain_rows(writer, chain, sites, spare_letter(used, "t" if chain.lagged else "j"))
+    return writer, _name_functions(rows, sites)
 
 
-def _plates(sites: dict[str, Site]) -> dict[str, Plate]:
+def plates_of(sites: dict[str, Site]) -> dict[str, Plate]:
     return {p.name: p for s in sites.values() for p in s.plates}
 
 
 @dataclass
-class _Writer:
+class Writer:
     """Writes formulas; `step` is (chain, letter, number) while a line speaks of step t of a chain."""
 
     sites: dict[str, Site]
@@ -94,6 +147,11 @@ class _Writer:
             ]
             lines += [f"{verb} {', '.join(names)}"] if names else []
         return lines
+
+    def loops(self, site: Site) -> tuple[Loop, ...]:
+        """The plates around a site."""
+        found = ((self.letters[p.name], p.name) for p in site.plates)
+        return tuple(Loop(letters.index, 1, letters.size, name) for letters, name in found)
 
     def own(self, site: Site) -> str:
         """A site with the indices of its plates."""
@@ -127,12 +185,12 @@ class _Writer:
         if site.kind == "factor":
             term, space = self.formula(site.arguments[0][1], site), r"\ " if self.math_text else " "
             exp = r"\exp" if self.math_text else "exp"
-            return self.dollars(f"{self.own(site)}:{space}{self.word('factor')}{space}{exp}({term})")
+            return f"{self.own(site)}:{space}{self.word('factor')}{space}{exp}({term})"
         if site.family is None:
             value = site.arguments[0][1] if site.arguments else Opaque(frozenset(site.parents))
-            return self.dollars(f"{self.own(site)} = {self.formula(value, site)}")
+            return f"{self.own(site)} = {self.formula(value, site)}"
         relation = r"\sim" if self.math_text else "~"
-        return self.dollars(f"{self.own(site)} {relation} {self.word(site.family)}({self.arguments(site)})")
+        return f"{self.own(site)} {relation} {self.word(site.family)}({self.arguments(site)})"
 
     def arguments(self, site: Site) -> str:
         if not site.arguments:
@@ -225,6 +283,8 @@ class _Writer:
         if op in ("add", "sub"):
             return f"{left} {'+' if op == 'add' else '-'} {self.wrap(right, also, _PRODUCT)}", _SUM
         if op in ("mul", "matmul"):
+            if op == "mul" and isinstance(expr.args[1], Number) and not isinstance(expr.args[0], Number):
+                (left, strong), (right, also) = terms = terms[::-1]  # numbers come first
             if op == "mul" and "1" in (left, right):
                 return terms[0] if right == "1" else terms[-1]
             words = any("\\mathrm" in t.split("_{")[0] for t in (left, right))
@@ -259,33 +319,8 @@ class _Writer:
         return f"{self.word(op)}({left})", _ATOM
 
 
-@dataclass
-class _Page:
-    """Lines under the headings of their loops."""
-
-    writer: _Writer
-    lines: list[str]
-    opened: list[str] = field(default_factory=list)
-
-    def add(self, plates: Sequence[Plate], loop: Sequence[str], line: str) -> None:
-        """A line inside `plates` and then inside further loops, whose headings are written out."""
-        headings = [*(self.heading(p) for p in plates), *loop]
-        same = 0
-        while same < min(len(headings), len(self.opened)) and headings[same] == self.opened[same]:
-            same += 1
-        for depth in range(same, len(headings)):
-            self.lines.append("    " * depth + headings[depth])
-        self.opened = headings
-        self.lines.append("    " * len(headings) + line)
-
-    def heading(self, plate: Plate) -> str:
-        letters, dollars = self.writer.letters[plate.name], self.writer.dollars
-        return f"for {dollars(letters.index)} in 1..{dollars(letters.size)}  {plate.name}:"
-
-
-def _add_chain(page: _Page, chain: Chain, sites: dict[str, Site], time: str) -> None:
+def _chain_rows(writer: Writer, chain: Chain, sites: dict[str, Site], time: str) -> list[Row]:
     """First steps one by one, then one round for all steps that read alike."""
-    writer = page.writer
     rounds: dict[int, list[tuple[Site, str]]] = {}
     for name, (_, i) in sorted(chain.place.items(), key=lambda item: list(sites).index(item[0])):
         writer.step = (chain, time, i)
@@ -297,27 +332,29 @@ def _add_chain(page: _Page, chain: Chain, sites: dict[str, Site], time: str) -> 
         alike -= 1
     general = chain.last - alike >= 1
     singles = list(range(chain.first, alike if general else chain.last + 1))
+    rows: list[Row] = []
     for i in singles if len(singles) <= 3 else (*singles[:2], singles[-1]):
         if len(singles) > 3 and i == singles[-1]:
-            page.lines.append("    " * len(page.opened) + writer.dollars(r"\ldots" if writer.math_text else "…"))
-        for site, _ in rounds[i]:
-            page.add(site.plates, (), writer.line(site))
+            rows.append(Row(rows[-1].loops, r"\ldots" if writer.math_text else "…"))
+        rows += [Row(writer.loops(site), writer.line(site), site) for site, _ in rounds[i]]
     if general:
-        heading = f"for {writer.dollars(time)} in {alike}..{chain.last}:"
-        for site, line in rounds[chain.last]:
-            page.add(site.plates, (heading,), line)
+        steps = Loop(time, alike, str(chain.last))
+        speaking = (chain, time, chain.last)
+        rows += [Row((*writer.loops(site), steps), line, site, speaking) for site, line in rounds[chain.last]]
+    return rows
 
 
-def _name_functions(lines: list[str], sites: dict[str, Site]) -> list[str]:
+def _name_functions(rows: list[Row], sites: dict[str, Site]) -> list[Row]:
     """f, g, h, f_1, ... : two functions are two letters."""
     used = used_words(sites.values())
     names = [c for c in "fgh" if c not in used]
     result, count = [], 0
-    for line in lines:
-        while _FUNCTION in line:
+    for row in rows:
+        text = row.text
+        while _FUNCTION in text:
             free = count < len(names)
             base = names[count] if free else f"{names[0] if names else 'fun'}{count - len(names) + 1}"
-            line = line.replace(_FUNCTION, base, 1)
+            text = text.replace(_FUNCTION, base, 1)
             count += 1
-        result.append(line)
+        result.append(replace(row, text=text))
     return result

@@ -147,6 +147,11 @@ class Structure:
         return self._select(lambda s: s.continuous and s.local)
 
     @property
+    def guideless(self) -> bool:
+        """The story learns networks and leaves nothing to guess: its latents, if it has any, can be summed out."""
+        return self.has_modules and all(s.enumerable for s in self.latents)
+
+    @property
     def unnormalised(self) -> tuple[Site, ...]:
         return self._select(lambda s: s.kind == "factor")
 

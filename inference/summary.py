@@ -79,12 +79,27 @@ def summarise(posterior: Posterior) -> Summary:
                 row |= {"R-hat": found["rhat"], "ESS bulk": found["ess_bulk"], "ESS tail": found["ess_tail"]}
             rows.append(row)
     heading = [head_line(posterior)]
+    if seen := data_line(posterior):
+        heading.append(seen)
     total = sum(math.prod(v.shape[1:]) for n, v in posterior.draws.items() if n not in local)
     if total > len(rows):
         heading.append(f"the first {len(rows)} of {total} entries")
     for name in sorted(local):
         heading.append(f"{name} is local: posterior.local({name!r})")
     return Summary(heading, list(posterior.warnings), pd.DataFrame(rows, index=names))
+
+
+def data_line(posterior: Posterior) -> str:
+    """How the data were read: which of their sides are rows."""
+    structure, parts = posterior.problem.structure, []
+    for name, value in posterior.problem.kwargs.items():
+        shape = tuple(getattr(value, "shape", ()))
+        if shape:
+            rows = name in structure.row_arguments
+            rest = shape[1:] if rows else shape
+            inner = " x ".join(map(str, rest))
+            parts.append(f"{name} ({shape[0]} rows{' of ' + inner if rest else ''})" if rows else f"{name} ({inner})")
+    return "data: " + ", ".join(parts) if parts else ""
 
 
 def head_line(posterior: Posterior) -> str:

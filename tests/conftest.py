@@ -3,6 +3,7 @@
 import random
 from pathlib import Path
 
+import fault_table
 import numpy as np
 import pyro
 import pytest
@@ -10,6 +11,18 @@ import torch
 
 #: Corpora, tables and reference posteriors that are not part of the project.
 SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def pytest_configure(config):
+    fault_table.configure(config)
+
+
+def pytest_collection_modifyitems(items):
+    fault_table.tag(items)
+
+
+def pytest_terminal_summary(terminalreporter):
+    fault_table.summarise(terminalreporter)
 
 
 @pytest.fixture(autouse=True)

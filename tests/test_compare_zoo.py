@@ -5,7 +5,8 @@ import pytest
 from inference import EM, NUTS, SVI, compare
 from zoo.catalog import catalog, get
 
-STORIES = [entry.name for entry in catalog() if entry.name != "Box"]
+#: A story whose networks are learned as points has one method.
+STORIES = [e.name for e in catalog() if e.name != "Box" and e.chapter not in ("flows", "deep")]
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from cyclopts.validators import Number
 
 from . import __version__
 from .cli.bridge import check_methods, dream_rows, fill_arguments, load_rows, require_arguments
-from .cli.faults import FAULT, INTERRUPTED, USAGE, describe
+from .cli.faults import FAULT, INTERRUPTED, USAGE, UsageError, describe
 from .cli.stories import file_of, find_story, parse_settings
 from .cli.terminal import check_writable, counting_interrupts, terse_warnings
 
@@ -49,7 +49,7 @@ def list_() -> None:
 
 @app.command
 def show(story: str, /, *, data: Data = None, columns: Columns = None, set_: Settings = None,
-         plate: Path | None = None) -> None:  # fmt: skip
+         plate: Path | None = None, view: str = "plain", latex: bool = False) -> None:  # fmt: skip
     """A story: what it says, how it runs, its sizes, its plate diagram.
 
     Parameters
@@ -57,24 +57,63 @@ def show(story: str, /, *, data: Data = None, columns: Columns = None, set_: Set
     story
         Name, or file.py:name.
     plate
-        Draw the plate diagram into this file (.png, .svg, .pdf).
+        Draw the plate diagram into this file: .png, .svg, .pdf; .dot (Graphviz) or .mmd (Mermaid) for its text.
+    view
+        What the diagram shows besides: scope, guide, or what a method does (exact, em, gibbs, nuts, hmc, svi).
+    latex
+        Print the story as LaTeX, and nothing else.
     """
-    from inference import draw_plates, inspect, story_text
+    from inference import draw_plates, inspect, story_density, story_latex, story_text, to_graphviz, to_mermaid
 
+    as_text = {".dot": to_graphviz, ".mmd": to_mermaid}
     if plate:
-        check_writable(plate, (".png", ".svg", ".pdf"))
+        check_writable(plate, (".png", ".svg", ".pdf", *as_text))
     found = find_story(story, parse_settings(set_), example_settings=True)
     seen = data is not None or found.example is not None
     arguments = fill_arguments(found, data, columns) if seen else dict(found.settings)
     require_arguments(found, list(arguments))
+    if latex:
+        print(story_latex(found.story, **arguments))
+        return
     print(*filter(None, [found.label, found.text, "As it runs"]), sep="\n\n", end="\n\n")
     print(story_text(found.story, **arguments))
+    print(f"\n{story_density(found.story, **arguments)}")
     if seen:
         print()
         print(inspect(found.story, arguments))
     if plate:
-        draw_plates(found.story, title=found.label, **arguments).savefig(plate)
+        if plate.suffix.lower() in as_text:
+            plate.write_text(as_text[plate.suffix.lower()](found.story, **arguments), encoding="utf-8")
+        else:
+            own = found.guide if view == "guide" else None
+            draw_plates(found.story, title=found.label, view=view, guide=own, **arguments).savefig(plate)
         print(f"\nplate diagram: {plate}")
+
+
+@app.command
+def gallery(*, output: Annotated[Path, Parameter(alias="-o")] = Path("gallery.png"), bare: bool = False,
+            view: str = "plain") -> None:  # fmt: skip
+    """Every story of the zoo on one contact sheet.
+
+    Parameters
+    ----------
+    output
+        Picture (.png, .svg, .pdf).
+    bare
+        The diagrams alone, without the mathematics beside them.
+    view
+        "scope" colours local and global latents.
+    """
+    from inference import draw_sheet
+
+    from .catalog import examples
+
+    check_writable(output, (".png", ".svg", ".pdf"))
+    if view not in ("plain", "scope"):
+        raise UsageError(f"--view {view}: a sheet of all stories shows plain or scope")
+    stories = examples()
+    draw_sheet(stories, show_lines=not bare, view=view).savefig(output, dpi=110)
+    print(f"{len(stories)} stories: {output}")
 
 
 @app.command

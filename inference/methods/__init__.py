@@ -5,6 +5,7 @@ from typing import Any
 
 from .base import Method, Verdict
 from .em import EM
+from .encoders import Amortised
 from .exact import Exact
 from .gibbs import Gibbs
 from .hmc import HMC
@@ -45,4 +46,4 @@ def resolve(method: Any) -> Method:
     return method
 
 
-__all__ = ["EM", "HMC", "METHODS", "NUTS", "SVI", "Exact", "Gibbs", "Method", "Verdict", "resolve"]
+__all__ = ["EM", "HMC", "METHODS", "NUTS", "SVI", "Amortised", "Exact", "Gibbs", "Method", "Verdict", "resolve"]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -14,6 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import DivergenceError
+from ..problem import Problem
+
+if TYPE_CHECKING:
+    from .holdout import Holdout
 
 Leaves = dict[str, Tensor]
 
@@ -23,6 +26,8 @@ FALL = 0.3
 FORCED = (0.6, 0.75, 0.87)
 #: Nats: in noise that hides a larger rise the step size falls at the forced steps only.
 HIDDEN = 0.25
+#: Nats of a rise over the last tenth of a schedule that do not matter.
+SETTLED = 0.05
 #: Gradients longer than this many times their running mean are cut back: one wild draw must not undo the rest.
 CLIP = 10.0
 #: Share of the steps in which a "one_cycle" step size rises.
@@ -36,8 +41,14 @@ STRIDE = 5
 class Target(Protocol):
     """Something whose ELBO can be climbed."""
 
+    problem: Problem
+
     def start(self) -> Leaves:
         """Parameters at a new start."""
+        ...
+
+    def whole_norm(self, norm: Tensor, gradients: Leaves) -> Tensor:
+        """Length of the gradient (), of which several ranks may hold parts."""
         ...
 
     def objective(self, leaves: Leaves) -> tuple[Tensor, Leaves]:
@@ -77,6 +88,10 @@ class Ascent:
         "adaptive", or what `scheduled` knows.
     clip
         Longest gradient, or None.
+    decay
+        Of an average of the parameters that is the answer in the end, or None.
+    holdout
+        Rows that say when to stop, or None.
     slope, noise
         Its rise a step, and the smallest rise that could be told from noise.
     """
@@ -95,6 +110,8 @@ class Ascent:
     factor: float = 1.0
     schedule: str = "adaptive"
     clip: float | None = None
+    decay: float | None = None
+    holdout: Holdout | None = None
 
     def __post_init__(self) -> None:
         self.names = list(self.leaves)
@@ -114,29 +131,34 @@ class Ascent:
         self.stalls = 0
 
     def run(self, until: int, deadline: float = math.inf, watch: Callable[[float, float], None] | None = None) -> None:
-        """Go on until `until` steps have been made, or convergence, or the deadline.
+        """Go on until `until` steps have been made, or convergence, or the deadline; `watch` is called after each.
 
         Raises
         ------
         DivergenceError
             The objective or its gradient is not finite; the last finite state is attached.
         """
-        least = max(20, self.steps // 20)
-        while len(self.history) < until and not self.converged and time.perf_counter() < deadline:
+        ranks = self.target.problem.ranks
+        while len(self.history) < until and not self.converged and ranks.before(deadline):
             self.step()
+            if self.schedule == "adaptive":
+                self.adapt()
+            if self.holdout is not None and len(self.history) % self.holdout.every == 0:
+                self.converged |= self.holdout.look(len(self.history), self.current())
             if watch is not None:
                 watch(self.history[-1], self.lr * self.factor)
-            done = len(self.history)
-            if self.schedule != "adaptive":
-                continue
-            if not getattr(self.target, "settled", True):  # an objective that moves says nothing by its rise
-                self.phase = done
-                continue
-            if done - self.phase >= least and (done - self.phase) % (least // 2) == 0:
-                self.judge()
-            forced = any(done == int(f * self.steps) for f in FORCED) and self.factor > FALL**5
-            if forced and done - self.phase >= 10 and not self.converged:
-                self.fall()
+
+    def adapt(self) -> None:
+        """Make smaller steps where the objective has stopped rising."""
+        least, done = max(20, self.steps // 20), len(self.history)
+        if not getattr(self.target, "settled", True):  # an objective that moves says nothing by its rise
+            self.phase = done
+            return
+        if done - self.phase >= least and (done - self.phase) % (least // 2) == 0:
+            self.judge()
+        forced = any(done == int(f * self.steps) for f in FORCED) and self.factor > FALL**5
+        if forced and done - self.phase >= 10 and not self.converged:
+            self.fall()
 
     def step(self) -> None:
         """One step of Adam."""
@@ -147,6 +169,7 @@ class Ascent:
             raise
         with torch.no_grad():
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients.values()))))
+            norm = self.target.whole_norm(norm, gradients)
             number, length = torch.stack([value.to(norm.dtype), norm]).tolist()
             if not (math.isfinite(number) and math.isfinite(length)):
                 self.diverged(number, gradients)
@@ -162,7 +185,11 @@ class Ascent:
                 group["lr"] = rate * share_of_rate
             self.optimiser.step()
             fresh = len(self.history) == self.phase
-            if fresh or len(self.history) % STRIDE == 0:  # reading all parameters costs as much as a small step
+            if self.decay is not None:
+                # Early steps count for less than a long memory would give them (the ramp of TensorFlow's moving averages).
+                memory = min(self.decay, (1 + len(self.history)) / (10 + len(self.history)))
+                torch._foreach_lerp_(self.average, self.parameters, 1.0 - memory)
+            elif fresh or len(self.history) % STRIDE == 0:  # reading all parameters costs as much as a small step
                 torch._foreach_lerp_(self.average, self.parameters, 1.0 if fresh else STRIDE / MEMORY)
         self.history.append(number)
 
@@ -185,7 +212,8 @@ class Ascent:
             self.converged = self.stalls >= self.patience
         self.level = last
         if not self.converged:
-            torch._foreach_copy_(self.parameters, self.average)
+            if self.decay is None:
+                torch._foreach_copy_(self.parameters, self.average)
             self.fall()
 
     def conclude(self) -> None:
@@ -198,7 +226,10 @@ class Ascent:
             rise, noise = difference(values[half:], values[:half])
             self.slope = rise / half
             self.noise = 2 * noise
-            self.rising = rise > max(self.noise, self.tolerance(values[half:]))
+            least = (
+                0.0 if self.schedule == "adaptive" else SETTLED
+            )  # what shrinking steps gain at their end is no climb
+            self.rising = rise > max(self.noise, self.tolerance(values[half:]), least)
 
     def tolerance(self, values: NDArray) -> float:
         return self.tol * (1.0 + abs(float(values.mean())))
@@ -209,10 +240,16 @@ class Ascent:
         self.phase = len(self.history)
 
     def best(self) -> Leaves:
-        """The averaged iterate once the climb has levelled off, else the last one."""
+        """The best state on the rows held out; else the average, where one was asked for or the climb has levelled off."""
+        if self.holdout is not None and self.holdout.best is not None:
+            return dict(self.holdout.best)
         levelled = not self.rising and len(self.history) - self.phase >= 10
-        chosen = self.average if levelled else self.parameters
+        chosen = self.average if levelled or self.decay is not None else self.parameters
         return {n: p.detach().clone() for n, p in zip(self.names, chosen)}
+
+    def current(self) -> Leaves:
+        """Where the climb stands: its average, where one was asked for."""
+        return dict(zip(self.names, self.parameters if self.decay is None else self.average))
 
     def recent(self) -> float:
         """Mean objective of the last steps."""

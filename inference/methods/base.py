@@ -61,15 +61,18 @@ def one_of(owner: str, name: str, value: object, allowed: tuple[str, ...]) -> No
 CHUNK = 65_536
 
 
-def density_objection(structure: Structure, chunked: bool = False) -> str | None:
-    """Why no method that needs log p(data, latents) can run, or None; `chunked`: it looks at some rows at a time."""
+def density_objection(structure: Structure, chunked: bool = False, guided: bool = False) -> str | None:
+    """Why no method that needs log p(data, latents) can run, or None.
+
+    `chunked`: it looks at some rows at a time; `guided`: a guide guesses what cannot be summed out.
+    """
     from ..structure import ENUMERATION_LIMIT, format_bytes
 
     if structure.implicit:
         return "there is no density: the story only generates data (implicit model)"
     if not structure.observed and not structure.unnormalised:
         return "no site is observed: there is nothing to learn from; pass data to a site with obs="
-    if structure.uncountable:
+    if structure.uncountable and not guided:
         site = structure.uncountable[0]
         if site.states is None:
             return (

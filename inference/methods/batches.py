@@ -21,40 +21,68 @@ Single = Callable[..., Tensor]
 class Batches:
     """Random rows without replacement, epoch after epoch; an incomplete last batch is left out of its epoch.
 
+    Of several ranks, each cuts its share of a batch from its own rows, with random numbers of its own.
+
     Attributes
     ----------
     size
         Rows a batch, or None for all rows at once.
     scale
         N / size: a batch speaks for all.
+    whole
+        The same of all rows of this rank: 1 where there is one.
     names
         Arguments that are cut.
+    pool
+        Rows to draw from, or None for all.
     """
 
-    def __init__(self, problem: Problem, size: int | None) -> None:
-        rows = problem.structure.num_rows
+    def __init__(self, problem: Problem, size: int | None, pool: Tensor | None = None) -> None:
+        rows = problem.structure.num_rows if pool is None else len(pool)
         self.names = problem.structure.row_arguments
         self.kwargs, self.rows, self.device = problem.kwargs, rows or 1, problem.device
+        self.pool = None if pool is None else pool.to(problem.device)
         if size is not None and not self.names:
             raise ValueError(
                 f"SVI(batch_size={size}): no argument of the story has one entry a row on its first axis, so there is "
                 f"nothing to cut; use batch_size=None"
             )
         self.size = None if size is None or rows is None or size >= rows else size
+        if pool is not None:
+            self.size = min(size or self.rows, self.rows)
         self.scale = 1.0 if self.size is None else self.rows / self.size
+        self.ranks, self.whole = problem.ranks, 1.0
+        self.generator: torch.Generator | None = None
+        if problem.ranks.shares_rows:
+            self.share_out(problem, size)
         self.order = torch.empty(0, dtype=torch.long, device=self.device)
+
+    def share_out(self, problem: Problem, size: int | None) -> None:
+        """This rank's part of a batch; all of its rows where there are no batches."""
+        total = problem.all_rows
+        part = self.rows if size is None or size >= total else round(size * self.rows / total)
+        self.size = max(1, min(part, self.rows))
+        self.scale, self.whole = total / self.size, total / self.rows
+        self.generator = torch.Generator(device=self.device)
+        self.generator.manual_seed(problem.seed * 1_000_003 + self.ranks.rank)
 
     def first(self, offset: int = 0) -> Tensor:
         """Some rows, always the same, without touching the random stream."""
-        return (torch.arange(self.size or self.rows, device=self.device) + offset) % self.rows
+        return self.among((torch.arange(self.size or self.rows, device=self.device) + offset) % self.rows)
+
+    def among(self, rows: Tensor) -> Tensor:
+        """Indices into the pool as indices into the data."""
+        return rows if self.pool is None else self.pool[rows]
 
     def next(self) -> Tensor:
         """Indices of the next batch."""
         size = self.size or self.rows
+        if self.ranks.shares_rows and size == self.rows:
+            return self.first()
         if len(self.order) < size:
-            self.order = torch.randperm(self.rows, device=self.device)
+            self.order = torch.randperm(self.rows, generator=self.generator, device=self.device)
         rows, self.order = self.order[:size], self.order[size:]
-        return rows
+        return self.among(rows)
 
     def take(self, rows: Tensor) -> tuple[Tensor, ...]:
         """These rows of every argument that is cut."""
@@ -214,11 +242,3 @@ def by_row(log_prob: Tensor, site: dict, plate: str | None) -> Tensor:
     axis = next(f.dim for f in site["cond_indep_stack"] if f.name == plate)
     rest = [i for i in range(-log_prob.ndim, 0) if i != axis]
     return log_prob.sum(rest) if rest else log_prob
-
-
-def without_holes(value: Any) -> Any:
-    """NaN replaced by the mean of its column: a guide may guess from anything."""
-    if not (isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any())):
-        return value
-    mean = value.nanmean(0) if value.ndim else torch.zeros_like(value)
-    return torch.where(value.isnan(), mean.nan_to_num(0.0), value)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -21,10 +20,13 @@ from torch import Tensor
 
 from ..capture import constrain_many
 from ..data import take_rows
-from ..joint import Block, LogJoint, Unconstrained
+from ..joint import Block, LogJoint
 from ..problem import Problem
 from .batches import Batches, Density
+from .blame import culprit, impossibility, impossible, steepness
+from .flow_guide import FLOW
 from .gaussian import FAMILIES, Leaves, noise_for
+from .shared import SharedDensity, own_noise
 
 #: Draws from the prior, and points near the origin of the unconstrained space, that every start chooses from.
 TRIES = (8, 4)
@@ -38,7 +40,7 @@ class DerivedTarget:
     Parameters
     ----------
     family
-        A key of `FAMILIES`.
+        A key of `FAMILIES`, or "flow".
     particles
         Draws a step.
     batch_size
@@ -59,7 +61,7 @@ class DerivedTarget:
         mode: str = "auto",
         steps: int = 1,
     ) -> None:
-        self.problem, self.family = problem, FAMILIES[family]
+        self.problem, self.family = problem, FLOW if family == "flow" else FAMILIES[family]
         self.joint = LogJoint(problem)
         self.batches = Batches(problem, batch_size)
         self.part = self.joint if self.batches.size is None else self.batch_joint()
@@ -85,7 +87,8 @@ class DerivedTarget:
         )
         self.size = len(self.latent_at)
         self.particles = particles if self.size else 1
-        self.density = Density(self.single, self.examples(), self.particles, mode, steps)
+        own = Density(self.single, self.examples(), self.particles, mode, steps)
+        self.density = SharedDensity(own, problem.ranks) if problem.ranks.shares_rows else own
         self.mode, self.reason = self.density.mode, self.density.reason
 
     # -- the log density ---------------------------------------------------------------------------------------------
@@ -192,6 +195,9 @@ class DerivedTarget:
     def best_try(self) -> tuple[Tensor, Tensor]:
         """The try of highest log density among those with a finite gradient."""
         tries = [self.prior_draw() for _ in range(TRIES[0])] + [self.near_origin() for _ in range(TRIES[1])]
+        if self.problem.ranks.shares_rows:
+            tries = self.problem.ranks.first(tries)
+            own_noise(self.problem)
         rows = self.batches.next() if self.batches.size is not None else None
         best, top = None, -math.inf
         for z, points in tries:
@@ -281,6 +287,10 @@ class DerivedTarget:
         """One step size for all."""
         return 1.0
 
+    def whole_norm(self, norm: Tensor, gradients: Leaves) -> Tensor:
+        """Ranks hold the same parameters, all of them."""
+        return norm
+
     # -- answers -----------------------------------------------------------------------------------------------------
 
     def values(self, leaves: Leaves) -> dict[str, Tensor]:
@@ -298,21 +308,26 @@ class DerivedTarget:
         """
         points = leaves.get("points", self.empty())
         if not self.size:
-            only = self.joint.unconstrained(self.flat(self.empty(), points)).detach()
-            return only.reshape(1), {}
+            only = self.joint.unconstrained(self.flat(self.empty(), points), None, self.batches.whole).detach()
+            return self.problem.ranks.mean(only.reshape(1))[0], {}
+        if self.problem.ranks.shares_rows:
+            own_noise(self.problem)
         found = self.family.place(leaves, noise_for(self.family, count, self.size, leaves["loc"], antithetic=False))
         log_q = found.log_q.sum(-1) if found.log_q.ndim == 2 else found.log_q
         density = self.density
         if self.batches.size is not None:
             examples = [(z, points) for z in found.z[:3]]
-            density = Density(lambda z, m: self.joint.unconstrained(self.flat(z, m)), examples, 2)
+            whole = self.batches.whole
+            density = Density(lambda z, m: self.joint.unconstrained(self.flat(z, m), None, whole), examples, 2)
         values, began = [], time.perf_counter()
         chunk = max(1, min(128, int(2e7 / max(1, self.problem.structure.data_bytes))))
         for part in found.z.split(chunk):
             values.append(density.values(part, points))
             if time.perf_counter() - began > seconds and len(values) * chunk >= 100:
                 break
-        ratio = torch.cat(values)
+        ratio, ranks = torch.cat(values), self.problem.ranks
+        if ranks.shares_rows:
+            ratio = ranks.mean(ratio[: min(ranks.gather(len(ratio)))])[0]
         constrained = constrain_many(self.joint, self.flat(found.z[: len(ratio)], points))
         latents = [b.name for b in self.joint.blocks if not b.param]
         return ratio - log_q[: len(ratio)], {n: constrained[n] for n in latents}
@@ -338,30 +353,23 @@ class DerivedTarget:
 
     def culprit(self, leaves: Leaves) -> str | None:
         """The site whose log density, or its gradient, is not finite at the centre of the guide."""
-        try:
-            with torch.enable_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pyro's about the very NaN that is looked for
-                flat = self.centre(leaves).requires_grad_()
-                for factor in self.joint.factors(Unconstrained(self.joint.blocks, flat)):
-                    if not bool(factor.value.isfinite().all()):
-                        return factor.name
-                    if factor.value.requires_grad:
-                        (slope,) = torch.autograd.grad(factor.value.sum(), flat, retain_graph=True)
-                        if not bool(slope.isfinite().all()):
-                            return factor.name
-        except (RuntimeError, ValueError):
-            return None  # the story fails at such values
-        return None
+        return culprit(self.joint, self.centre(leaves))
 
     def impossible(self, z: Tensor, points: Tensor) -> str:
         """Why no try has a finite log density."""
         leaves = {"loc": z, "points": points} if self.size else {"points": points}
+        flat, what = self.centre(leaves), f"no start was found in {sum(TRIES)} tries"
+        if (found := impossible(self.joint, flat)) is not None:
+            return f"{what}: {impossibility(*found)}"
+        with torch.enable_grad():
+            here = flat.detach().clone().requires_grad_()
+            value = self.joint.unconstrained(here)
+            slope = torch.autograd.grad(value, here)[0] if value.requires_grad else torch.zeros_like(here)
+        if bool(value.isfinite()) and not bool(slope.isfinite().all()):
+            return f"{what}: {steepness(self.joint, flat, slope.cpu().numpy())}"
         site = self.culprit(leaves)
-        where = f"site {site!r} has no finite log density or gradient" if site else "the log density is not finite"
-        return (
-            f"no start was found: at each of {sum(TRIES)} tries {where}; look for observations outside its support, or "
-            f"for a prior far from the data's scale"
-        )
+        where = f"site {site!r} has no finite log density" if site else "the log density is not finite"
+        return f"{what}: {where} at any of them; look for a prior far from the data's scale"
 
 
 def cut(whole: Block, part: Block) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .base import Verdict, positive_int
+from .base import Verdict, density_objection, positive_int
 
 if TYPE_CHECKING:
     from ..posterior import Posterior
@@ -35,6 +35,8 @@ class Exact:
             return Verdict(
                 True, "every unknown is conjugate to what it generates: the posterior is known in closed form"
             )
+        if objection := density_objection(structure):
+            return Verdict(False, objection)
         local = [s.name for s in structure.latents if s.local or s.discrete]
         if local:
             return Verdict(False, f"{local[0]!r} is latent in the rows: the posterior of the globals is no closed form")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,12 +29,17 @@ class Draws:
         (P, L) or (P,): log density of every draw, by entry where entries are independent.
     pull
         -d log q / d z, (P, L).
+    noise
+        What they were made of, (P, width of the family).
+    graph
+        What the family's gradients go back through, if anything.
     """
 
     z: Tensor
     log_q: Tensor
     pull: Tensor
     noise: Tensor
+    graph: Any = None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .base import Verdict, positive_int
+from .base import Verdict, density_objection, positive_int
 
 if TYPE_CHECKING:
     from ..posterior import Posterior
@@ -40,6 +40,8 @@ class Gibbs:
 
     def check(self, structure: Structure) -> Verdict:
         """Valid for admixtures with Dirichlet topics and fixed concentrations."""
+        if structure.admixture != "static" and (objection := density_objection(structure)):
+            return Verdict(False, objection)
         if structure.admixture != "static":
             return Verdict(False, "no admixture of Dirichlet topics: the conditional distributions are not known")
         if structure.learned:

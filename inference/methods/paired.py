@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, config_enumerate
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
@@ -22,47 +22,17 @@ from ..joint import LogJoint
 from ..problem import Problem
 from ..recorder import pure_graph
 from .ascent import Leaves
-from .batches import Batches, is_latent, side_by_side, without_holes
+from .batches import Batches, is_latent, side_by_side
 from .networks import Networks
+from .parameters import NETWORK_RATE, Parameter, guide_arguments, no_guess, watched
+from .scored import compares, score_step
+from .shared import in_step, joint_draws, of_all_ranks, whole_norm
 from .svi_step import ASKED, faster
 from .tightened import row_weights, tight_step
 from .weighted import PLAIN, Weights, weighted_elbo
 
 #: Draws a step where the story has to be run for each.
 EAGER_PARTICLES = 2
-#: Step size of a network's weights relative to that of other parameters.
-NETWORK_RATE = 0.25
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One `pyro.param`: its constraint, and whether it has one entry a row on its first axis."""
-
-    name: str
-    constraint: Any
-    local: bool
-
-
-class Watch(Messenger):
-    """Note the parameters that a program asks for, and by which names it knows the weights of networks."""
-
-    def __init__(self, plate: str | None, rows: int, weights: dict[int, str]) -> None:
-        super().__init__()
-        self.plate, self.rows, self.weights = plate, rows, weights
-        self.found: dict[str, Parameter] = {}
-        self.known: dict[str, str] = {}
-
-    def _pyro_post_param(self, msg: dict) -> None:
-        free = pyro.get_param_store()._params.get(msg["name"])
-        if free is None:
-            return
-        if id(free) in self.weights:
-            self.known[self.weights[id(free)]] = msg["name"]
-            return
-        inside = any(frame.name == self.plate for frame in msg["cond_indep_stack"])
-        value = msg["value"]
-        local = inside and value.ndim > 0 and len(value) == self.rows
-        self.found[msg["name"]] = Parameter(msg["name"], msg["kwargs"].get("constraint", constraints.real), local)
 
 
 class PairTarget:
@@ -84,17 +54,22 @@ class PairTarget:
         steps: int = 1,
         weighing: Weights = PLAIN,
         alpha: float | None = None,
+        pool: Tensor | None = None,
+        path: bool = False,
     ) -> None:
-        assert problem.guide is not None
-        self.weighing, self.made = weighing, 0
+        self.weighing, self.made, self.path = replace(weighing, formula=weighing.formula and not path), 0, path
         self.wanted, self.steps = mode, steps
-        self.problem, self.particles, self.guide = problem, particles, problem.guide
+        self.problem, self.particles, self.guide = problem, particles, problem.guide or no_guess
         self.joint = LogJoint(problem)
-        self.batches = Batches(problem, batch_size)
+        self.batches = Batches(problem, batch_size, pool)
         self.plate = problem.structure.data_plate
         self.joint.holes = {s.name: s.missing > 0 for s in problem.structure.observed}
         self.networks = Networks(problem.story, problem.model, problem.guide)
-        self.filled = {n: without_holes(v) for n, v in problem.kwargs.items()}
+        self.filled = guide_arguments(problem, problem.kwargs)
+        initialise = getattr(problem.story, "initialise", None)
+        if callable(initialise):  # weights that the data set, such as those of layers that normalise
+            with torch.no_grad():
+                initialise(**self.filled)
         self.parameters: dict[str, Parameter] = {}
         self.names: dict[str, str] = {}
         first = self.start()
@@ -103,19 +78,25 @@ class PairTarget:
         trace = self.guide_trace(first)
         self.check(trace)
         self.sites = [n for n, s in trace.nodes.items() if is_latent(s)]
-        self.latents = [n for n in self.sites if n in problem.structure and problem.structure[n].continuous]
+        known = problem.structure
+        self.latents = [n for n in self.sites if n in known and not known[n].enumerable]
         self.points = all(type(unwrap(trace.nodes[n]["fn"])).__name__ == "Delta" for n in self.latents)
+        self.certain = not self.sites and not self.parameters  # every climb is the same
+        if not self.sites:
+            self.particles = 1
         self.follows = all(trace.nodes[n]["fn"].has_rsample for n in self.sites)
         self.mode = "eager"
         self.reason = "the guide has latents whose draws have no gradient (score function estimator)"
         self.call: Callable[..., Any] = self.by_score
         self.lanes = False  # whether one call takes all particles side by side
+        if not self.follows and compares(self, trace):
+            self.call, self.lanes = partial(score_step, self), True
         if self.follows:
             self.call = self.capture(first) if alpha is None else self.tighten(first, alpha)
-        elif not weighing.plain or alpha is not None:
+        elif not weighing.plain or alpha is not None or path:
             raise ValueError(
-                "beta, free_bits and objectives other than 'elbo' need guides whose draws have a gradient; this one needs "
-                "score functions"
+                "beta, free_bits, gradient='path' and objectives other than 'elbo' need guides whose draws have a gradient; "
+                "this one needs score functions"
             )
 
     # -- parameters --------------------------------------------------------------------------------------------------
@@ -123,16 +104,28 @@ class PairTarget:
     def start(self) -> Leaves:
         """Free parameters as guide and model start them, and copies of the networks' weights."""
         self.made = 0
-        pyro.clear_param_store()
-        watch = Watch(self.plate, self.batches.rows, {id(p): n for n, p in self.networks.weights.items()})
-        with torch.no_grad(), poutine.block(), watch:
-            guide = poutine.trace(self.guide).get_trace(**self.filled)
-            poutine.replay(MissingCells()(self.problem.model), trace=guide)(**self.problem.kwargs)
+        watch, _ = watched(self.problem, self.networks)
         self.parameters = watch.found
         self.names = {watch.known.get(n, n): n for n in self.networks.weights}
         store = pyro.get_param_store()
         leaves = {n: store._params[n].detach().clone() for n in watch.found}
-        return leaves | {n: self.networks.weights[own].detach().clone() for n, own in self.names.items()}
+        leaves |= {n: self.networks.weights[own].detach().clone() for n, own in self.names.items()}
+        return in_step(self, leaves)
+
+    def by_row(self, name: str) -> bool:
+        """Whether a parameter has a value a row."""
+        return name in self.parameters and self.parameters[name].local
+
+    @property
+    def apart(self) -> bool:
+        """Whether ranks draw latents that all rows share along with those of their own rows, so that no two draws are one."""
+        structure = self.problem.structure
+        shared = any(n not in structure or not structure[n].local for n in self.sites)
+        return self.problem.ranks.shares_rows and bool(structure.continuous_locals) and shared
+
+    def whole_norm(self, norm: Tensor, gradients: Leaves) -> Tensor:
+        """With the parts of other ranks' rows."""
+        return whole_norm(self, norm, gradients)
 
     def rate(self, name: str) -> float:
         """Networks take smaller steps."""
@@ -160,13 +153,33 @@ class PairTarget:
             return kwargs
         return {n: v[rows] if n in self.batches.names else v for n, v in kwargs.items()}
 
-    def guide_trace(self, leaves: Leaves, rows: Tensor | None = None) -> Any:
-        """One run of the guide."""
-        guide = Substitute(self.constrained(leaves, rows))(self.guide)
+    def guide_trace(self, leaves: Leaves, rows: Tensor | None = None, drawn: Leaves | None = None) -> Any:
+        """One run of the guide, its latents held at what was `drawn`."""
+        guide = Substitute({**self.constrained(leaves, rows), **(drawn or {})})(self.guide)
         with poutine.block():
             return self.networks.run(
                 self.weights(leaves), lambda: poutine.trace(guide).get_trace(**self.arguments(rows, filled=True))
             )
+
+    def scored_trace(self, leaves: Leaves, rows: Tensor | None = None) -> Any:
+        """A run of the guide with log densities; their slope in the parameters is left out where `path` is asked for.
+
+        That slope has mean zero, and noise that stays where the guide is the posterior (Roeder, Wu and Duvenaud, 2017).
+        """
+        trace = self.guide_trace(leaves, rows)
+        if self.path:
+            drawn = {n: s["value"] for n, s in trace.nodes.items() if is_latent(s)}
+            trace = self.guide_trace({n: v.detach() for n, v in leaves.items()}, rows, drawn)
+        trace.compute_log_prob()
+        return trace
+
+    def guide_leaves(self, leaves: Leaves) -> set[str]:
+        """Parameters that the guide's draws depend on."""
+        free = {n: v.detach().requires_grad_() for n, v in leaves.items()}
+        with torch.enable_grad():
+            drawn = [s["value"].sum() for s in self.guide_trace(free).nodes.values() if is_latent(s)]
+            slopes = torch.autograd.grad(sum(drawn), list(free.values()), allow_unused=True)
+        return {n for n, slope in zip(free, slopes, strict=True) if slope is not None}
 
     def weights(self, leaves: Leaves) -> Leaves:
         """Weights of networks by their own names."""
@@ -174,7 +187,7 @@ class PairTarget:
 
     def log_ratio(self, leaves: Leaves, rows: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """log p(data, u) - log q(u) at one draw u of the guide, and u."""
-        scale = 1.0 if rows is None else self.batches.scale
+        scale = self.batches.whole if rows is None else self.batches.scale
         trace = self.guide_trace(leaves, rows)
         trace.compute_log_prob()
         values = {n: s["value"] for n, s in trace.nodes.items() if is_latent(s)}
@@ -196,10 +209,8 @@ class PairTarget:
             self.made += 1
         calls = 1 if self.lanes else self.particles
         parts = [self.call(*leaves.values(), *rows) for _ in range(calls)]
-        if calls == 1:
-            return parts[0][0], dict(zip(leaves, parts[0][1:]))
-        means = [torch.stack(part).mean(0) for part in zip(*parts)]
-        return means[0], dict(zip(leaves, means[1:]))
+        means = parts[0] if calls == 1 else [torch.stack(part).mean(0) for part in zip(*parts)]
+        return of_all_ranks(self, means[0], dict(zip(leaves, means[1:])))
 
     def capture(self, leaves: Leaves) -> Callable[..., Any]:
         """Value and gradient at one draw, as a graph where that is possible."""
@@ -322,10 +333,18 @@ class PairTarget:
             trace.compute_log_prob()
 
     def draws(self, leaves: Leaves, count: int, seconds: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """log p - log q (S,) and draws (S, ...) of the continuous latents, on all rows.
+        """log p - log q (S,) and draws (S, ...) of the continuous latents, on all rows (draws of a row: on those here).
 
-        S is `count`, or at least 100 where `seconds` are over before.
+        S is `count`, or at least 100 where `seconds` are over before; 5 where no latent is shared by the rows, each of which
+        then says its own.
         """
+        return joint_draws(self, lambda: self.own_draws(leaves, count, seconds))
+
+    def own_draws(self, leaves: Leaves, count: int, seconds: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same with the rows of this rank."""
+
+        shared = [n for n in self.latents if not self.problem.structure[n].local]
+        least = 100 if shared or self.batches.size is None else 5
 
         def one(*free: Tensor) -> tuple[Tensor, ...]:
             with torch.no_grad(), pyro.validation_enabled(False):
@@ -333,24 +352,28 @@ class PairTarget:
             return (ratio, *(values[n].clone() for n in self.latents))
 
         inputs = tuple(leaves.values())
-        found = capture(one, inputs, random=True)
+        if not self.sites:
+            return self.repeated(lambda: one(*inputs), 1, seconds)
         width = max(1, min(100, count, int(2e7 / max(1, self.problem.structure.data_bytes))))
+        if width == 1 and least < 100:  # a recording would cost more runs over all rows than it saves
+            return self.repeated(lambda: one(*inputs), count, seconds, least)
+        found = capture(one, inputs, random=True)
         if found.mode == "graph" and width > 1:
             many = side_by_side(found.call, width, len(inputs))
             try:
-                parts = self.repeated(lambda: many(*inputs), -(-count // width), seconds)
+                parts = self.repeated(lambda: many(*inputs), -(-count // width), seconds, least)
                 return parts[0].flatten(0, 1)[:count], {n: v.flatten(0, 1)[:count] for n, v in parts[1].items()}
             except (RuntimeError, NotImplementedError):
                 pass  # an operation without a batching rule
-        return self.repeated(lambda: found.call(*inputs), count, seconds)
+        return self.repeated(lambda: found.call(*inputs), count, seconds, least)
 
     def repeated(
-        self, call: Callable[[], tuple[Tensor, ...]], count: int, seconds: float
+        self, call: Callable[[], tuple[Tensor, ...]], count: int, seconds: float, least: int = 100
     ) -> tuple[Tensor, dict[str, Tensor]]:
         rows, began = [], time.perf_counter()
         for i in range(count):
             rows.append(call())
-            if i >= 99 and time.perf_counter() - began > seconds:
+            if i + 1 >= least and time.perf_counter() - began > seconds:
                 break
         parts = list(zip(*rows))
         return torch.stack(parts[0]), {n: torch.stack(p) for n, p in zip(self.latents, parts[1:])}
@@ -362,7 +385,7 @@ class PairTarget:
         if self.plate is None or shared or not self.sites or not self.batches.names:
             return None
         chosen = torch.linspace(0, self.batches.rows - 1, min(most, self.batches.rows)).round().long()
-        rows = chosen.to(self.problem.device)
+        rows = self.batches.among(chosen.to(self.problem.device))
 
         def one() -> tuple[Tensor]:
             with torch.no_grad(), pyro.validation_enabled(False):

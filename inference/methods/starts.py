@@ -10,16 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .blame import impossibility, impossible, listed, steepness
+
 if TYPE_CHECKING:
     from ..joint import LogJoint
 
 #: Words for where chains begin.
 WORDS = ("auto", "tries", "prior")
-
-
-def listed(names: list[str], most: int = 4) -> str:
-    """a, b, c, d, ..."""
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def starts(
@@ -144,12 +141,7 @@ def no_start(joint: LogJoint, tries: NDArray, values: NDArray, gradients: NDArra
     points = [torch.from_numpy(t).to(joint.problem.device, joint.problem.dtype) for t in tries]
     finite = np.isfinite(values)
     if finite.any():
-        bad = ~np.isfinite(gradients[finite]).all(0)
-        names = [b.name for b in joint.blocks if bad[b.start : b.stop].any()]
-        return ValueError(
-            f"{what}: the density is finite and its gradient with respect to {listed(names)} is not a number; look for a "
-            f"square root at 0, a division by 0 or 0 * inf in what depends on {names[0]}"
-        )
+        return ValueError(f"{what}: {steepness(joint, points[int(finite.argmax())], gradients[finite])}")
     found = [impossible(joint, p) for p in points]
     always = [cause for cause in dict.fromkeys(found) if cause and found.count(cause) == len(found)]
     if not always:
@@ -158,44 +150,4 @@ def no_start(joint: LogJoint, tries: NDArray, values: NDArray, gradients: NDArra
         return ValueError(
             f"{what}: the log density is infinite or not a number{at}; tighten the priors or standardise the data"
         )
-    site, index, value = always[0]
-    where = f"[{', '.join(map(str, index))}]" if index else ""
-    return ValueError(
-        f"{what}: site {site!r} gives its observed value {site}{where} = {value} no density under any of them; the value is "
-        f"impossible under the story, correct one or the other"
-    )
-
-
-def impossible(joint: LogJoint, flat: torch.Tensor) -> tuple[str, tuple[int, ...], str] | None:
-    """The first observed site, index and value without finite density in any state of the finite latents."""
-    with torch.no_grad():
-        try:
-            trace, names = joint.trace(joint.constrain(flat))
-            factors = joint.factors_of(trace, names)
-        except (torch.linalg.LinAlgError, ValueError):
-            return None
-    for factor in factors:
-        if joint.structure[factor.name].kind != "observed":
-            continue
-        plates = [d for d in factor.dims if d in factor.plates]
-        states = tuple(i for i, d in enumerate(factor.dims) if d not in factor.plates)
-        best = factor.value.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
-        best = best.amax(states) if states else best
-        bad = ~best.isfinite()
-        if bad.any():
-            node = trace.nodes[factor.name]
-            index = dict(zip(plates, bad.nonzero()[0].tolist(), strict=True))
-            frames = {f.name: f.dim - node["fn"].event_dim for f in node["cond_indep_stack"] if f.vectorized}
-            value, places = node["value"], {frames[p]: i for p, i in index.items() if -frames[p] <= node["value"].ndim}
-            for dim, i in sorted(places.items()):
-                value = value.select(dim, i if value.shape[dim] > 1 else 0).unsqueeze(dim)
-            return factor.name, tuple(index.values()), described(value.squeeze())
-    return None
-
-
-def described(value: torch.Tensor) -> str:
-    """A number, or the first few of several."""
-    if value.ndim == 0:
-        return f"{value.item():g}"
-    shown = [f"{v:g}" for v in value.flatten()[:6].tolist()]
-    return f"[{', '.join(shown)}{', ...' if value.numel() > 6 else ''}]"
+    return ValueError(f"{what}: {impossibility(*always[0])}")

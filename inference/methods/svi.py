@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from torch import Tensor
-from tqdm import tqdm
 
 from .base import Verdict, density_objection, gradient_objection, one_of, positive_float, positive_int
+from .climb_file import ClimbFile
+from .climbs import INTERRUPTED, SPENT, Climbs
+from .encoders import Amortised
+from .holdout import split
 from .tightened import OBJECTIVES, check_objective
 from .weighted import check_beta
 
@@ -24,19 +28,15 @@ if TYPE_CHECKING:
     from ..posterior import Posterior
     from ..problem import Problem
     from ..structure import Structure
-    from .ascent import Ascent, Leaves
+    from .ascent import Leaves
 
-GUIDES = ("auto", "story", "mean_field", "low_rank", "full_rank")
-SCHEDULES = ("adaptive", "constant", "cosine", "one_cycle")
+GUIDES = ("auto", "story", "mean_field", "low_rank", "full_rank", "flow")
+SCHEDULES = ("auto", "adaptive", "constant", "cosine", "one_cycle")
 MODES = ("auto", "eager", "graph", "inductor")
 #: Unknowns up to which "auto" affords a full covariance.
 FULL_RANK = 50
-#: Share of the steps that every start may take before the best goes on.
-SHORT = 0.15
 #: Bytes that draws of latents may take; with a latent a row there are fewer draws.
 DRAW_BYTES = 200e6
-SPENT = "the budget"
-INTERRUPTED = "interrupted: the best state so far is returned"
 #: Effective share of the draws above which importance weights count as equal.
 EQUAL_WEIGHTS = 0.99
 #: Draws of a block of the importance-weighted bound.
@@ -53,7 +53,8 @@ class SVI:
     ----------
     guide
         "story" (the story's own), or a Gaussian in unconstrained space: "mean_field", "low_rank" (rank sqrt of the
-        unknowns), "full_rank". "auto" takes the story's guide where there is one, else full rank up to 50 unknowns, else mean
+        unknowns), "full_rank"; "flow", a full-rank Gaussian bent by autoregressive networks; or `Amortised(...)`, a network
+        that reads rows. "auto" takes the story's guide where there is one, else full rank up to 50 unknowns, else mean
         field.
     steps, lr
         Most steps of Adam, and its first step size (a quarter of it for networks); it falls whenever the ELBO stops rising.
@@ -75,7 +76,8 @@ class SVI:
         and why nothing faster did, is in `posterior.diagnostics` under "mode" and "reason".
     schedule
         Step size: "adaptive" (falls when the ELBO stops rising, and may end the run), or over all `steps` "constant",
-        "cosine" (to zero) or "one_cycle" (up for 30 % of the steps, then to zero).
+        "cosine" (to zero) or "one_cycle" (up for 30 % of the steps, then to zero). "auto": "cosine" for flows, whose climb is
+        long and slow, else "adaptive".
     clip
         Longer gradients are cut to this norm; None cuts only what is ten times as long as usual.
     beta
@@ -91,10 +93,24 @@ class SVI:
         "renyi", their (1 - `alpha`)-th powers. `history` then holds that bound; the answer's ELBO is still the ELBO.
     alpha
         Of the Renyi bound: 0 is "iwae", 1 the ELBO.
+    gradient
+        Of a story's own guide: "total", or "path", without the slope of log q in its parameters: noise that goes to zero as
+        the guide becomes the posterior ("sticking the landing"; under "iwae" the doubly reparameterised estimator). It
+        takes divergences from draws.
+    average
+        Memory of a moving average of the parameters, such as 0.999, that is the answer instead of the last ones (Polyak and
+        Juditsky, 1992); None takes one where the climb has levelled off.
+    validation
+        Share of the rows that are held out: the answer is the state of highest bound on them, and the climb ends when that
+        has not risen in ten looks, of which there are a hundred. For guides that read rows.
+    checkpoint
+        A file that keeps the climbs every few seconds. The same call goes on from there, to the same bits; the file is
+        removed at the end.
     """
 
     name: ClassVar[str] = "svi"
-    guide: str = "auto"
+    spreads: ClassVar[str] = "rows"
+    guide: str | Amortised = "auto"
     steps: int = 3000
     lr: float = 0.02
     batch_size: int | None = None
@@ -104,16 +120,21 @@ class SVI:
     patience: int = 2
     draws: int = 1000
     mode: str = "auto"
-    schedule: str = "adaptive"
+    schedule: str = "auto"
     clip: float | None = None
     beta: float | tuple[float, float, int] = 1.0
     free_bits: float = 0.0
     divergence: str = "auto"
     objective: str = "elbo"
     alpha: float = 0.5
+    gradient: str = "total"
+    average: float | None = None
+    validation: float | None = None
+    checkpoint: str | Path | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        one_of("SVI", "guide", self.guide, GUIDES)
+        if not isinstance(self.guide, Amortised):
+            one_of("SVI", "guide", self.guide, GUIDES)
         one_of("SVI", "mode", self.mode, MODES)
         one_of("SVI", "schedule", self.schedule, SCHEDULES)
         if self.clip is not None:
@@ -121,10 +142,20 @@ class SVI:
         check_beta(self.beta)
         one_of("SVI", "divergence", self.divergence, ("auto", "formula", "draws"))
         one_of("SVI", "objective", self.objective, OBJECTIVES)
+        one_of("SVI", "gradient", self.gradient, ("total", "path"))
+        if self.gradient == "path" and (self.objective == "renyi" or self.free_bits or self.divergence == "formula"):
+            raise ValueError(
+                "SVI(gradient='path') follows draws of log p - log q: it goes with objective 'elbo' or 'iwae', and not with "
+                "free_bits or divergence='formula'"
+            )
         check_objective(self.objective, self.alpha, self.particles, self.beta == 1.0 and not self.free_bits)
         positive_float("SVI", "free_bits", self.free_bits, zero=True)
         for name in ("steps", "particles", "starts", "patience", "draws"):
             positive_int("SVI", name, getattr(self, name))
+        for name in ("average", "validation"):
+            share = getattr(self, name)
+            if share is not None and not (isinstance(share, float) and 0 < share < 1):
+                raise ValueError(f"SVI({name}={share!r}): {name} must be a number between 0 and 1, or None")
         if self.batch_size is not None:
             positive_int("SVI", "batch_size", self.batch_size)
         positive_float("SVI", "lr", self.lr)
@@ -132,11 +163,13 @@ class SVI:
 
     def family(self, structure: Structure) -> str:
         """The guide that "auto" stands for."""
+        if isinstance(self.guide, Amortised):
+            return "story"
         if self.guide != "auto":
             return self.guide
         if structure.admixture:
             return "topics"
-        if structure.has_guide:
+        if structure.has_guide or structure.guideless:
             return "story"
         size = sum(math.prod(s.shape) for s in structure.latents if s.continuous)
         cut = self.batch_size is not None and bool(structure.continuous_locals)
@@ -144,10 +177,11 @@ class SVI:
 
     def check(self, structure: Structure) -> Verdict:
         """Valid where a density exists and every discrete latent can be summed out."""
-        objection = density_objection(structure) or gradient_objection(structure)
+        family = self.family(structure)
+        guided = family == "story" and structure.has_guide and not isinstance(self.guide, Amortised)
+        objection = density_objection(structure, guided=guided) or gradient_objection(structure)
         if objection:
             return Verdict(False, objection)
-        family = self.family(structure)
         if family == "topics":
             how = (
                 "Dirichlet factors by natural gradients"
@@ -155,7 +189,15 @@ class SVI:
                 else "a Gaussian chain over time"
             )
             return Verdict(True, f"approximate posterior of a topic model: {how}")
-        if family == "story" and not structure.has_guide:
+        amortised = isinstance(self.guide, Amortised)
+        if amortised and not any(s.local for s in structure.latents if s.continuous):
+            return Verdict(
+                False, "SVI(guide=Amortised(...)): the rows of this story have no continuous latents to guess"
+            )
+        if family == "story" and not structure.has_guide and structure.guideless:
+            left = f"; {', '.join(s.name for s in structure.finite[:4])} summed out" if structure.finite else ""
+            return Verdict(True, f"maximum likelihood of the story's networks: there is no latent to guess{left}")
+        if family == "story" and not structure.has_guide and not amortised:
             return Verdict(
                 False, "SVI(guide='story') needs a guide: give the story a `guide` method or pass fit(guide=...)"
             )
@@ -165,7 +207,14 @@ class SVI:
             )
         if family != "story" and not any(s.continuous for s in structure.latents) and not structure.learned:
             return Verdict(False, "no latent is continuous and nothing is learned: enumeration is exact, use EM")
-        text = "the story's guide" if family == "story" else f"a derived {family.replace('_', '-')} Gaussian guide"
+        if amortised:
+            text = "an encoder of rows"
+        elif family == "story":
+            text = "the story's guide"
+        else:
+            text = "a flow" if family == "flow" else f"a derived {family.replace('_', '-')} Gaussian guide"
+        if structure.uncountable:
+            text += f"; {structure.uncountable[0].name} by score functions"
         if structure.finite:
             names = ", ".join(s.name for s in structure.finite[:4]) + (", ..." if len(structure.finite) > 4 else "")
             text += f"; {names} summed out" if family != "story" else f"; {names} summed out unless the guide has them"
@@ -175,11 +224,18 @@ class SVI:
             text += "; a prior is improper, so that the evidence is undefined and the ELBO known up to a constant"
         return Verdict(True, f"approximate posterior by {text}")
 
+    def unshareable(self, structure: Structure) -> str:
+        """Why several processes cannot hold rows apart, or nothing."""
+        if self.family(structure) == "story" or not structure.continuous_locals:
+            return ""
+        return f"the derived guide has a latent {structure.continuous_locals[0].name!r} for every row (a story's own may not)"
+
     def run(self, problem: Problem) -> Posterior:
         """Several short runs, the best to its end, then draws and their k-hat."""
         from ..meter import Meter
         from ..posterior import Posterior
         from .paired import PairTarget
+        from .shared import whole_draws, whole_parameters
 
         family = self.family(problem.structure)
         if family == "topics":
@@ -187,10 +243,13 @@ class SVI:
 
             return run_svi(problem, self)
         with Meter() as meter:
-            target = self.target(problem, family)
+            if isinstance(self.guide, Amortised):
+                problem = replace(problem, guide=self.guide.build(problem))
+            climbs = self.climbs(problem, family)
+            target = climbs.target
             meter.mark("setup")
             began = time.perf_counter()
-            ascent, warnings = self.climb(problem, target)
+            ascent, warnings = climbs.run()
             leaves = ascent.best()
             seconds = max(5.0, 0.2 * (time.perf_counter() - began))
             draws, found, doubts = self.answer(problem, target, leaves, seconds)
@@ -198,9 +257,14 @@ class SVI:
                 target.networks.write(target.weights(leaves))
             meter.mark("run")
         ended = any(w.startswith((INTERRUPTED, SPENT)) for w in warnings)
+        if ascent.holdout is not None:
+            found["validation"] = [list(look) for look in ascent.holdout.history]
         point = not draws or (isinstance(target, PairTarget) and target.points)
-        learned = [s.name for s in problem.structure.learned]
+        # Weights of networks stay where they belong: in the networks.
+        learned = [s.name for s in problem.structure.learned if "$$$" not in s.name]
         values = {n: v.detach().cpu() for n, v in target.values(leaves).items()}
+        draws = whole_draws(problem, draws)
+        values = whole_parameters(target, values) if family == "story" else values
         count = len(next(iter(draws.values()))) if draws else 1
         draws |= {n: values[n].expand(count, *values[n].shape) for n in learned}
         return Posterior(
@@ -221,85 +285,70 @@ class SVI:
             warnings=self.notes(problem) + warnings + doubts,
             timings=meter.timings,
             converged=ascent.converged or not (ascent.rising or ended),
-            extra={"guide_params": values if family == "story" else {n: v.cpu() for n, v in leaves.items()}},
+            extra=self.kept(target, leaves, values),
         )
 
-    def target(self, problem: Problem, family: str) -> Any:
-        """Derived guide or the story's own."""
+    @staticmethod
+    def kept(target: Any, leaves: Leaves, values: dict[str, Tensor]) -> dict[str, Any]:
+        """What asks the guide again: its parameters, and the weights of networks by their own names."""
+        from .paired import PairTarget
+
+        if not isinstance(target, PairTarget):
+            return {"guide_params": {n: v.cpu() for n, v in leaves.items()}}
+        weights = {n: v.detach().cpu() for n, v in target.weights(leaves).items()}
+        return {"guide_params": {n: v for n, v in values.items() if n in target.parameters}, "networks": weights}
+
+    def climbs(self, problem: Problem, family: str) -> Climbs:
+        """Everything that is to be climbed, as the checkpoint left it where there is one."""
+        file, options = None, self
+        if problem.ranks.several and (self.checkpoint is not None or self.validation is not None):
+            raise ValueError(
+                "SVI over ranks keeps no checkpoint and holds no rows out: leave checkpoint and validation out"
+            )
+        if self.checkpoint is not None:
+            said = replace(self, checkpoint=None)
+            file = ClimbFile(Path(self.checkpoint), problem, said, family)
+            options = replace(self, mode=file.mode() or self.mode)
+        train, held = None, None
+        if self.validation is not None:
+            names = problem.structure.row_arguments
+            rows = problem.structure.num_rows or 0
+            if family != "story" or not names or rows < 2:
+                raise ValueError(
+                    f"SVI(validation={self.validation}) holds rows out, which takes a guide that reads rows (a story's own, or "
+                    f"guide=Amortised(...)) and two rows or more; this fit has the guide {family!r} and {rows} rows"
+                )
+            train, held = split(rows, self.validation)
+        target = options.target(problem, family, train)
+        if held is not None and any(p.local for p in target.parameters.values()):
+            raise ValueError(
+                f"SVI(validation={self.validation}): the guide has numbers of its own for every row "
+                f"({', '.join(n for n, p in target.parameters.items() if p.local)}); a row held out would have none"
+            )
+        return Climbs(options, problem, target, held, file)
+
+    def target(self, problem: Problem, family: str, pool: Tensor | None = None) -> Any:
+        """Derived guide or the story's own; batches are drawn from the rows in `pool`."""
         from .derived import DerivedTarget
         from .paired import PairTarget
         from .weighted import Weights
 
         if family == "story":
             formula = self.divergence == "formula" or (self.divergence == "auto" and problem.structure.has_modules)
+            path = self.gradient == "path"
             beta = tuple(self.beta) if isinstance(self.beta, list) else self.beta
             weighing = Weights(beta, self.free_bits, formula)
             alpha = {"elbo": None, "iwae": 0.0, "renyi": float(self.alpha)}[self.objective]
-            return PairTarget(problem, self.particles, self.batch_size, self.mode, self.steps, weighing, alpha)
-        if self.beta != 1.0 or self.free_bits or self.objective != "elbo":
+            return PairTarget(
+                problem, self.particles, self.batch_size, self.mode, self.steps, weighing, alpha, pool, path
+            )
+        if self.beta != 1.0 or self.free_bits or self.objective != "elbo" or self.gradient != "total":
             raise ValueError(
-                f"SVI(beta={self.beta!r}, free_bits={self.free_bits!r}, objective={self.objective!r}) are for a story's own "
+                f"SVI(beta={self.beta!r}, free_bits={self.free_bits!r}, objective={self.objective!r}, "
+                f"gradient={self.gradient!r}) are for a story's own "
                 f"guide; this fit derives its guide ({family})"
             )
         return DerivedTarget(problem, family, self.particles, self.batch_size, self.mode, self.steps)
-
-    def climb(self, problem: Problem, target: Any) -> tuple[Ascent, list[str]]:
-        """The best of several short ascents, taken to its end, and what there is to say about it."""
-        from ..errors import DivergenceError
-        from .ascent import Ascent
-
-        deadline = time.perf_counter() + problem.budget if problem.budget else math.inf
-        short = max(1, int(SHORT * self.steps))
-        ascents: list[Ascent] = []
-        dropped: list[DivergenceError] = []
-        warnings: list[str] = []
-        total = self.steps + (self.starts - 1) * short
-        with tqdm(total=total, desc="SVI", disable=not problem.progress, leave=False) as bar:
-
-            def watch(elbo: float, lr: float) -> None:
-                bar.update()
-                if bar.n % 20 == 0:
-                    bar.set_postfix(elbo=f"{elbo:.5g}", lr=f"{lr:.2g}", refresh=False)
-
-            try:
-                for _ in range(self.starts):
-                    ascent = Ascent(
-                        target,
-                        target.start(),
-                        self.lr,
-                        self.steps,
-                        self.tol,
-                        self.patience,
-                        schedule=self.schedule,
-                        clip=self.clip,
-                    )
-                    ascents.append(ascent)
-                    try:
-                        ascent.run(short if self.starts > 1 else self.steps, deadline, watch)
-                    except DivergenceError as error:
-                        dropped.append(error)
-                        ascents.pop()
-                    if time.perf_counter() > deadline:
-                        break
-                if not ascents:
-                    raise dropped[0]
-                ascents.sort(key=lambda a: -a.recent())
-                ascents[0].run(self.steps, deadline, watch)
-            except KeyboardInterrupt:
-                if not any(ascent.history for ascent in ascents):
-                    raise
-                warnings.append(INTERRUPTED)
-        best = max(ascents, key=lambda a: a.recent())
-        best.conclude()
-        if dropped:
-            warnings.append(f"{len(dropped)} of {self.starts} starts were dropped: {dropped[0]}")
-        if best.converged or INTERRUPTED in warnings:
-            return best, warnings
-        if time.perf_counter() > deadline:
-            warnings.append(f"{SPENT} of {problem.budget:g} s is used up: the best state so far is returned")
-        elif best.rising:
-            warnings.append(f"SVI did not converge in {self.steps} steps: the ELBO was still rising; raise steps or lr")
-        return best, warnings
 
     def answer(
         self, problem: Problem, target: Any, leaves: Leaves, seconds: float
@@ -329,6 +378,9 @@ class SVI:
                     f"what it says about spread is not to be trusted"
                 )
             return draws, found, warnings
+        if getattr(target, "apart", False):
+            warnings.append("k-hat is not known: ranks drew latents that all rows share apart from each other")
+            return draws, found, warnings
         ratio = np.exp(weights - weights.max())
         # Where all weights are nearly equal, the shape of their tail does no harm.
         share = float(ratio.sum() ** 2 / (ratio**2).sum() / len(ratio))
@@ -342,7 +394,7 @@ class SVI:
 
     def notes(self, problem: Problem) -> list[str]:
         """What holds before the first step."""
-        notes, rows = [], problem.structure.num_rows
+        notes, rows = [], problem.structure.num_rows and problem.all_rows
         if self.batch_size and rows and self.batch_size > rows:
             notes.append(f"batch_size={self.batch_size} exceeds the {rows} rows: all rows are used in every step")
         improper = [s.name for s in problem.structure.latents if s.improper]

@@ -29,8 +29,7 @@ OBJECTIVES = ("elbo", "iwae", "renyi")
 
 def row_weights(target: PairTarget, leaves: Leaves, rows: Tensor | None) -> Tensor:
     """log p(x_n, u_n) - log q(u_n) of every row at one draw of the guide, (rows,)."""
-    trace = target.guide_trace(leaves, rows)
-    trace.compute_log_prob()
+    trace = target.scored_trace(leaves, rows)
     guessed = [s for s in trace.nodes.values() if is_latent(s)]
     log_q = sum(by_row(site["log_prob"], site, target.plate) for site in guessed)
     given = {**{s["name"]: s["value"] for s in guessed}, **target.constrained(leaves, rows)}
@@ -44,6 +43,20 @@ def bound(weights: Tensor, alpha: float) -> Tensor:
         return weights.mean(0).sum()
     power = 1.0 - alpha
     return ((power * weights).logsumexp(0) - math.log(len(weights))).sum() / power
+
+
+def doubly(table: Tensor, free: list[Tensor], guided: list[bool], scale: float) -> tuple[Tensor, ...]:
+    """Gradient of the importance-weighted bound whose guide's part keeps its signal as draws are added.
+
+    `table` (draws, rows) holds log weights without the slope of log q in its parameters. The guide's parameters weigh the
+    path of a draw by its squared share, all others by its share (Tucker, Lawson, Gu and Maddison, *Doubly reparameterized
+    gradient estimators*, ICLR 2019, equation 8).
+    """
+    share = table.softmax(0).detach()
+    value, again = scale * (share * table).sum(), scale * (share.square() * table).sum()
+    plain = torch.autograd.grad(value, free, allow_unused=True, materialize_grads=True, retain_graph=True)
+    squared = torch.autograd.grad(again, free, allow_unused=True, materialize_grads=True)
+    return tuple(b if own else a for a, b, own in zip(plain, squared, guided, strict=True))
 
 
 def tight_step(target: PairTarget, example: tuple[Tensor, ...], alpha: float, mode: str, steps: int) -> Captured:
@@ -62,6 +75,7 @@ def tight_step(target: PairTarget, example: tuple[Tensor, ...], alpha: float, mo
             f"{f'guesses {shared[0]!r}, which rows share' if shared else 'guesses nothing in the rows'}: use objective='elbo'"
         )
     count, scale = target.particles, target.batches.scale
+    guided = [n in target.guide_leaves(target.start()) for n in names] if target.path else []
 
     def by_rows(*inputs: Tensor) -> Tensor:
         with pyro.validation_enabled(False):
@@ -73,8 +87,12 @@ def tight_step(target: PairTarget, example: tuple[Tensor, ...], alpha: float, mo
         def step(*inputs: Tensor) -> tuple[Tensor, ...]:
             with torch.enable_grad():
                 free = [t.detach().requires_grad_() for t in inputs[: len(names)]]
-                value = scale * bound(many(*free, *inputs[len(names) :]), alpha)
-                slopes = torch.autograd.grad(value, free, allow_unused=True, materialize_grads=True)
+                table = many(*free, *inputs[len(names) :])
+                value = scale * bound(table, alpha)
+                if guided:
+                    slopes = doubly(table, free, guided, scale)
+                else:
+                    slopes = torch.autograd.grad(value, free, allow_unused=True, materialize_grads=True)
             return (value.detach(), *slopes)
 
         return step

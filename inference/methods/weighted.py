@@ -115,8 +115,7 @@ def weighted_elbo(
         A latent's prior hangs on a finite latent that is summed out, or free bits are asked for a divergence without a formula.
     """
     joint, structure, scale = target.joint, target.problem.structure, 1.0 if rows is None else target.batches.scale
-    trace = target.guide_trace(leaves, rows)
-    trace.compute_log_prob()
+    trace = target.scored_trace(leaves, rows)
     guessed = {n: s for n, s in trace.nodes.items() if is_latent(s)}
     values = {n: s["value"] for n, s in guessed.items()}
     given = {**values, **target.constrained(leaves, rows)}

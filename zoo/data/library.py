@@ -46,6 +46,7 @@ _SIMULATED = (
     "survey",
     "three_clusters",
     "two_factors",
+    "two_moons",
     "two_rods",
     "weather",
 )
@@ -53,7 +54,7 @@ _SIMULATED = (
 
 def datasets() -> list[str]:
     """Names that `load` knows."""
-    return sorted([*_BUNDLED, *_SIMULATED, "faces"])
+    return sorted([*_BUNDLED, *_SIMULATED, "binary_digits", "faces"])
 
 
 def load(name: str, **settings: Any) -> "Dataset":
@@ -82,6 +83,8 @@ def load(name: str, **settings: Any) -> "Dataset":
     make: Callable[..., Dataset] = partial(_bundled, name)
     if name in _SIMULATED:
         make = getattr(import_module(".simulators", __package__), name)
+    elif name == "binary_digits":
+        make = _binary_digits
     elif name == "faces":
         make = import_module(".faces", __package__).faces
     allowed = list(inspect.signature(make).parameters)
@@ -108,4 +111,16 @@ def _bundled(name: str) -> "Dataset":
         label_names=tuple(str(label) for label in bunch.target_names),
         description=description,
         source=source,
+    )
+
+
+def _binary_digits() -> "Dataset":
+    from dataclasses import replace
+
+    digits = _bundled("digits")
+    return replace(
+        digits,
+        name="binary_digits",
+        x=(digits.x > 7).to(digits.x.dtype),
+        description="Handwritten digits, 8 x 8 pixels, black (1) where the grey value exceeds 7.",
     )

@@ -1,5 +1,6 @@
 """Data sets drawn from a story whose parameters are known, to see whether inference finds them again."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -271,6 +272,32 @@ def two_factors(num_data: int = 300, seed: int = 0) -> Dataset:
         description="Six test scores that two abilities explain.",
         source="simulated",
         truth={name: torch.from_numpy(v) for name, v in (("W", W), ("mu", np.zeros(6)), ("psi", psi), ("z", z))},
+    )
+
+
+def two_moons(num_data: int = 1000, seed: int = 0, noise: float = 0.07) -> Dataset:
+    """Two interleaved half circles, blurred by `noise` and standardised by their exact moments.
+
+    Before it is standardised a row is (cos t, sin t) or (1 - cos t, 1/2 - sin t), t uniform on (0, pi), plus noise: the moons
+    of scikit-learn's `make_moons`.
+    """
+    if not 0 <= noise < math.inf:
+        raise ValueError(f"noise must be a number from 0, got {noise!r}")
+    rng = _generator(num_data, seed)
+    z = rng.integers(2, size=num_data)
+    t = rng.uniform(0.0, math.pi, size=num_data)
+    outer, inner = np.stack((np.cos(t), np.sin(t)), 1), np.stack((1 - np.cos(t), 0.5 - np.sin(t)), 1)
+    x = np.where(z[:, None] == 0, outer, inner) + noise * rng.standard_normal((num_data, 2))
+    variance = [0.75, 0.5 - 4 / math.pi**2 + (2 / math.pi - 0.25) ** 2]
+    x = (x - [0.5, 0.25]) / np.sqrt(np.array(variance) + noise**2)
+    return Dataset(
+        name="two_moons",
+        x=torch.from_numpy(x),
+        labels=torch.from_numpy(z),
+        feature_names=("first", "second"),
+        label_names=("upper", "lower"),
+        description="Two interleaved half circles, standardised.",
+        source="simulated",
     )
 
 

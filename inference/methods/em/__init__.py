@@ -61,6 +61,7 @@ class EM:
     """
 
     name: ClassVar[str] = "em"
+    spreads: ClassVar[str] = "rows"
     restarts: int = 5
     estimate: str = "map"
     max_iter: int = 500

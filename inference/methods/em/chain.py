@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...distributed import ALONE, Ranks
 from ...handlers import unwrap
 from ...joint import LogJoint
 from .estep import Expectation, Part, expectation, few_rows, read_slots, slots_now
@@ -59,6 +60,7 @@ class ChainKernel:
     states: int
     emissions: Emissions = field(init=False)
     rows: int = 0
+    ranks: Ranks = ALONE
 
     @classmethod
     def recognise(cls, joint: LogJoint, plan: Plan, theta: dict[str, Tensor], parts: list[Part]) -> ChainKernel | None:
@@ -89,8 +91,9 @@ class ChainKernel:
         kept = {*steps, *seen[0]}
         pooled = replace(plan, terms={n: t for n, t in plan.terms.items() if n in kept})
         kernel = cls(joint, pooled, chain, steps, seen, joint.structure[chain[0]].states or 1)
-        if not kernel.agrees(plan, theta, parts):
+        if not joint.problem.ranks.every(kernel.agrees(plan, theta, parts)):
             return None
+        kernel.ranks = joint.problem.ranks
         kernel.collect(theta, parts)
         return kernel
 
@@ -121,7 +124,7 @@ class ChainKernel:
 
     def collect(self, theta: dict[str, Tensor], parts: list[Part]) -> None:
         """Values of every step of every sequence, step by step, as rows of the emissions."""
-        self.emissions = Emissions(self.joint, self.plan, self.chain[0], self.states)
+        self.emissions = Emissions(self.joint, self.plan, self.chain[0], self.states, ranks=self.ranks)
         traces = []
         with torch.no_grad():
             traces = [self.joint.trace(theta, p.kwargs)[0].nodes for p in parts]
@@ -138,6 +141,7 @@ class ChainKernel:
                 fn = unwrap(traces[0][self.seen[0][position]]["fn"])
                 self.emissions.columns[stand] = Column(torch.cat(values), fn, mask)
             self.emissions.rows = self.rows * len(self.chain)
+            self.emissions.all_rows = self.ranks.total(self.rows) * len(self.chain)
             self.emissions.dtype = self.joint.problem.dtype
             self.emissions.skip = set(self.steps)
             self.emissions.place()
@@ -164,6 +168,9 @@ class ChainKernel:
                 for t, step in enumerate(self.steps[1:]):
                     pairs[step] += found[t]
                 S += (weights.permute(1, 2, 0, 3).reshape(R * K, -1) @ phi.T).view(R, K, -1)
+        names = sorted(pairs)
+        S, total, starts, *moved = self.ranks.add(S, total, starts, *(pairs[n] for n in names))
+        pairs = dict(zip(names, moved, strict=True))
         e = self.emissions.expectation(S, total + both + self.emissions.base, prior, slots, parts)
         e.stats[self.chain[0]] = {"counts": starts}
         for step, counts in pairs.items():

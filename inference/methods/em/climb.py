@@ -11,14 +11,15 @@ stepwise     running averages of the blocks' statistics with falling weights, fo
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...distributed import ALONE, Ranks
 from .engine import Enumeration
 from .estep import Expectation, slots_now
 from .mixture import MixtureKernel
@@ -51,6 +52,12 @@ class Limits:
     callback: Callable[[int, float, dict[str, Tensor]], None] | None = None
     tick: Callable[[int, float, int], None] = lambda iteration, objective, active: None
     save: Callable[[Climb], None] = lambda climb: None
+    ranks: Ranks = ALONE
+
+    @property
+    def over(self) -> bool:
+        """Whether the time is up: on the clock of the first rank, where there are several."""
+        return not self.ranks.before(self.deadline)
 
 
 @dataclass
@@ -88,7 +95,7 @@ def batch(engine: Any, climb: Climb, limits: Limits) -> str:
             e = some_runs(e, going)
         if not going:
             break
-        if time.perf_counter() > limits.deadline:
+        if limits.over:
             return "the budget is used up: the best state so far is returned"
         climb.theta = engine.maximise(climb.theta, e)
         limits.save(climb)
@@ -127,7 +134,11 @@ def some_runs(e: Expectation, which: list[int]) -> Expectation:
 
 
 def row_blocks(kernel: MixtureKernel, size: int, runs: int) -> list[list[slice]]:
-    """Blocks of `size` rows, each a list of what the kernel takes at once."""
+    """Blocks of `size` rows, each a list of what the kernel takes at once; every rank has a share of every block."""
+    if kernel.ranks.shares_rows:
+        count = -(-kernel.all_rows // size)
+        edges = [kernel.rows * c // count for c in range(count + 1)]
+        return [kernel.blocks(runs, a, b) for a, b in pairwise(edges)]
     return [kernel.blocks(runs, a, a + size) for a in range(0, kernel.rows, size)]
 
 
@@ -156,7 +167,7 @@ def incremental(engine: Enumeration, climb: Climb, limits: Limits, size: int) ->
         if len(going) < len(climb.active):
             climb.keep(going)
             climb.extra = {n: v[:, going] for n, v in climb.extra.items()}
-        if time.perf_counter() > limits.deadline and going:
+        if going and limits.over:
             return "the budget is used up: the best state so far is returned"
         limits.save(climb)
     finish(engine, climb)
@@ -195,7 +206,7 @@ def stepwise(engine: Enumeration, climb: Climb, limits: Limits, size: int, decay
             seen = seen + likelihood.to(seen)
             step = climb.extra.get("step", torch.zeros(1, dtype=torch.float64))
             weight = float(step + 2) ** -decay
-            S = S * (kernel.rows / sum(r.stop - r.start for r in rows))
+            S = S * (kernel.all_rows / S[:, :, 0].sum(1)).reshape(-1, 1, 1)
             old = climb.extra.get("running")
             climb.extra = {"running": S if old is None else (1 - weight) * old + weight * S, "step": step + 1}
             slots, prior = slots_now(engine.joint, engine.plan, climb.theta, engine.parts)
@@ -211,7 +222,7 @@ def stepwise(engine: Enumeration, climb: Climb, limits: Limits, size: int, decay
                 run.converged = True
             break
         before = now
-        if time.perf_counter() > limits.deadline:
+        if limits.over:
             finish(engine, climb)
             return "the budget is used up: the best state so far is returned"
         limits.save(climb)

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...errors import DivergenceError
+from ..blame import impossibility, impossible
 from .climb import Climb, Limits, Run, batch, begin, incremental, stepwise
 from .engine import Enumeration
 from .repair import EMPTY, collapsed, reseed
@@ -37,10 +38,11 @@ class Contest:
 
     def __init__(self, em: EM, engine: Any, joint: LogJoint, problem: Problem, count: int) -> None:
         self.em, self.engine, self.joint, self.problem, self.count = em, engine, joint, problem, count
-        self.rows = max(1, problem.structure.num_rows or 1)
+        self.rows = problem.all_rows
         self.deadline = time.perf_counter() + (self.problem.budget or math.inf)
         self.runs: list[Run] = []
         self.stopped = ""
+        self.notes: list[str] = []
         self.state: dict[str, Tensor] = {}
         self.driver = self.choose_driver()
         self.bar: Any = None
@@ -66,17 +68,23 @@ class Contest:
         """Every start: in one go where the engine can, else one after another."""
         seeds = [self.problem.seed + r for r in range(self.count)]
         groups = [seeds] if self.engine.together else [[s] for s in seeds]
-        done = 0
+        done, dropped = 0, []
         for group in groups:
             try:
                 self.climb(begin(self.engine.start(group, done), len(group)), {}, done)
+            except DivergenceError as error:
+                dropped.append(error)
             except KeyboardInterrupt:
-                if not self.runs:
+                if not self.runs or self.problem.ranks.several:  # ranks would stop at different steps
                     raise
                 self.stopped = "interrupted: the best state so far is returned"
             done += len(group)
             if self.stopped:
                 break
+        if dropped and not self.runs:
+            raise dropped[0]
+        if dropped:
+            self.notes.append(f"{len(dropped)} of {self.count} starts were dropped: {dropped[0]}")
 
     def climb(self, climb: Climb, extra: dict[str, Tensor], offset: int = 0) -> None:
         """One group of starts to its end."""
@@ -93,9 +101,10 @@ class Contest:
             self.em.tol,
             self.rows,
             self.deadline,
-            self.em.callback,
+            self.em.callback if self.problem.ranks.leads else None,
             self.tick,
             saved.write if saved else lambda climb: None,
+            self.problem.ranks,
         )
         size = self.em.batch_size or max(8192, self.rows // 20)
         with tqdm(total=self.em.max_iter, desc="EM", disable=not self.problem.progress, leave=False) as self.bar:
@@ -107,6 +116,9 @@ class Contest:
                     self.state = climb.extra
                 else:
                     self.stopped = batch(self.engine, climb, limits)
+            except DivergenceError as error:
+                error.step = climb.iteration
+                raise
             except KeyboardInterrupt:
                 self.runs += [r for r in climb.runs if math.isfinite(r.objective)]
                 raise
@@ -141,9 +153,12 @@ class Contest:
 
     def refuse(self, climb: Climb) -> None:
         """No run has a finite objective: a start of density 0, or a step out of the finite numbers."""
-        e = self.engine.expectation({n: v[:1] for n, v in climb.theta.items()})
         run = climb.runs[0]
+        e = self.engine.expectation({n: v[None] for n, v in run.theta.items()})
         if not run.history:
+            found = impossible(self.joint, self.joint.flatten(run.theta)) if self.joint.blocks else None
+            if found is not None:
+                raise ValueError(f"no start has a finite density: {impossibility(*found)}")
             factors = self.joint.factors(run.theta)
             bad = next((f for f in factors if not bool(f.value.isfinite().any())), None)
             where = f"site {bad.name!r}" if bad else "the story"
@@ -207,7 +222,11 @@ class Contest:
 
     def distrust(self, best: Run, fallen: list[bool]) -> list[str]:
         """What the user should know before using the answer."""
-        warnings = [self.stopped] if self.stopped else []
+        warnings = ([self.stopped] if self.stopped else []) + self.notes
+        if self.em.batch_size and self.em.batch_size > self.rows and self.driver != "batch":
+            warnings.append(
+                f"batch_size={self.em.batch_size} exceeds the {self.rows} rows: all rows are used in every step"
+            )
         if not best.converged and not self.stopped:
             warnings.append(f"EM did not converge in {self.em.max_iter} iterations; raise max_iter or tol")
         falls = [b - a for a, b in zip(best.history, best.history[1:])]
@@ -219,6 +238,11 @@ class Contest:
             warnings.append(
                 "a component collapsed onto a few rows in every restart: the likelihood is unbounded there and only the "
                 "ridge holds it; use fewer components, a simpler covariance, or estimate='map' with proper priors"
+            )
+        if self.em.estimate == "mle" and any("constant" in note for note in self.problem.structure.notes):
+            warnings.append(
+                f"without priors the spread of a constant column falls to 0: it stands at the variance floor "
+                f"(ridge={self.em.ridge:g}), and the likelihood says nothing"
             )
         if self.problem.want == "posterior":
             warnings.append("EM gives points for the globals: it says nothing about their uncertainty")

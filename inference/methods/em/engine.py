@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...joint import LogJoint
 from .chain import ChainKernel
-from .estep import Expectation, expectation, make_parts, slots_now
+from .estep import Expectation, expectation, make_parts, of_all_ranks, slots_now
 from .mixture import MixtureKernel
 from .mstep import MStep, Theta
 from .plan import Plan, compile_plan
@@ -55,8 +55,9 @@ class Enumeration:
     """Finite latents: summed out by matrix products where the structure is recognised, else by contraction."""
 
     def __init__(self, joint: LogJoint, estimate: str, ridge: float, kernels: bool, theta: Theta | None) -> None:
-        self.joint = joint
-        self.first = {n: v[0] for n, v in theta.items()} if theta else joint.guide_draw() or joint.prior_draw()
+        self.joint, self.ranks = joint, joint.problem.ranks
+        first = {n: v[0] for n, v in theta.items()} if theta else joint.guide_draw() or joint.prior_draw()
+        self.first = self.ranks.first(first)
         self.plan: Plan = compile_plan(joint, self.first, estimate)
         self.whole = self.plan
         self.parts = make_parts(joint, self.plan)
@@ -74,13 +75,13 @@ class Enumeration:
         """The kernel for this structure, or None."""
         for kind in (MixtureKernel, ChainKernel):
             found = kind.recognise(self.joint, self.plan, self.first, self.parts)
-            if found is not None:
+            if self.ranks.every(found is not None):
                 return found
         return None
 
     def describe_sums(self) -> dict[str, str]:
         """Latent -> how it is summed out, and what one E-step costs."""
-        structure, n = self.joint.structure, self.joint.structure.num_rows or 1
+        structure, n = self.joint.structure, self.joint.problem.all_rows
         states = {name: structure[name].states or 1 for name in self.joint.finite}
         if self.mixture is not None:
             width, k = self.mixture.layout[-1].stop, self.mixture.states
@@ -103,12 +104,12 @@ class Enumeration:
         torch.manual_seed(seeds[0])
         rows = sample_rows(joint, seeds[0])
         kwargs = few_kwargs(joint, rows)
-        labels = clusters(joint, kwargs, len(seeds), seeds[0]) if joint.finite else None
+        labels = self.ranks.first(clusters(joint, kwargs, len(seeds), seeds[0]) if joint.finite else None)
         if labels is None:
             return stack([self.start_without(seed, offset + i) for i, seed in enumerate(seeds)])
         if self.together and self.mixture is not None and rows is not None:
             theta = {n: v.expand(len(seeds), *v.shape).clone() for n, v in base.items()}
-            S = self.mixture.of_labels(labels[self.mixture.latent], rows)
+            S = self.mixture.of_labels(labels[self.mixture.latent], rows)  # rows of all ranks
             slots, prior = slots_now(joint, self.plan, theta, self.parts)
             e = self.mixture.expectation(S, prior, prior, slots, self.parts)
             return self.settle(theta, e)
@@ -127,12 +128,21 @@ class Enumeration:
     def start_without(self, seed: int, number: int, tries: int = 20) -> dict[str, Tensor]:
         """The guide's own guess for every other run, else the draw of highest density among some from the prior."""
         torch.manual_seed(seed)
-        if number % 2 == 0 and (guess := self.joint.guide_draw()) is not None:
+        if number % 2 == 0 and (guess := self.ranks.first(self.joint.guide_draw())) is not None:
             return guess
-        draws = [self.joint.prior_draw() for _ in range(tries)]
+        draws = self.ranks.first([self.joint.prior_draw() for _ in range(tries)])
         with torch.no_grad():
-            values = torch.stack([self.joint.density(d).nan_to_num(-math.inf) for d in draws])
+            values = torch.stack([self.density(d).nan_to_num(-math.inf) for d in draws])
         return draws[int(values.argmax())]
+
+    def density(self, theta: dict[str, Tensor]) -> Tensor:
+        """Log joint of the rows of all ranks, the globals' priors counted once."""
+        if not self.ranks.shares_rows:
+            return self.joint.density(theta)
+        factors = self.joint.factors(theta)
+        own = [f for f in factors if self.joint.structure.data_plate in f.plates]
+        rest = sum((f.value.sum() for f in factors if f not in own), torch.zeros(()))
+        return self.ranks.add(self.joint.total(own, 1.0))[0] + rest
 
     # -- one iteration -----------------------------------------------------------------------------------------------
 
@@ -140,7 +150,8 @@ class Enumeration:
         """E-step of every run."""
         if self.kernel is not None:
             return self.kernel(theta, self.parts)
-        return expectation(self.joint, self.plan, {n: v[0] for n, v in theta.items()}, self.parts)
+        e = expectation(self.joint, self.plan, {n: v[0] for n, v in theta.items()}, self.parts)
+        return of_all_ranks(e, self.ranks)
 
     def maximise(self, theta: Theta, e: Expectation) -> Theta:
         """M-step of every run."""

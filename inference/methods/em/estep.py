@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...data import take_rows
+from ...distributed import Ranks
 from ...enumeration import LogFactor
 from ...joint import LogJoint, factor_weights
 from .families import Statistics
@@ -100,6 +101,19 @@ def expectation(joint: LogJoint, plan: Plan, theta: dict[str, Tensor], parts: li
             accumulate(plan, part, trace, names, leaves, weights, stats)
     objective = likelihood + (prior if plan.estimate == "map" else 0.0)
     return lift(objective, likelihood, stats, slots, parts, joint)
+
+
+def of_all_ranks(e: Expectation, ranks: Ranks) -> Expectation:
+    """The E-step of the rows of all ranks, from one's own; log priors are no sums over rows and count once."""
+    if not ranks.shares_rows:
+        return e
+    names = [(t, k) for t in sorted(e.stats) for k in sorted(e.stats[t])]
+    prior = e.objective - e.log_likelihood
+    likelihood, *found = ranks.add(e.log_likelihood, *(e.stats[t][k] for t, k in names))
+    stats: dict[str, Statistics] = {t: {} for t in e.stats}
+    for (term, key), value in zip(names, found, strict=True):
+        stats[term][key] = value
+    return Expectation(likelihood + prior, likelihood, stats, e.slots, e.parts)
 
 
 def lift(

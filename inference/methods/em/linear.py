@@ -24,6 +24,7 @@ from .estep import Expectation
 from .linear_form import Form, recognise_form
 from .linear_sums import Sums, by_component, by_row, from_scatter, scatter_of
 from .priors import Conjugate
+from .terms import ground
 
 Theta = dict[str, Tensor]
 
@@ -41,8 +42,12 @@ class LinearGaussian:
         self.x: Tensor = kwargs[form.argument]
         self.missing = bool(joint.structure[form.observed].missing)
         self.kind: dict[str, Any] = {"dtype": joint.problem.dtype, "device": joint.problem.device}
-        self.mean, self.scatter = scatter_of(self.x, self.kind["dtype"])  # of the complete rows, or pairwise
-        self.variance = self.scatter.diagonal() / len(self.x)
+        self.ranks = joint.problem.ranks
+        self.count = self.ranks.total(len(self.x))
+        # of the complete rows of all ranks, or pairwise
+        self.mean, self.scatter = scatter_of(self.x, self.kind["dtype"], self.ranks)
+        self.variance = self.scatter.diagonal() / self.count
+        self.unit, _ = ground(self.variance, self.mean)  # what the ridge is a share of
         self.simple = form.states == 1 and not self.missing
         self.plan_text = self.describe()
 
@@ -73,7 +78,7 @@ class LinearGaussian:
 
     def describe(self) -> str:
         """The plan in words."""
-        f, n = self.form, len(self.x)
+        f, n = self.form, self.count
         if self.simple:
             how = f"Gaussian integral; everything from the {f.columns} x {f.columns} scatter of {n:,} rows"
         elif self.missing:
@@ -103,7 +108,7 @@ class LinearGaussian:
         """One start."""
         f, generator = self.form, torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
-        theta = self.joint.guide_draw() or self.joint.prior_draw()
+        theta = self.ranks.first(self.joint.guide_draw() or self.joint.prior_draw())
         theta = {b.name: theta[b.name] for b in self.joint.blocks if not b.local}
         W, b, psi, share = [], [], [], []
         for mean, covariance, count in self.clusters(generator):
@@ -124,10 +129,10 @@ class LinearGaussian:
         from .start import SAMPLE, lloyd, nearest, plus_plus
 
         if self.form.states == 1:
-            yield self.mean, self.scatter / len(self.x), len(self.x)
+            yield self.mean, self.scatter / self.count, self.count
             return
-        some = torch.randperm(len(self.x), generator=generator)[:SAMPLE]
-        x = self.x[some].to(**self.kind)
+        some = torch.randperm(self.count, generator=generator)[:SAMPLE]
+        x = self.ranks.rows({"x": self.x}, ("x",), some)["x"].to(**self.kind)
         x = torch.where(x.isnan(), self.mean, x)
         unit = ((x - self.mean) / self.variance.sqrt().clamp_min(1e-12)).cpu()
         labels = nearest(unit, lloyd(unit, plus_plus(unit, self.form.states, 1, generator)))[0].to(x.device)
@@ -145,11 +150,11 @@ class LinearGaussian:
         c = b - self.mean
         with torch.no_grad():
             if self.simple:
-                sums = from_scatter(self.scatter, len(self.x), W[0], c[0], psi[0])
-            elif self.missing:
-                sums = by_row(self.x, self.mean, W, c, psi, log_pi)
+                sums = from_scatter(self.scatter, self.count, W[0], c[0], psi[0])
             else:
-                sums = by_component(self.x, self.mean, W, c, psi, log_pi)
+                sums = (by_row if self.missing else by_component)(self.x, self.mean, W, c, psi, log_pi)
+                names = list(vars(sums))
+                sums = Sums(**dict(zip(names, self.ranks.add(*(getattr(sums, n) for n in names)), strict=True)))
             prior = self.form.log_prior(one) if self.estimate == "map" else 0.0
         likelihood = sums.log_likelihood.reshape(1)
         return Expectation(
@@ -169,14 +174,14 @@ class LinearGaussian:
 
     def eigen(self, theta: dict[str, Tensor]) -> dict[str, Tensor]:
         """PPCA: the maximum. Factor analysis: loadings given the noise, then the noise given the loadings."""
-        f, n = self.form, len(self.x)
+        f, n = self.form, self.count
         _, b, psi, _ = f.read(theta)
         gap = self.mean - b[0]
         if f.centre is not None:
             b, S = self.mean[None], self.scatter / n
         else:
             S = self.scatter / n + gap[:, None] * gap
-        q, floor = f.width, self.ridge * self.variance.clamp_min(1e-300)
+        q, floor = f.width, self.ridge * self.unit
         if self.isotropic:
             values, vectors = torch.linalg.eigh(S)
             rest = values[:-q].clamp_min(0).mean() if q < len(values) else values[0] * 0
@@ -205,7 +210,7 @@ class LinearGaussian:
         count = f.noise.pull(s.n[None], index)[0] + prior.count
         value = total / count.clamp_min(1e-300)
         if f.flat(f.noise.theta):
-            wide = f.noise.pull((s.n * self.variance)[None], index)[0] / count.clamp_min(1e-300)
+            wide = f.noise.pull((s.n * self.unit)[None], index)[0] / count.clamp_min(1e-300)
             value = value + self.ridge * wide
         old = f.noise_variance(theta)
         value = torch.where(count > 1e-12, value.clamp_min(1e-300), old)

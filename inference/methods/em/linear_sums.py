@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ...distributed import ALONE, Ranks
+
 if TYPE_CHECKING:
     from .linear_form import Form
 
@@ -60,26 +62,30 @@ def chunks(x: Tensor, width: int, kind: torch.dtype) -> Iterator[Tensor]:
         yield part.to(kind)
 
 
-def scatter_of(x: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Mean of every column and scatter around it, (D,) and (D, D); missing cells count as the mean."""
-    first = torch.where(x[0].isnan(), 0.0, x[0]).to(kind)
+def scatter_of(x: Tensor, kind: torch.dtype, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor]:
+    """Mean of every column and scatter around it, (D,) and (D, D), of the rows of all ranks; missing cells count as it."""
+    first = ranks.first(torch.where(x[0].isnan(), 0.0, x[0]).to(kind).cpu()).to(x.device)
+    rows = ranks.total(len(x))
     total, S = torch.zeros_like(first), torch.zeros(x.shape[1], x.shape[1], dtype=kind, device=x.device)
     for part in chunks(x, x.shape[1], kind):
         gap = part - first
         total += gap.sum(0)
         S.addmm_(gap.T, gap)
+    total, S = ranks.add(total, S)
     if not bool(total.isnan().any()):
-        mean = total / len(x)
-        return first + mean, S - len(x) * mean[:, None] * mean
+        mean = total / rows
+        return first + mean, S - rows * mean[:, None] * mean
     total, seen, S = torch.zeros_like(total), torch.zeros_like(total), torch.zeros_like(S)
     for part in chunks(x, x.shape[1], kind):
         total += (part - first).nan_to_num(0.0).sum(0)
         seen += (~part.isnan()).sum(0)
+    total, seen = ranks.add(total, seen)
     mean = total / seen.clamp_min(1)
     for part in chunks(x, x.shape[1], kind):
         gap = (part - first - mean).nan_to_num(0.0)
         S.addmm_(gap.T, gap)
-    wide = (len(x) / seen.clamp_min(1)).sqrt()  # cells that are not seen would make the variances too small
+    (S,) = ranks.add(S)
+    wide = (rows / seen.clamp_min(1)).sqrt()  # cells that are not seen would make the variances too small
     return first + mean, S * wide[:, None] * wide
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...joint import Unconstrained
 from ...marginal import MarginalJoint
 from .estep import Expectation
+from .mstep import no_slope
 
 Theta = dict[str, Tensor]
 
@@ -29,7 +30,7 @@ class MarginalAscent:
     together = False
 
     def __init__(self, joint: MarginalJoint, estimate: str) -> None:
-        self.joint, self.estimate = joint, estimate
+        self.joint, self.estimate, self.ranks = joint, estimate, joint.problem.ranks
         self.names = [b.name for b in joint.blocks]
         lines = [f"EM plan ({estimate.upper()})", f"  {joint.how}"]
         lines += [
@@ -43,10 +44,10 @@ class MarginalAscent:
         for i, seed in enumerate(seeds):
             torch.manual_seed(seed)
             guess = self.joint.guide_draw() if (offset + i) % 2 == 0 else None
-            draws = [guess] if guess else [self.joint.prior_draw() for _ in range(TRIES)]
+            draws = self.ranks.first([guess] if guess else [self.joint.prior_draw() for _ in range(TRIES)])
             with torch.no_grad():
-                values = [self.joint.likelihood(d).nan_to_num(-math.inf) for d in draws]
-            best = draws[int(torch.stack(values).argmax())]
+                values = self.ranks.add(torch.stack([self.joint.likelihood(d) for d in draws]))[0]
+            best = draws[int(values.nan_to_num(-math.inf).argmax())]
             starts.append({n: best[n] for n in self.names})
         return {n: torch.stack([s[n] for s in starts]) for n in self.names}
 
@@ -54,7 +55,7 @@ class MarginalAscent:
         """Log-likelihood and objective (R = 1)."""
         one = {n: v[0] for n, v in theta.items()}
         with torch.no_grad():
-            likelihood = self.joint.likelihood(one).reshape(1)
+            likelihood = self.ranks.add(self.joint.likelihood(one).reshape(1))[0]
             return Expectation(likelihood + self.prior(one), likelihood, {}, {}, [])
 
     def prior(self, values: Any) -> Tensor | float:
@@ -64,8 +65,10 @@ class MarginalAscent:
     def maximise(self, theta: Theta, e: Expectation) -> Theta:
         """Some steps of L-BFGS on the objective."""
         joint = self.joint
-        flat = joint.flatten({n: v[0] for n, v in theta.items()}).clone().requires_grad_()
-        scale = 1.0 / max(1, joint.structure.num_rows or 1)
+        begin = joint.flatten({n: v[0] for n, v in theta.items()})
+        flat = begin.clone().requires_grad_()
+        scale, ranks = 1.0 / joint.problem.all_rows, self.ranks
+        share = ranks.size if ranks.shares_rows else 1  # every rank adds its part of the prior
         optimiser = torch.optim.LBFGS([flat], max_iter=CLIMB, line_search_fn="strong_wolfe", history_size=20)
 
         def values() -> dict[str, Tensor]:
@@ -76,9 +79,12 @@ class MarginalAscent:
         def loss() -> Tensor:
             optimiser.zero_grad()
             now = values()
-            value = -scale * (joint.likelihood(now) + self.prior(now))
+            value = -scale * (joint.likelihood(now) + self.prior(now) / share)
             value.backward()
+            value, flat.grad = ranks.add(value, flat.grad)  # type: ignore[arg-type]
             if not bool(value.isfinite() & flat.grad.isfinite().all()):  # type: ignore[union-attr]
+                if bool(value.isfinite()) and torch.equal(flat, begin):
+                    raise no_slope(joint, {n: v[0] for n, v in theta.items()}, joint.blocks, flat.grad)
                 flat.grad = torch.zeros_like(flat)
                 return value.new_tensor(1e30)
             return value

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...distributed import ALONE, Ranks
 from ...handlers import unwrap
 from ...joint import LogJoint
 from .estep import Expectation, Part, expectation, few_rows, slots_now
 from .families import Statistics
 from .plan import Plan
 from .start import softened, softness
-from .terms import Term, mask_of, parameters
+from .terms import Term, ground, mask_of, parameters
 
 #: Entries of a block's features, and of its table of components x rows: they should stay in the cache.
 FEATURES, TABLE = 640_000, 200_000
@@ -75,6 +76,8 @@ class MixtureKernel:
         Name of the finite latent and its number of states, K.
     skip
         Sites that are no observations.
+    ranks
+        Whose rows are added up.
     """
 
     joint: LogJoint
@@ -90,6 +93,8 @@ class MixtureKernel:
     kept: Tensor | None = None
     scratch: dict[str, Tensor] = field(default_factory=dict)
     skip: set[str] = field(default_factory=set)
+    ranks: Ranks = ALONE
+    all_rows: int = 0
 
     # -- recognition -------------------------------------------------------------------------------------------------
 
@@ -110,10 +115,10 @@ class MixtureKernel:
                 return None
             if term.name != latent and term.dims != (latent,):
                 return None
-        if latent not in plan.terms or len(plan.terms) < 2 or (joint.structure.num_rows or 0) < 2:
+        if latent not in plan.terms or len(plan.terms) < 2 or joint.problem.all_rows < 2:
             return None
-        kernel = cls(joint, plan, latent, joint.structure[latent].states or 1)
-        if not kernel.agrees(theta, parts):
+        kernel = cls(joint, plan, latent, joint.structure[latent].states or 1, ranks=joint.problem.ranks)
+        if not kernel.ranks.every(kernel.agrees(theta, parts)):
             return None
         kernel.collect(theta, parts)
         return kernel
@@ -147,6 +152,7 @@ class MixtureKernel:
     def collect(self, theta: dict[str, Tensor], parts: list[Part]) -> None:
         """Find the values of every site: the data as they lie, or what the story makes of them."""
         self.rows = sum(self.rows_of(p) for p in parts)
+        self.all_rows = self.ranks.total(self.rows)
         with torch.no_grad():
             few = few_rows(self.joint, parts[0].kwargs, TRIAL)
             trace, _ = self.joint.trace(theta, few)
@@ -264,6 +270,10 @@ class MixtureKernel:
                     xx = self.statistics(term, rows)["xx"].double()
                     total = torch.einsum("n...i,n...j->...ij", xx, xx) if family.event_dims else xx.sum(0)
                     self.totals[term.name, "xx"] = self.totals.get((term.name, "xx"), 0.0) + total
+        if self.ranks.shares_rows:
+            names = sorted(self.totals)
+            base, *totals = self.ranks.add(torch.tensor(self.base).double(), *(self.totals[n] for n in names))
+            self.base, self.totals = float(base), dict(zip(names, totals, strict=True))
 
     def blocks(self, runs: int, first: int = 0, last: int | None = None) -> list[slice]:
         """Rows whose features are made and used at once, of all rows or of those from `first` to `last`."""
@@ -323,8 +333,16 @@ class MixtureKernel:
                 x = x if term.shift is None else x - term.shift.to(self.dtype)
                 column.turned[:, rows] = x.reshape(len(x), width).T
             if term.floor is not None:  # exactly, now that all rows have been seen
-                variance = column.turned.var(1, correction=0).to(term.floor)
-                term.floor = variance.reshape(term.floor.shape)
+                variance = self.variance(column.turned).to(term.floor)
+                level = term.floor * 0 if term.shift is None else term.shift.to(term.floor)
+                term.floor, term.still = ground(variance.reshape(term.floor.shape), level)
+
+    def variance(self, values: Tensor) -> Tensor:
+        """Variance of every entry, (entries, rows) -> (entries,), over the rows of all ranks."""
+        if not self.ranks.shares_rows:
+            return values.var(1, correction=0)
+        mean = self.ranks.add(values.sum(1))[0] / self.all_rows
+        return self.ranks.add((values - mean[:, None]).square().sum(1))[0] / self.all_rows
 
     def triangle(self, out: Tensor, place: Layout) -> None:
         """Products of the entries of x, which already lie among the features (or are their own statistic)."""
@@ -387,7 +405,10 @@ class MixtureKernel:
         return next(p.shape for p in self.layout if p.term == term.name)[: term.extra]
 
     def sweep(self, W: Tensor, rows: list[slice]) -> tuple[Tensor, Tensor]:
-        """Expected features (R, K, features) and log-likelihood (R,) of some rows, the shared part left out."""
+        """Expected features (R, K, features) and log-likelihood (R,) of some rows, the shared part left out.
+
+        Of several ranks, each gives rows of its own, and all get the sums.
+        """
         runs = len(W)
         flat = W.reshape(-1, W.shape[-1]).to(self.dtype)
         S, total = torch.zeros_like(flat, dtype=W.dtype), W.new_zeros(runs)
@@ -403,6 +424,7 @@ class MixtureKernel:
             norm = top - r.amax(1).log_()  # log-sum-exp, without a second exponential
             total += torch.where(top.isneginf(), top, norm).sum(1, dtype=W.dtype)
             S += r.view(-1, n) @ phi.T
+        S, total = self.ranks.add(S, total)
         return S.reshape(W.shape), total
 
     def block(self, rows: slice) -> Tensor:
@@ -427,10 +449,14 @@ class MixtureKernel:
         return Expectation(objective, likelihood, self.unpack(S), slots, parts)
 
     def of_labels(self, labels: Tensor, rows: Tensor) -> Tensor:
-        """Expected features (R, K, features) if the rows (n,) had the labels (R, n)."""
+        """Expected features (R, K, features) if the rows (n,), numbered through all ranks, had the labels (R, n)."""
+        if self.ranks.shares_rows:
+            here = self.ranks.mine(rows)
+            rows, labels = rows[here] - self.ranks.offset, labels[:, here]
         phi = self.features(rows)
         hot = softened(labels, self.states, softness(self.observed())).to(phi).transpose(1, 2)
-        return (hot.reshape(-1, len(rows)) @ phi.T).reshape(len(labels), self.states, -1).to(self.joint.problem.dtype)
+        S = (hot.reshape(-1, len(rows)) @ phi.T).reshape(len(labels), self.states, -1)
+        return self.ranks.add(S.to(self.joint.problem.dtype))[0]
 
     def unpack(self, S: Tensor) -> dict[str, Statistics]:
         """Expected statistics of every term in its own shapes; what is only known as a sum is shared out evenly."""
@@ -441,7 +467,7 @@ class MixtureKernel:
             lead = value.shape[:2]
             if place.shared:
                 total = self.totals[place.term, place.key].to(S) / self.states
-                share = count.sum(1) / self.rows  # of the rows, where only some have been seen
+                share = count.sum(1) / self.all_rows  # of the rows, where only some have been seen
                 value = (share.reshape(-1, *[1] * total.dim()) * total).unsqueeze(1).expand(*lead, *total.shape)
             elif place.triangle:
                 value = square(value, place.shape[-1]).reshape(*lead, *place.shape, place.shape[-1])

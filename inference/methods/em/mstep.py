@@ -5,14 +5,18 @@ Unknowns and statistics carry a leading dimension of R runs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...distributed import ALONE, Ranks
+from ...errors import DivergenceError
 from ...handlers import Substitute
 from ...joint import Block, LogJoint, Unconstrained
+from ..blame import steepness
 from .estep import Expectation, few_rows
 from .families import Statistics, covariance, scatter, variance
 from .plan import Plan
@@ -23,6 +27,21 @@ from .terms import RUNS, Term, over_value, parameters, prior_statistics, slots_o
 CLIMB = 30
 
 Theta = dict[str, Tensor]
+
+
+def no_slope(joint: LogJoint, theta: Theta, blocks: Sequence[Block], gradient: Any) -> DivergenceError:
+    """The gradient is not a number where an M-step begins: with the state (unbatched) that it began from."""
+    whole = torch.zeros(joint.dim, dtype=gradient.dtype)
+    for block in blocks:
+        here = next(b for b in joint.blocks if b.name == block.name)
+        whole[here.start : here.stop] = gradient[block.start : block.stop].cpu()
+    names = [b.name for b in blocks if not bool(gradient[b.start : b.stop].isfinite().all())]
+    return DivergenceError(
+        f"EM cannot take its next step: {steepness(joint, joint.flatten(theta), whole.numpy())}. The last "
+        f"finite state is attached",
+        state=theta,
+        site=names[0],
+    )
 
 
 @dataclass
@@ -229,9 +248,11 @@ class MStep:
                 blocks.append(Block(b.name, b.shape, b.free_shape, start, start + size, b.param, b.local))
                 pieces.append(full[b.start : b.stop])
                 start += size
-        flat = torch.cat(pieces).clone().requires_grad_()
+        begin = torch.cat(pieces)
+        flat = begin.clone().requires_grad_()
         fixed = {n: v for n, v in theta.items() if n not in names}
-        scale = 1.0 / max(1, self.joint.structure.num_rows or 1)
+        scale = 1.0 / self.joint.problem.all_rows
+        ranks = self.joint.problem.ranks if any(self.plan.needs_data(t) for t in self.plan.terms.values()) else ALONE
         many = CLIMB if self.joint.finite else 400
         optimiser = torch.optim.LBFGS(
             [flat],
@@ -244,16 +265,19 @@ class MStep:
 
         def loss() -> Tensor:
             optimiser.zero_grad()
-            value = -scale * self.expected(tuple(blocks), flat, fixed, e)
+            value = -scale * self.expected(tuple(blocks), flat, fixed, e, ranks)
             value.backward()
+            value, flat.grad = ranks.add(value, flat.grad)  # type: ignore[arg-type]
             if not bool(value.isfinite() & flat.grad.isfinite().all()):  # type: ignore[union-attr]
+                if bool(value.isfinite()) and torch.equal(flat, begin):
+                    raise no_slope(self.joint, theta, blocks, flat.grad)
                 flat.grad = torch.zeros_like(flat)  # a step too far: high and flat, so that the line search turns back
                 return value.new_tensor(1e30)
             return value
 
         def cost() -> float:
             with torch.no_grad():
-                return float(-scale * self.expected(tuple(blocks), flat, fixed, e))
+                return float(ranks.add(-scale * self.expected(tuple(blocks), flat, fixed, e, ranks))[0])
 
         before = cost()
         with torch.enable_grad():
@@ -266,8 +290,15 @@ class MStep:
             self.joint.trace(Both(handler, fixed))
         return {n: handler.values[n].detach() if n in names else v for n, v in theta.items()}
 
-    def expected(self, blocks: tuple[Block, ...], flat: Tensor, fixed: dict[str, Tensor], e: Expectation) -> Tensor:
-        """Expected complete log joint as far as it depends on the climbing unknowns."""
+    def expected(
+        self,
+        blocks: tuple[Block, ...],
+        flat: Tensor,
+        fixed: dict[str, Tensor],
+        e: Expectation,
+        ranks: Ranks = ALONE,
+    ) -> Tensor:
+        """Expected complete log joint as far as it depends on the climbing unknowns; over `ranks`, this one's part."""
         names = {b.name for b in blocks}
         total: Any = 0.0
         data_terms = [t for t in self.plan.terms.values() if t.family is None and t.depends & names]
@@ -280,6 +311,7 @@ class MStep:
                     if term.family is not None and term.depends & names:
                         p = parameters(term, slots_of(term, trace.nodes[term.name], symbols))
                         total = total + term.family.expected(p, e.stats[term.name]).sum()
+                total = total / ranks.size if ranks.shares_rows else total  # every rank adds its part of it
             if data_terms:
                 keep = {t.name for t in data_terms}
                 for factor in self.joint.factors_of(trace, symbols, only=keep):

@@ -9,7 +9,6 @@ import torch
 import torch.distributions as td
 from torch import Tensor
 
-from ...data import take_rows
 from ...handlers import unwrap
 from ...joint import LogJoint
 from .priors import Conjugate, conjugate
@@ -85,15 +84,16 @@ class Plan:
 def plan_rows(joint: LogJoint) -> dict[str, Any]:
     """Arguments with some rows from all over the data, among them some that miss cells."""
     kwargs, names = joint.problem.kwargs, joint.structure.row_arguments
-    n = joint.structure.num_rows
-    if joint.problem.sketch is kwargs or not names or not n or n <= PLAN_ROWS:
+    ranks, n = joint.problem.ranks, joint.structure.num_rows and joint.problem.all_rows
+    if joint.problem.sketch is kwargs or not names or not n or (n <= PLAN_ROWS and not ranks.shares_rows):
         return kwargs
-    index = torch.linspace(0, n - 1, PLAN_ROWS).round().long()
+    index = torch.linspace(0, n - 1, PLAN_ROWS).round().long() if n > PLAN_ROWS else torch.arange(n)
     for site in joint.structure.observed:
         value = kwargs.get(site.argument or "")
         if site.missing and isinstance(value, Tensor):
-            index = torch.cat([index, value.flatten(1).isnan().any(1).nonzero().flatten()[:PLAN_MISSING]])
-    return take_rows(kwargs, names, index.unique())
+            holes = value.flatten(1).isnan().any(1).nonzero().flatten()[:PLAN_MISSING] + ranks.offset
+            index = torch.cat([index, *ranks.gather(holes.cpu())])
+    return ranks.rows(kwargs, names, index.unique())
 
 
 def compile_plan(joint: LogJoint, theta: dict[str, Tensor], estimate: str, rows: dict[str, Any] | None = None) -> Plan:

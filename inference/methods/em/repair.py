@@ -39,7 +39,7 @@ def collapsed(engine: Enumeration, theta: Theta, ridge: float) -> list[bool]:
                 least = torch.linalg.eigvalsh(covariance(role, spread) / root.unsqueeze(-1) / root).amin(-1)
             else:
                 least = variance(role, spread) / unit
-            found |= (least.reshape(runs, -1).amin(1) - ridge < HELD).cpu() & bool((term.floor > 0).all())
+            found |= (least.reshape(runs, -1).amin(1) - ridge < HELD).cpu() & (not term.still)
     return found.tolist()
 
 

@@ -11,7 +11,6 @@ from pyro import poutine
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from ...data import take_rows
 from ...handlers import unwrap
 from ...joint import LogJoint
 from .estep import Expectation, Part, accumulate, lift, read_slots
@@ -32,8 +31,8 @@ DISTANCES = 4_000_000
 
 
 def sample_rows(joint: LogJoint, seed: int) -> Tensor | None:
-    """Indices of the rows that are clustered; None where rows cannot be told apart."""
-    n = joint.structure.num_rows
+    """Numbers of the rows that are clustered, among those of all ranks; None where rows cannot be told apart."""
+    n = joint.structure.num_rows and joint.problem.all_rows
     if not n or not joint.structure.row_arguments:
         return None
     if n <= SAMPLE:
@@ -225,4 +224,4 @@ def few_kwargs(joint: LogJoint, rows: Tensor | None) -> dict[str, Any]:
     kwargs = joint.problem.kwargs
     if rows is None or len(rows) == joint.structure.num_rows:
         return kwargs
-    return take_rows(kwargs, joint.structure.row_arguments, rows)
+    return joint.problem.ranks.rows(kwargs, joint.structure.row_arguments, rows)

@@ -24,6 +24,8 @@ Named = tuple[Tensor, tuple[str, ...]]
 
 #: Name of the leading dimension: climbs from different starts, made in one go.
 RUNS = "*runs"
+#: Variance, as a share of the squared mean, that is nothing but rounding.
+ROUNDING = 1e-28
 
 
 @dataclass
@@ -45,7 +47,9 @@ class Term:
     shift
         Subtracted from values before squaring, against cancellation.
     floor
-        Variance of every entry of an event over the rows: the scale of the ridge.
+        Variance of every entry of an event over the rows: the scale of the ridge (see `ground`).
+    still
+        Some entry is the same in every row.
     masked
         Some values do not count (a mask, or missing cells that are independent of the others).
     missing
@@ -66,6 +70,7 @@ class Term:
     slot_dims: dict[str, tuple[str, ...]] = field(default_factory=dict)
     shift: Tensor | None = None
     floor: Tensor | None = None
+    still: bool = False
     masked: bool = False
     missing: bool = False
     rowwise: bool = False
@@ -238,8 +243,20 @@ def make_term(name: str, node: dict, names: dict[str, str], leaves: dict[str, Te
             -1, *value.shape[value.dim() - term.extra - family.event_dims :]
         )
         term.shift = rows.nanmean(0).nan_to_num(0.0)
-        term.floor = ((rows - term.shift) ** 2).nanmean(0).nan_to_num(0.0)
+        term.floor, term.still = ground(((rows - term.shift) ** 2).nanmean(0).nan_to_num(0.0), term.shift)
     return term
+
+
+def ground(variance: Tensor, level: Tensor) -> tuple[Tensor, bool]:
+    """Variances of columns; one that never moves has the scale of its own level instead, so that its ridge is not 0.
+
+    Returns
+    -------
+    The scales, and whether a column never moves.
+    """
+    still = variance <= ROUNDING * level**2
+    scale = torch.where(level != 0, level**2, torch.ones_like(level))
+    return torch.where(still, scale, variance), bool(still.any())
 
 
 def describe_slots(term: Term, node: dict, names: dict[str, str], leaves: dict[str, Tensor]) -> None:

@@ -1,0 +1,92 @@
+"""What a guide and a story learn: their `pyro.param`s, the weights of their networks, and the rows that a guide is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import constraints
+
+from ..handlers import MissingCells
+from ..problem import Problem
+from .networks import Networks
+
+#: Step size of a network's weights relative to that of other parameters.
+NETWORK_RATE = 0.25
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One `pyro.param`: its constraint, and whether it has one entry a row on its first axis."""
+
+    name: str
+    constraint: Any
+    local: bool
+
+
+class Watch(Messenger):
+    """Note the parameters that a program asks for, and by which names it knows the weights of networks."""
+
+    def __init__(self, plate: str | None, rows: int, weights: Mapping[int, str]) -> None:
+        super().__init__()
+        self.plate, self.rows, self.weights = plate, rows, weights
+        self.found: dict[str, Parameter] = {}
+        self.known: dict[str, str] = {}
+
+    def _pyro_post_param(self, msg: dict) -> None:
+        free = pyro.get_param_store()._params.get(msg["name"])
+        if free is None:
+            return
+        if id(free) in self.weights:
+            self.known[self.weights[id(free)]] = msg["name"]
+            return
+        inside = any(frame.name == self.plate for frame in msg["cond_indep_stack"])
+        value = msg["value"]
+        local = inside and value.ndim > 0 and len(value) == self.rows
+        self.found[msg["name"]] = Parameter(msg["name"], msg["kwargs"].get("constraint", constraints.real), local)
+
+
+def no_guess(**data: Any) -> None:
+    """The guide of a story that leaves nothing to guess."""
+
+
+def watched(problem: Problem, networks: Networks | None = None) -> tuple[Watch, Any]:
+    """One run of the guide and of the story beside it: what they learn, and the guide's trace."""
+    guide = problem.guide or no_guess
+    networks = networks or Networks(problem.story, problem.model, problem.guide)
+    watch = Watch(
+        problem.structure.data_plate, problem.structure.num_rows or 1, {id(p): n for n, p in networks.weights.items()}
+    )
+    pyro.clear_param_store()
+    with torch.no_grad(), poutine.block(), watch:
+        trace = poutine.trace(guide).get_trace(**guide_arguments(problem, problem.kwargs))
+        poutine.replay(MissingCells()(problem.model), trace=trace)(**problem.kwargs)
+    return watch, trace
+
+
+def reads_missing(guide: Any) -> bool:
+    """Whether a guide wants to see the holes in its data: it, or the object it belongs to, has `reads_missing = True`."""
+    return bool(
+        getattr(guide, "reads_missing", False) or getattr(getattr(guide, "__self__", None), "reads_missing", False)
+    )
+
+
+def guide_arguments(problem: Problem, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Rows as the guide takes them: holes (NaN) filled with the fitted data's column means, unless it reads holes."""
+    if reads_missing(problem.guide):
+        return dict(kwargs)
+    return {n: filled(v, problem.kwargs.get(n)) for n, v in kwargs.items()}
+
+
+def filled(value: Any, fitted: Any) -> Any:
+    """NaN replaced by the mean of its column in the fitted data: a guide may guess from anything."""
+    if not (isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any())):
+        return value
+    mean = fitted.nanmean(0) if isinstance(fitted, Tensor) and fitted.ndim else torch.zeros_like(value)
+    return torch.where(value.isnan(), mean.nan_to_num(0.0), value)
