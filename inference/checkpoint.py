@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import re
 import tempfile
 from dataclasses import fields, replace
 from pathlib import Path
@@ -170,7 +171,8 @@ def story_card(story: Any, structure: Any) -> dict[str, Any]:
         s.name: [s.kind, s.family, ["rows" if n == rows and s.local else n for n in s.shape], list(s.plates)]
         for s in structure.sites
     }
-    return {"name": name, "settings": repr(story) if model is not None else "", "sites": sites}
+    settings = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(story)) if model is not None else ""  # an address is no setting
+    return {"name": name, "settings": settings, "sites": sites}
 
 
 def plain(value: Any) -> Any:

@@ -90,3 +90,16 @@ def test_the_method_comes_back_with_its_options(tmp_path):
     method = NUTS(chains=2, warmup=30, draws=20, init={"mu": torch.tensor([0.0, 1.0])})
     fit(normal_mixture, x, method, seed=0).save(tmp_path / "p")
     assert load(tmp_path / "p", normal_mixture).method == method
+
+
+def test_a_story_of_a_plain_class_is_known_again(tmp_path):
+    """Its default text holds an address, which is another one in every process."""
+
+    class Plain:
+        def model(self, x):
+            return normal_mixture(x)
+
+    kept, x = Plain(), torch.linspace(-1, 1, 12)
+    posterior = fit(kept, x, EM(restarts=1), seed=0)
+    posterior.save(tmp_path / "p")
+    assert torch.equal(load(tmp_path / "p", Plain()).draws["mu"], posterior.draws["mu"])
