@@ -12,12 +12,12 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 BUILD = HERE / "_build"
-TYPED = ("index.md", "guides", "api", "static", "images")
+TYPED = ("index.md", "guides", "static", "images")
 
 
 def assemble(source: Path, tutorials: bool) -> None:
     """Typed pages as they are, written ones beside them; what is gone from docs is gone from the site."""
-    from writers import gallery, notebooks, results
+    from writers import api, gallery, notebooks, results
 
     shutil.rmtree(source, ignore_errors=True)
     source.mkdir(parents=True)
@@ -30,6 +30,7 @@ def assemble(source: Path, tutorials: bool) -> None:
     gallery.write(source, ROOT)
     notebooks.write(source, ROOT, BUILD / "executed", run=tutorials)
     results.write(source, ROOT)
+    api.write(source)
 
 
 def main() -> int:
