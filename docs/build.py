@@ -34,7 +34,7 @@ def assemble(source: Path, tutorials: bool) -> None:
 
 
 def main() -> int:
-    """Sphinx's exit code; its warnings are errors."""
+    """The exit code: Sphinx's warnings are errors, and so is a page that asks elsewhere, weighs too much or leads nowhere."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--skip-tutorials", action="store_true", help="show the tutorials without running them")
     options = parser.parse_args()
@@ -46,9 +46,15 @@ def main() -> int:
     shutil.rmtree(BUILD / "html", ignore_errors=True)
     words = ["-b", "html", "-q", "-W", "--keep-going", "-d", BUILD / "doctrees", BUILD / "source", BUILD / "html"]
     failed = sphinx([str(word) for word in words])
-    if not failed:
+    if failed:
+        return failed
+    from writers.check import faults
+
+    found = faults(BUILD / "html")
+    print(*found, sep="\n", file=sys.stderr, end="\n" if found else "")
+    if not found:
         print(f"open {(BUILD / 'html' / 'index.html').relative_to(ROOT)}")
-    return failed
+    return int(bool(found))
 
 
 if __name__ == "__main__":
