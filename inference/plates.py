@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .plates_fold import fold_loops
 from .plates_paint import Sheet
 from .plates_picture import picture
-from .plates_views import guide_view, make_view
+from .plates_views import guide_view, make_view, treatment_view
 from .provenance import relations
 from .story_text import story_lines, story_text, write
 
@@ -76,6 +76,19 @@ def draw_plates(
         return sheet.figure()
     sheet.paint(ax)
     return ax.figure.figure  # type: ignore[return-value]
+
+
+def draw_treatment(posterior: Any) -> "Figure":
+    """The diagram of a fitted story, each latent coloured by what the method did with it.
+
+    Parameters
+    ----------
+    posterior
+        From `fit`.
+    """
+    problem = posterior.problem
+    sites = fold_loops(relations(problem.model, **problem.kwargs))
+    return Sheet(picture(sites), view=treatment_view(posterior.method, problem, sites)).figure()
 
 
 def draw_sheet(
