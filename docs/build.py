@@ -12,7 +12,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 BUILD = HERE / "_build"
-TYPED = ("index.md", "guides", "static", "images")
+TYPED = ("index.md", "guides", "static")
 
 
 def assemble(source: Path, tutorials: bool) -> None:

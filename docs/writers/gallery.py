@@ -7,6 +7,7 @@ from pathlib import Path
 from textwrap import indent
 
 from inference import choose, draw_plates, inspect, story_latex, story_mathml
+from zoo import GMM, load
 from zoo.catalog import Entry, catalog
 
 from .pictures import picture, save
@@ -38,6 +39,9 @@ def write(source: Path, root: Path) -> None:
         save(draw_plates(story, show_lines=False, **data), source / "static" / "plates", name)
         (folder / f"{name}.rst").write_text(page(entry, source, root), encoding="utf-8")
     (folder / "index.rst").write_text(index(), encoding="utf-8")
+    irises = load("iris").x
+    hero = draw_plates(GMM(num_components=3), irises)
+    save(hero, source / "static" / "plates", "hero")
 
 
 def heading(text: str, mark: str) -> list[str]:

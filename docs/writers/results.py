@@ -2,15 +2,69 @@
 
 import ast
 import importlib.util
+import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .pictures import picture, save
+
 
 def write(source: Path, root: Path) -> None:
-    """`source`/benchmarks.md and `source`/correctness.md."""
+    """`source`/benchmarks.md with its figure, and `source`/correctness.md."""
     (source / "benchmarks.md").write_text(benchmarks(root), encoding="utf-8")
+    save(goals_figure(goals(root)), source / "static", "benchmarks")
     (source / "correctness.md").write_text(correctness(root), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One ratio that was hoped for: what was found, as a multiple of it; above 1 it is met."""
+
+    benchmark: str
+    case: str
+    what: str
+    found: float
+    share: float
+
+
+def goals(root: Path) -> list[Goal]:
+    """Every recorded goal that is a ratio of times, benchmark by benchmark."""
+    made = []
+    for path in sorted((root / "benchmarks").glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        for case in result.get("cases", ()):
+            for goal in case["goals"]:
+                if " / " in goal["what"] and "error" not in goal["what"] and goal["found"] > 0:
+                    share = goal["bound"] / goal["found"] if goal["most"] else goal["found"] / goal["bound"]
+                    made.append(Goal(result["benchmark"], case["case"], goal["what"], goal["found"], share))
+    return made
+
+
+def goals_figure(found: list[Goal]) -> Any:
+    """Found over hoped for, on a logarithmic axis."""
+    from matplotlib.figure import Figure
+
+    ink, met, missed = "#1d2329", "#1f6f8b", "#b5541c"
+    figure = Figure(figsize=(8.6, 0.9 + 0.25 * len(found)), layout="constrained")
+    ax = figure.add_subplot()
+    for i, goal in enumerate(found):
+        colour = met if goal.share >= 1 else missed
+        ax.plot([1, goal.share], [i, i], color=colour, lw=1.4)
+        ax.plot(goal.share, i, "o", color=colour, ms=5)
+    ax.axvline(1, color=ink, lw=0.8)
+    ax.set_xscale("log")
+    ax.set_ylim(len(found) - 0.4, -0.6)
+    names = [f"{g.benchmark}: {g.case.split(' N=')[0]}, {g.what} = {g.found:.3g}" for g in found]
+    ax.set_yticks(range(len(found)), names, fontsize=7.5, color=ink)
+    ax.tick_params(axis="x", colors=ink, which="both")
+    ax.set_xlabel("found, as a multiple of what was hoped for (blue: met)", fontsize=9, color=ink)
+    for side in ("top", "right", "left"):
+        ax.spines[side].set_visible(False)
+    ax.spines["bottom"].set_color(ink)
+    ax.tick_params(axis="y", length=0)
+    return figure
 
 
 def benchmarks(root: Path) -> str:
@@ -20,7 +74,9 @@ def benchmarks(root: Path) -> str:
     before, _, rest = text.partition(table.BEGIN)
     after = rest.partition(table.END)[2]
     tables = "\n\n".join(table.table(result) for result in table.results())
-    return f"{before}{tables}{after}".replace("\n```\n", "\n```console\n", 1)
+    image = picture("_static/benchmarks", "Recorded ratios beside the goals that were set for them")
+    shown = f'```{{raw}} html\n<figure class="wide">{image}</figure>\n```\n\n'
+    return f"{before}{shown}{tables}{after}".replace("\n```\n", "\n```console\n", 1)
 
 
 def _script(path: Path) -> Any:
