@@ -144,7 +144,11 @@ def draw_sheet(
         left = 0.0
         for sheet in row:
             wide, tall = sheet.size
-            sheet.paint(figure.add_axes((left / width, 1 - (top + tall) / total, wide / width, tall / total)))
+            ax = figure.add_axes((left / width, 1 - (top + tall) / total, wide / width, tall / total))
+            sheet.paint(ax)
+            for artist in (*ax.patches, *ax.texts):  # one id, one element
+                if artist.get_gid():
+                    artist.set_gid(f"{sheet.title}-{artist.get_gid()}")
             left += wide + spare
         top += height
     return figure
