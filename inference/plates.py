@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .plates_fold import fold_loops
 from .plates_paint import Sheet
 from .plates_picture import picture
+from .plates_symbols import own_symbols, with_symbols
 from .plates_views import guide_view, make_view, treatment_view
 from .provenance import relations
 from .story_text import story_lines, story_text, write
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["draw_plates", "draw_sheet", "story_lines", "story_text"]
 
 
+@with_symbols
 def draw_plates(
     story: Any,
     *args: Any,
@@ -52,6 +54,11 @@ def draw_plates(
     guide
         For `view="guide"`: a Pyro program, or "mean_field" or "full_rank"; the story's own by default. Given alone it
         implies the view.
+
+    Notes
+    -----
+    Names of sites become symbols by themselves. A story that wants others has an attribute `symbols`, a mapping from names
+    of sites and plates to names: ``{"weights": "pi", "centres": "mu", "data": "i"}``.
 
     Returns
     -------
@@ -87,8 +94,9 @@ def draw_treatment(posterior: Any) -> "Figure":
         From `fit`.
     """
     problem = posterior.problem
-    sites = fold_loops(relations(problem.model, **problem.kwargs))
-    return Sheet(picture(sites), view=treatment_view(posterior.method, problem, sites)).figure()
+    with own_symbols(problem.story):
+        sites = fold_loops(relations(problem.model, **problem.kwargs))
+        return Sheet(picture(sites), view=treatment_view(posterior.method, problem, sites)).figure()
 
 
 def draw_sheet(
@@ -126,9 +134,11 @@ def draw_sheet(
         raise ValueError("stories is empty: give at least one name with (story, arguments)")
     sheets = []
     for name, (story, data) in stories.items():
-        sites = fold_loops(relations(story, **data))
-        chosen = make_view(view, story, sites, (), data)
-        sheets.append(Sheet(picture(sites), write(sites, math_text=True) if show_lines else [], name, chosen))
+        with own_symbols(story):
+            sites = fold_loops(relations(story, **data))
+            chosen = make_view(view, story, sites, (), data)
+            lines = write(sites, math_text=True) if show_lines else []
+            sheets.append(Sheet(picture(sites), lines, name, chosen))
     rows: list[list[Sheet]] = [[]]
     for sheet in sheets:
         if rows[-1] and sum(s.size[0] for s in (*rows[-1], sheet)) > width:

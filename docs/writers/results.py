@@ -89,32 +89,52 @@ def _script(path: Path) -> Any:
 
 
 def correctness(root: Path) -> str:
-    """Every test that says in a sentence which error it catches, file by file."""
-    lines = [
-        "# Correctness",
-        "",
-        "What the tests hold, in their own words; `make test` runs them, `make test-slow` those marked slow.",
-        "",
-    ]
-    total = 0
+    """Every test in its own words, with what the last recorded run found."""
+    path = root / "docs" / "records" / "tests.json"
+    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"tests": {}}
+    lines = ["# Correctness", "", *recorded(record), ""]
     for path in sorted((root / "tests").glob("test_*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         tests = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
         if not tests:
             continue
-        total += len(tests)
         about = (ast.get_docstring(tree) or path.stem).split("\n\n")[0].replace("\n", " ")
         lines += [f"## {path.stem.removeprefix('test_').replace('_', ' ').capitalize()}", "", about, ""]
-        lines += [f"- {sentence(test)}" for test in tests]
+        lines += [f"- {sentence(test, record['tests'].get(path.stem, {}))}" for test in tests]
         lines.append("")
-    lines.insert(4, f"{total} tests, many of them over every story.\n")
     return "\n".join(lines)
 
 
-def sentence(test: ast.FunctionDef) -> str:
-    """A test's name as words, and its docstring."""
+def recorded(record: dict[str, Any]) -> list[str]:
+    """What ran, where, and how it ended."""
+    about = "What the tests hold, in their own words. `make test` runs them, `make test-slow` those marked slow"
+    rows = [row for file in record["tests"].values() for row in file.values()]
+    if not rows:
+        return [f"{about}; `python docs/record_tests.py` puts the outcome onto this page."]
+    passed, failed, skipped = (sum(row[kind] for row in rows) for kind in ("passed", "failed", "skipped"))
+    seconds = sum(row["seconds"] for row in rows)
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    return [
+        f"{about}.",
+        "",
+        f"Recorded on {record['date']} by `python docs/record_tests.py` (Python {record['python']}; {versions}):",
+        "",
+        "| passed | failed | skipped | seconds of one core |",
+        "| --- | --- | --- | --- |",
+        f"| {passed:,} | {failed:,} | {skipped:,} | {seconds:,.0f} |",
+        "",
+        "Behind each test: how many cases passed, and in how many seconds.",
+    ]
+
+
+def sentence(test: ast.FunctionDef, rows: dict[str, dict[str, Any]]) -> str:
+    """A test's name as words, its docstring, and its recorded outcome."""
     name = test.name.removeprefix("test_").replace("_", " ")
     slow = any("slow" in ast.dump(mark) for mark in test.decorator_list)
-    told = (ast.get_docstring(test) or "").split("\n\n")[0].replace("\n", " ")
+    told = (ast.get_docstring(test) or "").split("\n\n")[0].replace("\n", " ").replace("*", r"\*").replace("$", r"\$")
     text = f"**{name[:1].upper() + name[1:]}**" + (f": {told}" if told else "")
-    return text + (" *(slow)*" if slow else "")
+    row = rows.get(test.name)
+    if row is None:
+        return text + (" *(slow, not in the record)*" if slow else " *(not in the record)*" if rows else "")
+    counts = ", ".join(f"{row[kind]} {kind}" for kind in ("passed", "failed", "skipped") if row[kind])
+    return f"{text} *({counts}; {row['seconds']:.2g} s)*"
