@@ -76,7 +76,7 @@ def benchmarks(root: Path) -> str:
     tables = "\n\n".join(table.table(result) for result in table.results())
     image = picture("_static/benchmarks", "Recorded ratios beside the goals that were set for them")
     shown = f'```{{raw}} html\n<figure class="wide">{image}</figure>\n```\n\n'
-    return f"{before}{shown}{tables}{after}".replace("\n```\n", "\n```console\n", 1)
+    return f"{before}{shown}{tables}{after}".replace("\n```\n", "\n```bash\n", 1)
 
 
 def _script(path: Path) -> Any:
