@@ -23,6 +23,7 @@ myst_heading_anchors = 3
 myst_update_mathjax = False
 myst_links_external_new_tab = False
 nb_execution_mode = "off"  # `writers.notebooks` runs the tutorials, once for each version of the code
+nb_output_stderr = "remove"  # progress bars and notes of libraries name files of the machine that built the site
 nb_ipywidgets_js: dict[str, dict[str, str]] = {}
 
 autodoc_member_order = "bysource"

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from .plates_fold import fold_loops
 from .plates_paint import Sheet
 from .plates_picture import picture
-from .plates_views import guide_view, make_view
+from .plates_symbols import own_symbols, with_symbols
+from .plates_views import guide_view, make_view, treatment_view
 from .provenance import relations
 from .story_text import story_lines, story_text, write
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["draw_plates", "draw_sheet", "story_lines", "story_text"]
 
 
+@with_symbols
 def draw_plates(
     story: Any,
     *args: Any,
@@ -53,6 +55,11 @@ def draw_plates(
         For `view="guide"`: a Pyro program, or "mean_field" or "full_rank"; the story's own by default. Given alone it
         implies the view.
 
+    Notes
+    -----
+    Names of sites become symbols by themselves. A story that wants others has an attribute `symbols`, a mapping from names
+    of sites and plates to names: ``{"weights": "pi", "centres": "mu", "data": "i"}``.
+
     Returns
     -------
     matplotlib.figure.Figure
@@ -76,6 +83,20 @@ def draw_plates(
         return sheet.figure()
     sheet.paint(ax)
     return ax.figure.figure  # type: ignore[return-value]
+
+
+def draw_treatment(posterior: Any) -> "Figure":
+    """The diagram of a fitted story, each latent coloured by what the method did with it.
+
+    Parameters
+    ----------
+    posterior
+        From `fit`.
+    """
+    problem = posterior.problem
+    with own_symbols(problem.story):
+        sites = fold_loops(relations(problem.model, **problem.kwargs))
+        return Sheet(picture(sites), view=treatment_view(posterior.method, problem, sites)).figure()
 
 
 def draw_sheet(
@@ -113,9 +134,11 @@ def draw_sheet(
         raise ValueError("stories is empty: give at least one name with (story, arguments)")
     sheets = []
     for name, (story, data) in stories.items():
-        sites = fold_loops(relations(story, **data))
-        chosen = make_view(view, story, sites, (), data)
-        sheets.append(Sheet(picture(sites), write(sites, math_text=True) if show_lines else [], name, chosen))
+        with own_symbols(story):
+            sites = fold_loops(relations(story, **data))
+            chosen = make_view(view, story, sites, (), data)
+            lines = write(sites, math_text=True) if show_lines else []
+            sheets.append(Sheet(picture(sites), lines, name, chosen))
     rows: list[list[Sheet]] = [[]]
     for sheet in sheets:
         if rows[-1] and sum(s.size[0] for s in (*rows[-1], sheet)) > width:
@@ -131,7 +154,11 @@ def draw_sheet(
         left = 0.0
         for sheet in row:
             wide, tall = sheet.size
-            sheet.paint(figure.add_axes((left / width, 1 - (top + tall) / total, wide / width, tall / total)))
+            ax = figure.add_axes((left / width, 1 - (top + tall) / total, wide / width, tall / total))
+            sheet.paint(ax)
+            for artist in (*ax.patches, *ax.texts):  # one id, one element
+                if artist.get_gid():
+                    artist.set_gid(f"{sheet.title}-{artist.get_gid()}")
             left += wide + spare
         top += height
     return figure

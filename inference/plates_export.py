@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .plates_fold import Graph, Node, fold_loops, graph
-from .plates_symbols import index_letters, symbol
+from .plates_symbols import index_letters, symbol, with_symbols
 from .provenance import relations
 
 
+@with_symbols
 def to_graphviz(story: Any, *args: Any, **kwargs: Any) -> str:
     """The diagram in the DOT language: plates are clusters, observed sites filled, deterministic ones dashed.
 
@@ -35,6 +36,7 @@ def to_graphviz(story: Any, *args: Any, **kwargs: Any) -> str:
     return "\n".join([*lines, "}", ""])
 
 
+@with_symbols
 def to_mermaid(story: Any, *args: Any, **kwargs: Any) -> str:
     """The diagram as a Mermaid flowchart; arguments and limits as for `to_graphviz`."""
     drawn = _read(story, args, kwargs)

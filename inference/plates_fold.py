@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from .plates_algebra import renamed
 from .plates_reading import Plate, Site
+from .plates_symbols import spoken
 
 _NUMBER = re.compile(r"_?(\d+)")
 
@@ -183,4 +184,4 @@ def graph(sites: dict[str, Site]) -> Graph:
 
 def used_words(sites: Iterable[Site]) -> set[str]:
     """First words of all names, which indices must not repeat."""
-    return {re.split(r"[_\d]", s.name)[0] for s in sites}
+    return {re.split(r"[_\d]", spoken(s.name))[0] for s in sites}

@@ -1,9 +1,16 @@
 """Names as a lecture writes them: pi becomes π, mu_0 gets a subscript, plates get an index and a size."""
 
+import functools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _LOWER = (
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu "
@@ -19,6 +26,52 @@ _LETTERS = {
     "words": "n", "tokens": "n", "time": "t", "steps": "t", "groups": "j", "schools": "j", "items": "i",
     "users": "u", "sequences": "s",
 }  # fmt: skip
+
+# What the story at hand calls its sites and plates, beyond their names.
+_OWN: ContextVar[Mapping[str, str]] = ContextVar("symbols")
+
+
+@contextmanager
+def own_symbols(story: Any) -> Iterator[None]:
+    """Within, names are written as `story.symbols` has them: ``{"weights": "pi", "centres": "mu", "data": "i"}``.
+
+    Raises
+    ------
+    TypeError
+        `symbols` is no mapping from names to names.
+    """
+    owner = getattr(story, "__self__", story)
+    found = getattr(owner, "symbols", None)
+    found = {} if found is None or callable(found) else found
+    if not isinstance(found, Mapping) or not all(isinstance(w, str) and w for pair in found.items() for w in pair):
+        raise TypeError(
+            f"symbols of the story must map names of sites and plates to names such as 'pi' or 'mu_0', got {found!r}"
+        )
+    token = _OWN.set(found)
+    try:
+        yield
+    finally:
+        _OWN.reset(token)
+
+
+def with_symbols(function: Callable[P, R]) -> Callable[P, R]:
+    """A function of a story that writes names as the story wants them."""
+
+    @functools.wraps(function)
+    def speaking(*args: P.args, **kwargs: P.kwargs) -> R:
+        with own_symbols(args[0] if args else kwargs.get("story")):
+            return function(*args, **kwargs)
+
+    return speaking
+
+
+def spoken(name: str) -> str:
+    """What a site or plate is called: "weights" is "pi" where the story says so, and "weights_3" is "pi_3"."""
+    own = _OWN.get({})
+    base, divider, number = name.rpartition("_")
+    if name not in own and divider and number.isdigit() and base in own:
+        return f"{own[base]}_{number}"
+    return own.get(name, name)
 
 
 def is_symbol(word: str) -> bool:
@@ -60,6 +113,7 @@ def symbol(name: str, indices: Sequence[str] = (), math_text: bool = True) -> st
     math_text
         Mathtext without dollar signs (True) or plain Unicode (False).
     """
+    name = spoken(name)
     base, *tail = name.split("_") if name.strip("_") else [name]
     if base == "log" and tail and is_symbol(tail[0]):
         inner = symbol("_".join(tail), indices, math_text)
@@ -120,12 +174,13 @@ def index_letters(plates: Iterable[str], names: Iterable[str]) -> dict[str, Lett
     names
         Names of the sites.
     """
-    taken = {re.split(r"[_\d]", n)[0] for n in names}
+    taken = {re.split(r"[_\d]", spoken(n))[0] for n in names}
     found: dict[str, Letters] = {}
     plates = list(dict.fromkeys(plates))
     for plate in sorted(plates, key=lambda p: (p != "data", plates.index(p))):
         first = [c for c in plate.lower() if c.isascii() and c.isalpha()][:1]
-        wanted = [_LETTERS.get(plate.lower(), ""), *first, *"ijklmnrsabcdghopquvw"]
+        own = spoken(plate) if len(spoken(plate)) == 1 and spoken(plate) != plate else ""
+        wanted = [own, _LETTERS.get(plate.lower(), ""), *first, *"ijklmnrsabcdghopquvw"]
         free = (c for c in wanted if c and c not in taken and c.upper() not in taken and c not in "ef")
         index = next(free, None) or f"i{len(found)}"
         taken |= {index, index.upper()}

@@ -105,20 +105,24 @@ def method_view(name: str, story: Any, sites: Mapping[str, Site], args: tuple, k
     verdict = METHODS[name].check(problem.structure)
     if not verdict.applies:
         raise ValueError(f"view={name!r}: {name} cannot answer this story: {verdict.reason}")
-    found = treatments(name, problem, sites)
+    return treatment_view(METHODS[name], problem, sites)
+
+
+def treatment_view(method: Any, problem: Any, sites: Mapping[str, Site]) -> View:
+    """What `method` does with each latent of a prepared story."""
+    found = treatments(method, problem, sites)
     used = [t for t in _TREATMENTS if t in found.values()]
     return View({n: _TREATMENTS[t] for n, t in found.items()}, key=tuple((_TREATMENTS[t], _TOLD[t]) for t in used))
 
 
-def treatments(name: str, problem: Any, sites: Mapping[str, Site]) -> dict[str, str]:
+def treatments(method: Any, problem: Any, sites: Mapping[str, Site]) -> dict[str, str]:
     """By site, as the diagram calls it: "summed out", "integrated out", "amortised", "point", "draws", ..."""
     from .marginal import density_of_globals
-    from .methods import METHODS
 
-    structure = problem.structure
+    structure, name = problem.structure, method.name
     with problem.scope(0):
         joint = {b.name for b in density_of_globals(problem).blocks} if name in ("nuts", "hmc") else set()
-    story_guide = name == "svi" and METHODS["svi"].family(structure) == "story"  # type: ignore[attr-defined]
+    story_guide = name == "svi" and method.family(structure) == "story"
     guided = guide_sites(problem.guide, (), problem.kwargs) if story_guide else {}
     found: dict[str, str] = {}
     for site in structure.latents:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import platform
+import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,14 +49,17 @@ def content(comparison: Comparison) -> dict[str, Any]:
 
     first = next(iter(comparison.posteriors.values()))
     problem = first.problem
-    table = comparison.table.map(cell).T
+    table = comparison.table.map(cell).T.drop(columns=list(comparison.refused), errors="ignore")
+    told, end, density = story_mathml(problem.model, **problem.kwargs).partition("</math>")
     return {
         "title": story_name(comparison.story),
         "settings": repr(comparison.story) if hasattr(comparison.story, "model") else "",
         "verdict": comparison.verdict,
         "notes": comparison.notes,
-        "plate": Markup(svg(draw_plates(problem.model, show_lines=False, **problem.kwargs))),
-        "mathematics": Markup(story_mathml(problem.model, **problem.kwargs)),
+        "plate": Markup(svg(draw_plates(problem.model, show_lines=False, **problem.kwargs), "plate")),
+        "mathematics": Markup(told + end),
+        "density": Markup(density),
+        "source": source(comparison.story),
         "structure": str(comparison.structure),
         "columns": list(table.columns),
         "rows": [(name, list(row)) for name, row in zip(table.index, table.to_numpy())],
@@ -63,8 +68,8 @@ def content(comparison: Comparison) -> dict[str, Any]:
             for name, row in zip(comparison.pairwise.index, comparison.pairwise.to_numpy())
         ],
         "refused": comparison.refused,
-        "figure": Markup(svg(comparison.plot())),
-        "methods": [method_content(name, p) for name, p in comparison.posteriors.items()],
+        "figure": Markup(svg(comparison.plot(), "methods")),
+        "methods": [method_content(f"m{i}", name, p) for i, (name, p) in enumerate(comparison.posteriors.items())],
         "card": reproducibility(comparison),
     }
 
@@ -74,7 +79,7 @@ def story_name(story: Any) -> str:
     return type(story).__name__ if hasattr(story, "model") else getattr(story, "__name__", type(story).__name__)
 
 
-def method_content(name: str, posterior: Any) -> dict[str, Any]:
+def method_content(key: str, name: str, posterior: Any) -> dict[str, Any]:
     """One method's section."""
     from markupsafe import Markup
 
@@ -88,26 +93,46 @@ def method_content(name: str, posterior: Any) -> dict[str, Any]:
         "heading": summary.heading,
         "columns": list(table.columns),
         "rows": [(index, list(row)) for index, row in zip(table.index, table.to_numpy())],
-        "history": Markup(svg(posterior.plot_history())),
+        "treatment": Markup(svg(treatment, f"{key}-plate")) if (treatment := treated(posterior)) is not None else "",
+        "history": Markup(svg(posterior.plot_history(), f"{key}-history")),
     }
 
 
-def svg(figure: Any) -> str:
-    """A figure as an inline SVG element without header; text as text, so that it stays small and can be searched."""
+def treated(posterior: Any) -> Any:
+    """What the method did with each latent, as a diagram; None for somebody's own method, whose ways are unknown."""
+    from .methods import METHODS
+    from .plates import draw_treatment
+
+    return draw_treatment(posterior) if posterior.method.name in METHODS else None
+
+
+def source(story: Any) -> str:
+    """The program, where Python knows its text."""
+    try:
+        return inspect.getsource(type(story) if hasattr(story, "model") else story)
+    except (OSError, TypeError):
+        return ""
+
+
+def svg(figure: Any, prefix: str) -> str:
+    """A figure as an inline SVG element without header; `prefix` keeps its ids apart from those of other figures."""
     import matplotlib
 
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "report"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", buffer.getvalue(), flags=re.S)
+    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", text[text.index("<svg") :])
 
 
 def reproducibility(comparison: Comparison) -> dict[str, str]:
     """What it takes to get the same numbers again."""
     problem = next(iter(comparison.posteriors.values())).problem
     tensors = {n: v.cpu() for n, v in problem.kwargs.items() if isinstance(v, Tensor)}
+    methods = ", ".join(repr(p.method) for p in comparison.posteriors.values())
     card = {
+        "methods": methods,
+        "split": comparison.notes[0] if comparison.notes else "none",
         "seed": str(comparison.seed),
         "training data": ", ".join(f"{n} {tuple(v.shape)}" for n, v in tensors.items()),
         "SHA-256 of the training data": fingerprint(tensors),

@@ -6,6 +6,7 @@ from html import escape
 from typing import Any
 
 from .plates_fold import fold_loops
+from .plates_symbols import with_symbols
 from .provenance import relations
 from .story_text import Loop, Row, Writer, plates_of, story_rows
 
@@ -14,6 +15,7 @@ _WIDTH = 60  # letters of a density that fit into a line
 _SINGLE = re.compile(r"\\mathrm\{(\w)\}")
 
 
+@with_symbols
 def story_latex(story: Any, *args: Any, density: bool = True, **kwargs: Any) -> str:
     r"""The story in LaTeX, aligned at its relations, and the joint density as a product.
 
@@ -60,6 +62,7 @@ def _aligned(lines: Sequence[str]) -> str:
     return "\\begin{aligned}\n" + " \\\\\n".join(lines) + "\n\\end{aligned}"
 
 
+@with_symbols
 def story_mathml(story: Any, *args: Any, density: bool = True, **kwargs: Any) -> str:
     """The same as one `<math>` element, which browsers show without a script; arguments as for `story_latex`."""
     cells, product = _cells(story, args, kwargs, density)
@@ -88,6 +91,7 @@ def _cell(column: int, latex: str) -> str:
     return f'<mtd style="text-align:{side};text-align:-webkit-{side};{space}">{inner}</mtd>'
 
 
+@with_symbols
 def story_density(story: Any, *args: Any, **kwargs: Any) -> str:
     """The joint density as a product in plain Unicode; arguments as for `story_latex`.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from .plates_algebra import Apply, Expr, Index, Listing, Number, Opaque, Ref
 from .plates_fold import Chain, find_chains, fold_loops, used_words
-from .plates_symbols import Letters, index_letters, number, spare_letter, subscripted, symbol, upright
+from .plates_symbols import Letters, index_letters, number, spare_letter, subscripted, symbol, upright, with_symbols
 from .provenance import Plate, Site, relations
 
 _FUNCTION = "\0"  # stands for f, g, h until the lines are in order
@@ -14,6 +14,7 @@ _SUM, _PRODUCT, _POWER, _ATOM = 1, 2, 3, 4
 _POWERS = {"rsqrt": "-1/2", "reciprocal": "-1", "square": "2"}
 
 
+@with_symbols
 def story_lines(story: Any, *args: Any, **kwargs: Any) -> list[str]:
     """The story line by line, as mathtext.
 
@@ -34,6 +35,7 @@ def story_lines(story: Any, *args: Any, **kwargs: Any) -> list[str]:
     return write(fold_loops(relations(story, *args, **kwargs)), math_text=True)
 
 
+@with_symbols
 def story_text(story: Any, *args: Any, **kwargs: Any) -> str:
     """The story as plain Unicode, sizes of the plates in the last line; arguments as for `story_lines`."""
     sites = fold_loops(relations(story, *args, **kwargs))

@@ -102,6 +102,31 @@ def test_show_tells_the_story_and_writes_its_plates(capsys, folder):
     assert "<svg" in Path("plate.svg").read_text()
 
 
+def test_show_writes_formulas_and_the_text_of_diagrams(capsys, folder):
+    """LaTeX with something else around it; a suffix that is taken for a picture; a view that is not passed on."""
+    code, out, _ = run(capsys, "show", "GMM", "--latex")
+    assert code == 0 and out.startswith("\\begin{gathered}") and out.rstrip().endswith("\\end{gathered}")
+    code, out, _ = run(capsys, "show", "GMM", "--plate", "gmm.dot")
+    assert code == 0 and "p(π, μ, Λ, z, x) = p(π)" in out
+    assert Path("gmm.dot").read_text().startswith("digraph")
+    run(capsys, "show", "GMM", "--plate", "gmm.mmd")
+    assert Path("gmm.mmd").read_text().startswith("flowchart")
+    for view in ("plain", "em"):
+        run(capsys, "show", "GMM", "--plate", f"{view}.svg", "--view", view)
+    assert Path("plain.svg").stat().st_size < Path("em.svg").stat().st_size
+    code, _, err = run(capsys, "show", "GMM", "--plate", "x.png", "--view", "bright")
+    assert code != 0 and "'bright'" in err and not Path("x.png").exists()
+
+
+def test_gallery_draws_every_story(capsys, folder):
+    from zoo.catalog import catalog
+
+    code, out, _ = run(capsys, "gallery", "-o", "sheet.svg", "--view", "scope")
+    assert code == 0 and out.startswith(f"{len(catalog())} stories")
+    assert Path("sheet.svg").read_text().count('-title"') == len(catalog())
+    assert run(capsys, "gallery", "--view", "em")[0] == 2
+
+
 def test_show_asks_for_data_where_the_story_cannot_run_without(capsys, folder):
     """A TypeError from the depth of the user's story instead of the option to add."""
     code, _, err = run(capsys, "show", "two.py:line")

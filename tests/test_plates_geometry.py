@@ -191,11 +191,14 @@ def test_the_contact_sheet_holds_every_story_apart(tmp_path):
         round(p.get_window_extent().height, 1)
         for axes in figure.axes
         for p in axes.patches
-        if isinstance(p, matplotlib.patches.Ellipse) and (p.get_gid() or "").startswith("node-") and p.height > 0.3
+        if isinstance(p, matplotlib.patches.Ellipse) and "-node-" in (p.get_gid() or "") and p.height > 0.3
     }
     assert len(radii) == 1
-    titles = [t.get_text() for axes in figure.axes for t in axes.texts if t.get_gid() == "title"]
+    titles = [t.get_text() for axes in figure.axes for t in axes.texts if t.get_gid().endswith("-title")]
     assert titles == list(stories)
+    figure.savefig(tmp_path / "sheet.svg")
+    ids = re.findall(r'\bid="((?:\w+-)(?:node|edge|plate|title)[^"]*)"', (tmp_path / "sheet.svg").read_text())
+    assert len(ids) == len(set(ids)) > 40
     with pytest.raises(ValueError, match="stories is empty"):
         draw_sheet({})
 

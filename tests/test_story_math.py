@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from inference import story_density, story_latex, story_mathml
+from inference import draw_plates, story_density, story_latex, story_mathml, story_text, to_graphviz
 from inference.provenance import relations
 from zoo.catalog import catalog
 
@@ -97,4 +97,40 @@ def test_every_formula_is_valid_in_two_other_readers(name):
 def test_relations_are_relations_in_mathml():
     """latex2mathml takes the tilde for a letter, which browsers then set without space."""
     text = story_mathml(coin, torch.ones(10))
-    assert "<mo>&#x0223C;</mo>" in text and "<mi>&#x0007E;</mi>" not in text
+    assert text.count('<mo form="infix">&#x0223C;</mo>') == 2 and "<mi>&#x0007E;</mi>" not in text
+
+
+def named(x=None):
+    weights = pyro.sample("weights", dist.Dirichlet(torch.ones(2)))
+    with pyro.plate("kinds", 2):
+        rate = pyro.sample("rate", dist.Gamma(2.0, 0.2))
+    with pyro.plate("data", 5):
+        kind = pyro.sample("kind", dist.Categorical(weights))
+        pyro.sample("arrivals", dist.Poisson(rate[kind]), obs=x)
+
+
+class Named:
+    """The same, with the lecture's symbols."""
+
+    symbols = {"weights": "pi", "rate": "lam", "kind": "z", "arrivals": "x", "data": "i"}  # noqa: RUF012
+
+    def model(self, x=None):
+        return named(x)
+
+
+def test_a_story_brings_its_own_symbols():
+    """Words where the lecture has letters, in any of the forms; symbols of one story that stay for the next."""
+    own, x = Named(), torch.arange(5.0)
+    assert story_density(own, x) == "p(π, λ, z, x) = p(π) ∏_k p(λ_k) ∏_i p(z_i | π) p(x_i | λ, z_i)"
+    assert r"x_{i} &\sim \mathrm{Poisson}(\lambda_{z_{i}}) &&\text{for } i = 1, \ldots, I" in story_latex(own, x)
+    assert "x_i ~ Poisson(λ[z_i])" in story_text(own, x) and "weights" not in to_graphviz(own, x)
+    drawn = [text.get_text() for text in draw_plates(own, x).axes[0].texts]
+    assert r"$\lambda_{k}$" in drawn and "$z_{i}$" in drawn
+    assert "p(weights, rate, kind, arrivals)" in story_density(named, x)
+
+
+def test_symbols_of_another_kind_are_refused():
+    story = Named()
+    story.symbols = {"rate": 3}
+    with pytest.raises(TypeError, match="symbols of the story must map names"):
+        story_density(story, torch.arange(5.0))

@@ -3,10 +3,13 @@
 import ast
 import html
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from textwrap import indent
+from typing import Any
 
-from inference import choose, draw_plates, inspect, story_latex, story_mathml
+from inference import Structure, choose, draw_plates, inspect, story_latex, story_mathml
+from zoo import GMM, load
 from zoo.catalog import Entry, catalog
 
 from .pictures import picture, save
@@ -38,6 +41,9 @@ def write(source: Path, root: Path) -> None:
         save(draw_plates(story, show_lines=False, **data), source / "static" / "plates", name)
         (folder / f"{name}.rst").write_text(page(entry, source, root), encoding="utf-8")
     (folder / "index.rst").write_text(index(), encoding="utf-8")
+    irises = load("iris").x
+    hero = draw_plates(GMM(num_components=3), irises)
+    save(hero, source / "static" / "plates", "hero")
 
 
 def heading(text: str, mark: str) -> list[str]:
@@ -103,6 +109,9 @@ def page(entry: Entry, source: Path, root: Path) -> str:
         *block("text", str(structure)),
         *heading("Which methods, and why", "-"),
         *block("text", str(choose(structure))),
+        "What each does with every latent, and what the story's guide keeps of the dependencies where it has one:",
+        "",
+        *raw(views(entry.name, story, data, structure, source / "static" / "plates")),
         *heading("For a paper", "-"),
         f"What ``story_latex`` writes, or ``zoo show {entry.name} --latex``:",
         "",
@@ -122,3 +131,16 @@ def first_line(module: Path) -> int:
     """Where the code begins: after the docstring, which the page has shown already."""
     tree = ast.parse(module.read_text(encoding="utf-8"))
     return next(node.lineno for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom))
+
+
+def views(name: str, story: Any, data: Mapping[str, Any], structure: Structure, folder: Path) -> str:
+    """Small diagrams side by side: scopes, the methods that are admissible, the guide."""
+    admissible = [m for m, verdict in choose(structure).verdicts.items() if verdict.applies and m != "hmc"]
+    shown = ["scope", *admissible, *(["guide"] if getattr(story, "guide", None) else [])]
+    cards = []
+    for view in shown:
+        file = f"{name.lower()}-{view}"
+        save(draw_plates(story, view=view, show_lines=False, **data), folder, file)
+        image = picture(f"../_static/plates/{file}", f"{name}: {view}")
+        cards.append(f"<figure>{image}<figcaption>{view}</figcaption></figure>")
+    return f'<div class="views">{"".join(cards)}</div>'

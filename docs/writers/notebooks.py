@@ -7,13 +7,26 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+# A script keeps its figures in variables; on the page each is shown under the cell that made it.
 _SETUP = """
 %matplotlib inline
 import matplotlib_inline.backend_inline as _inline
+from IPython import display as _display, get_ipython as _shell
+from matplotlib.figure import Figure as _Figure
 _inline.set_matplotlib_formats("png", metadata={})
-_inline.set_matplotlib_close(True)
 import matplotlib.pyplot as _plt
 _plt.rcParams["figure.dpi"] = 110
+_shown = []
+
+def _show_new_figures(result):
+    for _name, _value in list(_shell().user_ns.items()):
+        if isinstance(_value, _Figure) and not _name.startswith("_") and not any(_value is old for old in _shown):
+            _shown.append(_value)
+            # Figures of pyplot show themselves, and so does the value of a cell.
+            if _value is not result.result and not hasattr(_value, "number"):
+                _display.display(_value)
+
+_shell().events.register("post_run_cell", _show_new_figures)
 """
 _LIMIT = 600  # seconds a tutorial
 
@@ -45,7 +58,7 @@ def fingerprint(root: Path) -> Any:
     packages = hashlib.sha256()
     for path in sorted([*root.glob("zoo/**/*.py"), *root.glob("inference/**/*.py")]):
         packages.update(path.read_bytes())
-    return lambda script: hashlib.sha256(packages.digest() + script.read_bytes()).hexdigest()[:16]
+    return lambda script: hashlib.sha256(packages.digest() + _SETUP.encode() + script.read_bytes()).hexdigest()[:16]
 
 
 def executed(script: Path, kept: Path, root: Path) -> Any:

@@ -12,6 +12,15 @@ _DARK = {
     "#8b959c": "#77838b",
     "#1f6f8b": "#7fbcd2",
     "#ffffff": "#131416",
+    # fills of the views, dark enough for light letters
+    "#fbe8c8": "#6b5524",
+    "#d3e8f0": "#26505f",
+    "#dcedc8": "#42572a",
+    "#c5e3da": "#255248",
+    "#e0d5f0": "#4b3a6b",
+    "#f6dbe2": "#6a3546",
+    "#a9b2b8": "#5d676d",
+    "#b5541c": "#f0a868",
     "#000000": "#e6e9eb",
 }
 
@@ -23,7 +32,7 @@ def svg(figure: Any) -> str:
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "site", "svg.fonttype": "path"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
-    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", buffer.getvalue(), flags=re.S)
     return text[text.index("<svg") :]
 
 
