@@ -94,7 +94,11 @@ class Ranks:
 
     def add(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The same tensors summed over the ranks that share the rows: one message, in double precision."""
-        if not self.shares_rows or not tensors:
+        return self.total_of(*tensors) if self.shares_rows and tensors else tensors
+
+    def total_of(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The same tensors summed over all ranks, whatever they share."""
+        if not self.several:
             return tensors
         import torch.distributed as dist
 

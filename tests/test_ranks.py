@@ -23,7 +23,8 @@ EM_PIECES = [
     "mfa",
 ]
 SVI_PIECES = ["svi_derived", "svi_params", "svi_rows"]
-QUICK = [*EM_PIECES, "gmm_incremental", *SVI_PIECES, "svi_batches", "svi_network"]
+CHAINS = ["nuts", "hmc"]
+QUICK = [*EM_PIECES, *CHAINS, "gmm_incremental", *SVI_PIECES, "svi_batches", "svi_network"]
 
 
 def environment() -> dict[str, str]:
@@ -105,6 +106,14 @@ def test_networks_are_averaged_and_rows_put_together(alone, ranks):
     x = ranks_work.factors().numpy()
     guess = x @ found["encoder.weight"].T + found["encoder.bias"]
     np.testing.assert_allclose(found["z"].mean(0), guess, atol=0.6)  # the scale of z is about 0.3, of 50 draws 0.05
+
+
+@pytest.mark.parametrize("piece", CHAINS)
+def test_chains_draw_the_same_wherever_they_run(alone, ranks, piece):
+    """Chain by chain, draw by draw: a chain that takes another one's random numbers, or a wrong order, shows at once."""
+    wanted, found = parts(alone, piece), parts(ranks[0], piece)
+    for name in wanted:
+        np.testing.assert_allclose(found[name], wanted[name], rtol=1e-9, atol=1e-9, err_msg=name)
 
 
 def test_every_rank_has_the_same_answer(ranks):
