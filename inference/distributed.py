@@ -269,6 +269,24 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def tells_first() -> bool:
+    """Whether this process is the first of its group to ask: the one that tells of an error which others may have met too."""
+    from torch.distributed import TCPStore, is_initialized
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    try:
+        if is_initialized():
+            store: Any = _get_default_store()
+        elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
+        else:
+            return os.environ.get("RANK", "0") == "0"
+        return store.add(f"zoo/told/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1) == 1
+    except RuntimeError:  # the one that kept the store is gone
+        return True
+
+
 def own_device(device: str | torch.device) -> str | torch.device:
     """ "cuda" means the card that torchrun meant for this rank."""
     if str(device) != "cuda" or "LOCAL_RANK" not in os.environ or not torch.cuda.is_available():
