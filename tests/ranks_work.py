@@ -5,6 +5,7 @@ Every piece of work returns tensors by name; under torchrun each rank writes its
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -258,6 +259,23 @@ def svi_rows() -> dict[str, Tensor]:
     """A parameter for every row stays with the rank that has the row."""
     x = factors()[:, 0] * 3
     return result(fit(by_row, x, SVI(steps=150, starts=1), guide=by_row_guide, seed=1))
+
+
+# -- death and resumption --------------------------------------------------------------------------------------------
+
+
+@piece
+def lasting() -> dict[str, Tensor]:
+    """EM that takes its time: some seconds, a checkpoint on the way; each rank leaves its number where it is looked for."""
+    folder = Path(os.environ["RANKS_FOLDER"])
+    (folder / f"{RANK}.pid").write_text(str(os.getpid()))
+
+    def wait(iteration: int, objective: float, values: object) -> None:
+        (folder / "iteration").write_text(str(iteration))
+        time.sleep(float(os.environ.get("RANKS_PAUSE", "0")))
+
+    method = EM(restarts=2, max_iter=40, tol=0.0, checkpoint=folder / "state", callback=wait)
+    return result(fit(GMM(num_components=3), clusters(), method, seed=1))
 
 
 # -- chains ------------------------------------------------------------------------------------------------------
