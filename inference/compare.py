@@ -19,6 +19,7 @@ from tqdm import tqdm
 from .agreement import Agreement, agree
 from .choose import check_request
 from .data import take_rows
+from .distributed import start
 from .errors import DivergenceError
 from .fit import fit
 from .methods import METHODS, resolve
@@ -128,6 +129,8 @@ def compare(
 ) -> Comparison:
     """Fit one story with several methods on the same rows and hold the answers side by side.
 
+    Under `torchrun` all processes work on every fit, as with `fit(..., ranks="split")`, and get the same answer.
+
     Parameters
     ----------
     story, data, guide, device
@@ -152,11 +155,12 @@ def compare(
     ValueError
         No method is valid, or `test` leaves no rows.
     """
-    seed = fresh_seed() if seed is None else seed
+    others = start("split")
+    seed = others.first(fresh_seed()) if seed is None else seed
     chosen = labelled(methods)
     problem = prepare(story, data, guide=guide, device=device, seed=seed)
     train, held, notes = split(problem, data, test, seed)
-    show = sys.stderr.isatty() if progress is None else progress
+    show = (sys.stderr.isatty() if progress is None else progress) and others.leads
     posteriors, refused = answers(problem, story, train, chosen, guide, seed, device, budget, show)
     reference = strongest(posteriors)
     agreements = {n: agree(p, posteriors[reference]) for n, p in posteriors.items() if n != reference}
@@ -170,7 +174,7 @@ def compare(
             rows[label]["held-out log p"] = "n/a (no density)"
     for label in refused:
         rows[label] = {"kind": "n/a (no density)" if problem.structure.implicit else "n/a (refused)"}
-    table = pd.DataFrame.from_dict(rows, orient="index").reindex(list(chosen))
+    table = others.first(pd.DataFrame.from_dict(rows, orient="index").reindex(list(chosen)))
     pairwise = paired(heldout)
     verdict = judge(posteriors, reference, agreements, heldout)
     return Comparison(

@@ -94,7 +94,11 @@ class Ranks:
 
     def add(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The same tensors summed over the ranks that share the rows: one message, in double precision."""
-        if not self.shares_rows or not tensors:
+        return self.total_of(*tensors) if self.shares_rows and tensors else tensors
+
+    def total_of(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The same tensors summed over all ranks, whatever they share."""
+        if not self.several:
             return tensors
         import torch.distributed as dist
 
@@ -263,6 +267,24 @@ def leave() -> None:
 
     if dist.is_initialized() and not _Group.lost:
         dist.destroy_process_group()
+
+
+def tells_first() -> bool:
+    """Whether this process is the first of its group to ask: the one that tells of an error which others may have met too."""
+    from torch.distributed import TCPStore, is_initialized
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    try:
+        if is_initialized():
+            store: Any = _get_default_store()
+        elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
+        else:
+            return os.environ.get("RANK", "0") == "0"
+        return store.add(f"zoo/told/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1) == 1
+    except RuntimeError:  # the one that kept the store is gone
+        return True
 
 
 def own_device(device: str | torch.device) -> str | torch.device:

@@ -24,14 +24,24 @@ PRINT_ROWS = 1000
 
 
 def fingerprint(problem: Problem, *parts: Any) -> str:
-    """Hash of what must be the same for a fit to go on: data, story and seed, and whatever else shows in `repr`."""
+    """Hash of what must be the same for a fit to go on: data, story and seed, and whatever else shows in `repr`.
+
+    Rows count as those of all ranks, so that any number of ranks may go on.
+    """
     digest = hashlib.sha256()
     digest.update(repr((parts, problem.seed, type(problem.story).__name__)).encode())
+    shared = problem.structure.row_arguments if problem.ranks.shares_rows else ()
     for name, value in sorted(problem.kwargs.items()):
         digest.update(name.encode())
         if isinstance(value, Tensor):
-            rows = value[torch.linspace(0, len(value) - 1, min(PRINT_ROWS, len(value))).long()] if value.ndim else value
-            digest.update(repr(tuple(value.shape)).encode() + rows.cpu().contiguous().numpy().tobytes())
+            count = problem.all_rows if name in shared else len(value) if value.ndim else 0
+            index = torch.linspace(0, count - 1, min(PRINT_ROWS, count)).long()
+            if name in shared:
+                rows = problem.ranks.rows({name: value}, (name,), index)[name]
+            else:
+                rows = value[index] if value.ndim else value
+            shape = (count, *value.shape[1:]) if value.ndim else ()
+            digest.update(repr(shape).encode() + rows.cpu().contiguous().numpy().tobytes())
         else:
             digest.update(repr(value).encode())
     return digest.hexdigest()

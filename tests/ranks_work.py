@@ -5,6 +5,7 @@ Every piece of work returns tensors by name; under torchrun each rank writes its
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import stories
 
-from inference import EM, SVI, fit
+from inference import EM, HMC, NUTS, SVI, fit
 from zoo import GMM, PPCA, FactorAnalysis, GaussianHMM, MixtureOfFactorAnalysers
 
 #: Rows of every rank, by how many there are.
@@ -258,6 +259,44 @@ def svi_rows() -> dict[str, Tensor]:
     """A parameter for every row stays with the rank that has the row."""
     x = factors()[:, 0] * 3
     return result(fit(by_row, x, SVI(steps=150, starts=1), guide=by_row_guide, seed=1))
+
+
+# -- death and resumption --------------------------------------------------------------------------------------------
+
+
+@piece
+def lasting() -> dict[str, Tensor]:
+    """EM that takes its time: some seconds, a checkpoint on the way; each rank leaves its number where it is looked for."""
+    folder = Path(os.environ["RANKS_FOLDER"])
+    (folder / f"{RANK}.pid").write_text(str(os.getpid()))
+
+    def wait(iteration: int, objective: float, values: object) -> None:
+        (folder / "iteration").write_text(str(iteration))
+        time.sleep(float(os.environ.get("RANKS_PAUSE", "0")))
+
+    method = EM(restarts=2, max_iter=40, tol=0.0, checkpoint=folder / "state", callback=wait)
+    return result(fit(GMM(num_components=3), clusters(), method, seed=1))
+
+
+# -- chains ------------------------------------------------------------------------------------------------------
+
+
+def chains_of(method: object) -> dict[str, Tensor]:
+    data = {n: torch.tensor(v, dtype=torch.float64) for n, v in stories.SCHOOLS.items()}
+    posterior = fit(stories.eight_schools, data, method, seed=1)
+    return dict(posterior.draws) | {n: torch.from_numpy(v) for n, v in posterior.sample_stats.items()}
+
+
+@piece
+def nuts() -> dict[str, Tensor]:
+    """Four chains: two and two, or one, one and two; machine code where there is a compiler."""
+    return chains_of(NUTS(chains=4, warmup=150, draws=100))
+
+
+@piece
+def hmc() -> dict[str, Tensor]:
+    """Chains that learn from each other, also across ranks."""
+    return chains_of(HMC(chains=5, warmup=100, draws=50))
 
 
 def work(names: list[str]) -> dict[str, dict[str, Tensor]]:

@@ -1,8 +1,12 @@
 """Several processes under torchrun against one: the same numbers, whatever the shards; see `ranks_work.py`."""
 
 import os
+import random
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +27,8 @@ EM_PIECES = [
     "mfa",
 ]
 SVI_PIECES = ["svi_derived", "svi_params", "svi_rows"]
-QUICK = [*EM_PIECES, "gmm_incremental", *SVI_PIECES, "svi_batches", "svi_network"]
+CHAINS = ["nuts", "hmc"]
+QUICK = [*EM_PIECES, *CHAINS, "gmm_incremental", *SVI_PIECES, "svi_batches", "svi_network"]
 
 
 def environment() -> dict[str, str]:
@@ -105,6 +110,117 @@ def test_networks_are_averaged_and_rows_put_together(alone, ranks):
     x = ranks_work.factors().numpy()
     guess = x @ found["encoder.weight"].T + found["encoder.bias"]
     np.testing.assert_allclose(found["z"].mean(0), guess, atol=0.6)  # the scale of z is about 0.3, of 50 draws 0.05
+
+
+@pytest.mark.parametrize("piece", CHAINS)
+def test_chains_draw_the_same_wherever_they_run(alone, ranks, piece):
+    """Chain by chain, draw by draw: a chain that takes another one's random numbers, or a wrong order, shows at once."""
+    wanted, found = parts(alone, piece), parts(ranks[0], piece)
+    for name in wanted:
+        np.testing.assert_allclose(found[name], wanted[name], rtol=1e-9, atol=1e-9, err_msg=name)
+
+
+def worker(rank: int, size: int, port: int, folder: Path, pause: float) -> subprocess.Popen:
+    """One rank of `ranks_work.lasting`, without torchrun to look after it."""
+    told = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANKS_PAUSE": pause}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "ranks_work.py"), str(folder), "lasting"],
+        env={**environment(), **{k: str(v) for k, v in told.items()}, "RANKS_FOLDER": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def until(condition, seconds: float) -> bool:
+    """Whether the condition comes true in time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def reached(folder: Path) -> int:
+    """Iterations done so far."""
+    file = folder / "iteration"
+    return int(file.read_text() or 0) if file.exists() else -1
+
+
+def check_answer(folder: Path, size: int, wanted: dict[str, np.ndarray]) -> None:
+    found = dict(np.load(folder / f"{size}-0.npz"))
+    for name, value in wanted.items():
+        np.testing.assert_allclose(found[f"lasting/{name}"], value, rtol=1e-9, atol=1e-9, err_msg=name)
+
+
+def test_the_death_of_a_rank_ends_the_others_and_two_go_on(tmp_path, monkeypatch):
+    """Survivors notice by themselves, say so once each, and leave a checkpoint from which fewer ranks reach the same end."""
+    monkeypatch.setenv("RANKS_FOLDER", str(tmp_path / "alone"))
+    (tmp_path / "alone").mkdir()
+    wanted = {k: np.asarray(v) for k, v in ranks_work.work(["lasting"])["lasting"].items()}
+    folder = tmp_path / "three"
+    folder.mkdir()
+    port = free_port()
+    ranks = [worker(r, 3, port, folder, 0.2) for r in range(3)]
+    try:
+        assert until(lambda: reached(folder) >= 12, 120)
+        ranks[1].kill()
+        texts = [ranks[r].communicate(timeout=30)[1] for r in (0, 2)]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert all(ranks[r].returncode not in (0, None) for r in (0, 2))
+    assert all("RankError" in text and "lost another rank" in text for text in texts), texts
+    assert (folder / "state").exists()
+    before = reached(folder)
+    pair = [worker(r, 2, port + 1, folder, 0.0) for r in range(2)]
+    assert [p.wait(120) for p in pair] == [0, 0], pair[0].stderr.read()[-2000:]
+    assert before >= 12
+    check_answer(folder, 2, wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", range(20))
+def test_a_rank_killed_at_any_moment(trial, tmp_path, monkeypatch):
+    """Under torchrun: from joining to the last iteration; all are gone within 30 s, and any number of ranks goes on."""
+    monkeypatch.setenv("RANKS_FOLDER", str(tmp_path))
+    monkeypatch.setenv("RANKS_PAUSE", "0.05")
+    chance = random.Random(trial)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    run = subprocess.Popen(
+        [*command, str(ROOT / "tests" / "ranks_work.py"), str(tmp_path), "lasting"],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    files = [tmp_path / f"{r}.pid" for r in range(3)]
+    assert until(lambda: all(f.exists() and f.read_text() for f in files), 120)
+    pids = [int(f.read_text()) for f in files]
+    time.sleep(chance.uniform(0.0, 6.0))
+    victim = chance.randrange(3)
+    try:
+        os.kill(pids[victim], signal.SIGKILL)
+    except ProcessLookupError:  # it had come to its end
+        assert run.wait(60) == 0
+        return
+    began = time.monotonic()
+    assert until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 30), "a survivor is still there"
+    assert run.wait(60) != 0 and time.monotonic() - began < 60
+    monkeypatch.setenv("RANKS_PAUSE", "0")
+    size = chance.choice([2, 3])
+    done = torchrun(size, ROOT / "tests" / "ranks_work.py", tmp_path, "lasting")
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    monkeypatch.setenv("RANKS_FOLDER", str(alone))
+    check_answer(tmp_path, size, {k: np.asarray(v) for k, v in ranks_work.work(["lasting"])["lasting"].items()})
 
 
 def test_every_rank_has_the_same_answer(ranks):

@@ -16,7 +16,7 @@ from . import __version__
 from .cli.bridge import check_methods, dream_rows, fill_arguments, load_rows, require_arguments
 from .cli.faults import FAULT, INTERRUPTED, USAGE, UsageError, describe
 from .cli.stories import file_of, find_story, parse_settings
-from .cli.terminal import check_writable, counting_interrupts, terse_warnings
+from .cli.terminal import check_writable, counting_interrupts, first_rank_speaks, leads, terse_warnings
 
 app = App(
     name="zoo",
@@ -172,7 +172,7 @@ def fit(
     progress = False if quiet else None
     posterior = fit(found.story, arguments, method, guide=found.guide, want=want, seed=seed, progress=progress)
     print(posterior.why(), posterior.summary(), sep="\n\n")
-    if save:
+    if save and leads():
         posterior.save(save)
         print(f"\nposterior: {save}")
 
@@ -217,7 +217,7 @@ def compare(
         found.story, arguments, methods=names, test=test, guide=found.guide, seed=seed, progress=progress
     )
     print(comparison)
-    if report:
+    if report and leads():
         print(f"\nreport: {comparison.report(report)}")
 
 
@@ -329,7 +329,7 @@ def _launch(
     debug: Annotated[bool, Parameter(help="Show where an error came from.")] = False,
 ) -> int:
     try:
-        with terse_warnings(), counting_interrupts() as interrupts:
+        with first_rank_speaks(), terse_warnings(), counting_interrupts() as interrupts:
             app(words, exit_on_error=False, result_action="return_value")
     except CycloptsError:
         return USAGE  # cyclopts has said what is wrong
@@ -346,9 +346,19 @@ def _launch(
 
             traceback.print_exc()
         file = next(filter(None, map(file_of, words)), None)
-        print(f"zoo: {describe(error, file)}", file=sys.stderr)
+        if _tells():
+            print(f"zoo: {describe(error, file)}", file=sys.stderr, flush=True)
         return getattr(error, "exit_code", FAULT)
     return INTERRUPTED if interrupts else 0
+
+
+def _tells() -> bool:
+    """Whether this process is the one to tell of an error that several may have met."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return True
+    from inference.distributed import tells_first
+
+    return tells_first()
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -63,6 +64,7 @@ class HMC:
     """
 
     name: ClassVar[str] = "hmc"
+    spreads: ClassVar[str] = "chains"
 
     chains: int = 16
     warmup: int = 500
@@ -99,23 +101,27 @@ class HMC:
         """
         from ..marginal import density_of_globals
         from ..meter import Meter
-        from .backends import choose_backend
+        from .chains import same_backend, shared_mover
 
         began = time.perf_counter()
         with Meter() as meter:
             joint = density_of_globals(problem)
             potential = potential_of(joint, self.backend)
             work = self.chains * (self.warmup + self.draws)
-            backend = choose_backend(potential, self.backend, work, problem.budget)
-            moves = Moves(self, joint, mover_for(potential, backend), self.alone(joint, potential, backend))
+            ranks = problem.ranks
+            backend = same_backend(ranks, potential, self.backend, work, problem.budget)
+            mover = shared_mover(mover_for(potential, backend), ranks)
+            moves = Moves(self, joint, mover, self.alone(joint, potential, backend))
             meter.mark("setup")
             total = self.warmup + self.draws
             with Watch(
                 "HMC", problem, meter, began, self.warmup, total, self.chains, moves.progress, moves.told
             ) as watch:
                 try:
-                    moves.go(watch)
+                    moves.go((lambda: ranks.first(watch())) if ranks.several and problem.budget else watch)
                 except KeyboardInterrupt:
+                    if ranks.several:
+                        raise
                     watch.stopped = "interrupted"
             meter.mark("run" if watch.warm else "warmup")
             positions, stats, notes = moves.gather(watch.stopped)
@@ -129,7 +135,10 @@ class HMC:
 
         A chain that lies far below the others goes on alone for longer, from where it is.
         """
-        iterations = min(ALONE, int(SHARE * self.warmup))
+        from .chains import all_records, mine, run_apart
+
+        ranks, iterations = joint.problem.ranks, min(ALONE, int(SHARE * self.warmup))
+        part = mine(ranks, self.chains)
         seeds, generators = spread(joint.problem.seed, self.chains)
         evaluate = backend.code.many if backend.code is not None else potential.numpy
         settings = Settings(iterations, 1, 0.8, 8, False)
@@ -140,12 +149,15 @@ class HMC:
         for _ in range(1 + ROUNDS):
             if not waiting:
                 break
-            some = [records[c] for c in waiting]
-            run = Run(potential, backend, [generators[c] for c in waiting], [gradients[c] for c in waiting], some)
+            here = [c for c in waiting if part.start <= c < part.stop]
+            some = [records[c] for c in here]
+            run = Run(potential, backend, [generators[c] for c in here], [gradients[c] for c in here], some)
             try:
-                run.go(lambda: False)
+                run_apart(ranks, partial(run.go, lambda: False))
             except Failed as error:
                 raise failure(joint, some, error) from None
+            for c, record in zip(waiting, all_records(ranks, some), strict=True):
+                records[c] = record
             value = np.array([r.value for r in records])
             low, middle = np.quantile(value, [0.25, 0.5])
             waiting = np.flatnonzero(value < middle - BEHIND * (middle - low) - len(records[0].position)).tolist()
@@ -221,7 +233,7 @@ class Moves:
         """What stands beside the bar."""
         return beside_bar(self.divergences, self.step, self.stats["lp"][:, : self.kept])
 
-    def go(self, watch: Watch) -> None:
+    def go(self, watch: Callable[[], bool]) -> None:
         """To the end, or until the watch says stop."""
         method = self.method
         together = method.warmup - self.done_alone

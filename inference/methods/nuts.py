@@ -69,6 +69,7 @@ class NUTS:
     """
 
     name: ClassVar[str] = "nuts"
+    spreads: ClassVar[str] = "chains"
     chains: int = 4
     warmup: int = 1000
     draws: int = 1000
@@ -113,7 +114,7 @@ class NUTS:
         """
         from ..marginal import density_of_globals
         from ..meter import Meter
-        from .backends import choose_backend
+        from .chains import all_records, run_apart, same_backend
 
         began = time.perf_counter()
         with Meter() as meter:
@@ -121,8 +122,9 @@ class NUTS:
             potential = potential_of(joint, self.backend)
             if self.backend == "jax":
                 return self.run_in_jax(problem, joint, potential, meter)
-            backend = choose_backend(
-                potential, self.backend, self.warmup + self.draws, problem.budget, deepest=self.max_depth
+            ranks = problem.ranks
+            backend = same_backend(
+                ranks, potential, self.backend, self.warmup + self.draws, problem.budget, self.max_depth
             )
             file = None
             if self.checkpoint is not None:
@@ -133,19 +135,24 @@ class NUTS:
             total = self.warmup + self.draws
             with Watch("NUTS", problem, meter, began, self.warmup, total, self.chains, run.progress, run.told) as watch:
                 try:
-                    run.go(watch)
+                    run_apart(ranks, lambda: run.go(watch))
                 except KeyboardInterrupt:
+                    if ranks.several:
+                        raise
                     watch.stopped = "interrupted"
                 except Failed as error:
                     raise failure(joint, run.records, error) from None
                 finally:
                     run.leave()
             meter.mark("run" if watch.warm else "warmup")
-            positions, stats, notes = gather(run.records, watch.stopped)
+            if file is not None and ranks.every(all(r.done == self.warmup + self.draws for r in run.records)):
+                file.remove()
+            records, stopped = all_records(ranks, run.records), next(filter(None, ranks.gather(watch.stopped)), "")
+            positions, stats, notes = gather(records, stopped)
             notes += file.state.lost[:1] if file is not None else []
-            facts = {"dense_mass": run.records[0].settings.dense_mass}
+            facts = {"dense_mass": records[0].settings.dense_mass}
             posterior = answer(
-                self, problem, joint, potential, backend, positions, stats, notes, facts, meter, not watch.stopped
+                self, problem, joint, potential, backend, positions, stats, notes, facts, meter, not stopped
             )
         return replace(posterior, timings=run.timings(meter.timings))
 
@@ -174,10 +181,12 @@ class NUTS:
         return (self.chains, self.warmup, self.draws, self.target_accept, self.max_depth, self.dense_mass, self.tries)
 
     def begin(self, joint: LogJoint, potential: ValueAndGrad, backend: Backend, file: ChainFile | None) -> Run:
-        """Every chain where it starts, or where the checkpoint left it."""
+        """Every chain of this rank where it starts, or where the checkpoint left it."""
+        from .chains import mine
+
         seeds, generators = spread(joint.problem.seed, self.chains)
         settings = Settings(self.warmup, self.draws, self.target_accept, self.max_depth, self.dense(joint.dim))
-        shots = file.read(self.chains) if file is not None else None
+        shots = joint.problem.ranks.together(lambda: file.read(self.chains) if file is not None else None)
         if shots is None:
             evaluate = backend.code.many if backend.code is not None else potential.numpy
             begun = starts(joint, evaluate, seeds, generators, self.init, self.tries)
@@ -192,7 +201,10 @@ class NUTS:
         if file is not None:
             for record in records:
                 record.camera.every = EVERY
-        return Run(potential, backend, generators, gradients, records, file)
+        own = mine(joint.problem.ranks, self.chains)
+        if file is not None:
+            file.first = own.start
+        return Run(potential, backend, generators[own], gradients[own], records[own], file)
 
 
 def check_init(method: str, init: Any) -> None:
@@ -226,25 +238,27 @@ class Run:
     def progress(self) -> tuple[int, int]:
         """Iterations that the slowest chain and all chains together have done."""
         done = [r.done for r in self.records]
-        return min(done), sum(done)
+        return min(done, default=0), sum(done)
 
     def told(self) -> str:
         """What stands beside the bar."""
-        count = min(r.kept for r in self.records)
+        count = min((r.kept for r in self.records), default=0)
+        if not count:
+            return ""
         lp = np.stack([r.stats["lp"][:count] for r in self.records])
         return beside_bar(sum(r.divergences for r in self.records), float(np.mean([r.step for r in self.records])), lp)
 
     def leave(self) -> None:
-        """Remove the checkpoint of a run that has come to its end, or write it once more."""
-        if self.file is not None:
+        """Write the checkpoint of a run that has not come to its end once more."""
+        if self.file is not None and self.records:
             settings = self.records[0].settings
-            if all(r.done == settings.warmup + settings.draws for r in self.records):
-                self.file.state.remove()
-            else:
+            if any(r.done < settings.warmup + settings.draws for r in self.records):
                 self.file.write(self.records, now=True)
 
     def go(self, watch: Callable[[], bool]) -> None:
         """To the end, or until the watch says stop; the checkpoint is kept up to date on the way."""
+        if not self.records:  # more ranks than chains
+            return
 
         def stop() -> bool:
             if self.file is not None:
@@ -262,7 +276,7 @@ class Run:
     def timings(self, measured: dict[str, float]) -> dict[str, float]:
         """Measured seconds; chains that ran one after the other share theirs between warm-up and draws as each spent them."""
         found = {"warmup": 0.0, "run": 0.0, **measured}
-        warm, total = np.sum([r.seconds for r in self.records], 0)
+        warm, total = np.sum([r.seconds for r in self.records] or [(0.0, 0.0)], 0)
         if total > 0:
             both = found["warmup"] + found["run"]
             found["warmup"] = float(both * warm / total)

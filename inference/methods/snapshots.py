@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,19 +69,32 @@ class Camera:
 
 
 class ChainFile:
-    """The checkpoint of all chains of one run.
+    """The checkpoint of all chains of one run; of several ranks, each keeps its chains in a file of its own, PATH.RANK.
 
     Parameters
     ----------
     path, problem
         The file, and what is fitted.
     parts
-        What else must be the same for a run to go on.
+        What else must be the same for a run to go on; the number of ranks need not be.
     """
 
     def __init__(self, path: Path, problem: Problem, *parts: Any) -> None:
-        self.state = SavedState(path, "NUTS", fingerprint(problem, *parts), particulars(problem, *parts))
+        ranks, self.path, self.leads = problem.ranks, path, problem.ranks.leads
+        own = Path(f"{path}.{ranks.rank}") if ranks.several else path
+        self.state = SavedState(own, "NUTS", fingerprint(problem, *parts), particulars(problem, *parts))
+        self.first = 0  # number of this rank's first chain
         self._written = time.perf_counter()
+
+    def files(self) -> list[Path]:
+        """Files that any number of ranks may have left."""
+        left = self.path.parent.glob(self.path.name + ".*")
+        return [self.path, *sorted(p for p in left if p.suffix[1:].isdigit())]
+
+    def remove(self) -> None:
+        """The run has come to its end, on all ranks."""
+        for path in self.files() if self.leads else [self.state.path]:
+            replace(self.state, path=path).remove()
 
     def read(self, chains: int) -> list[Snapshot] | None:
         """Every chain's snapshot, or None where there is no file.
@@ -91,15 +104,20 @@ class ChainFile:
         ValueError
             The file is no checkpoint, or that of another run.
         """
-        found = self.state.read()
-        if found is None:
-            return None
-        tensors, card = found
-        arrays: list[dict[str, NDArray]] = [{} for _ in range(chains)]
-        for name, value in tensors.items():
-            chain, rest = name.split("/", 1)
-            arrays[int(chain)][rest] = value.numpy()
-        return [Snapshot(a, n) for a, n in zip(arrays, card["chains"], strict=True)]
+        shots: dict[int, Snapshot] = {}
+        for path in self.files():
+            found = replace(self.state, path=path).read()
+            if found is None:
+                continue
+            tensors, card = found
+            arrays: list[dict[str, NDArray]] = [{} for _ in card["chains"]]
+            for name, value in tensors.items():
+                chain, rest = name.split("/", 1)
+                arrays[int(chain)][rest] = value.numpy()
+            for c, (a, n) in enumerate(zip(arrays, card["chains"], strict=True), card.get("first", 0)):
+                if c not in shots or shots[c].numbers["done"] < n["done"]:
+                    shots[c] = Snapshot(a, n)
+        return [shots[c] for c in range(chains)] if len(shots) == chains else None
 
     def write(self, records: list[Record], now: bool = False) -> None:
         """Keep the chains' latest snapshots, if all have one and it is time, or `now`."""
@@ -114,5 +132,6 @@ class ChainFile:
             for c, shot in enumerate(shots)
             for name, value in shot.arrays.items()
         }
-        self.state.write(tensors, {"chains": json.loads(json.dumps([s.numbers for s in shots]))})
+        numbers = json.loads(json.dumps([s.numbers for s in shots]))
+        self.state.write(tensors, {"chains": numbers, "first": self.first})
         self._written = time.perf_counter()

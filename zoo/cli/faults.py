@@ -42,7 +42,7 @@ def describe(error: BaseException, file: Path | None = None) -> str:
             return f"{type(error).__name__}: {_message(error)}\n{place}"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.strerror or type(error).__name__}: {error.filename}"
-    if isinstance(error, (ValueError, TypeError, ImportError, OSError)):
+    if isinstance(error, (ValueError, TypeError, ImportError, OSError)) or type(error).__name__ == "RankError":
         return _message(error)
     return f"{type(error).__name__}: {_message(error)}\n(`--debug` shows where)"
 

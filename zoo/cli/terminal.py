@@ -6,7 +6,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,21 @@ def counting_interrupts() -> Iterator[list[int]]:
     finally:
         if mine:
             signal.signal(signal.SIGINT, usual)
+
+
+def leads() -> bool:
+    """Whether this process speaks for all, of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def first_rank_speaks() -> Iterator[None]:
+    """Several processes, one voice: what the others would print is dropped."""
+    if leads():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 def check_writable(path: Path, suffixes: tuple[str, ...] = ()) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ...distributed import ALONE, Ranks
 from ...saved_state import SavedState, fingerprint, particulars
 from .climb import Climb, Run
 
@@ -23,6 +24,7 @@ class Saved:
     """The checkpoint of one group of runs, written every few iterations."""
 
     state: SavedState
+    ranks: Ranks = ALONE
     every: int = 5
 
     @classmethod
@@ -32,11 +34,11 @@ class Saved:
         layout = [(b.name, b.shape) for b in blocks if not b.local]
         path = Path(str(em.checkpoint) + (f".{offset}" if offset else ""))
         parts = (options, layout, offset)
-        return cls(SavedState(path, "EM", fingerprint(problem, *parts), particulars(problem, *parts)))
+        return cls(SavedState(path, "EM", fingerprint(problem, *parts), particulars(problem, *parts)), problem.ranks)
 
     def write(self, climb: Climb) -> None:
-        """Keep the state, if it is time."""
-        if climb.iteration % self.every:
+        """Keep the state, if it is time; the first rank writes for all."""
+        if climb.iteration % self.every or not self.ranks.leads:
             return
         tensors = {f"theta/{n}": v.contiguous() for n, v in climb.theta.items()}
         tensors |= {f"extra/{n}": v.contiguous() for n, v in climb.extra.items()}
@@ -44,7 +46,8 @@ class Saved:
         for r, run in enumerate(climb.runs):
             tensors |= {f"run{r}/{n}": v.contiguous().clone() for n, v in run.theta.items()}
             runs.append({k: v for k, v in vars(run).items() if k != "theta"})
-        self.state.write(tensors, {"iteration": climb.iteration, "active": climb.active, "runs": runs})
+        card = {"iteration": climb.iteration, "active": climb.active, "runs": runs, "rows": list(self.ranks.counts)}
+        self.state.write(tensors, card)
 
     def resume(self, start: Climb) -> Climb:
         """The state that was kept, if it belongs to this fit; else the start.
@@ -54,10 +57,12 @@ class Saved:
         ValueError
             The file belongs to another fit, or is no checkpoint.
         """
-        found = self.state.read()
+        found = self.ranks.first(self.ranks.together(lambda: self.state.read() if self.ranks.leads else None))
         if found is None:
             return start
         tensors, card = found
+        if card.get("rows", []) != list(self.ranks.counts):  # other ranks have other blocks
+            tensors = {n: v for n, v in tensors.items() if n not in ("extra/S", "extra/entropy")}
         device = next(iter(start.theta.values())).device if start.theta else torch.device("cpu")
 
         def part(prefix: str) -> dict[str, Tensor]:
