@@ -111,7 +111,8 @@ class Metric:
             self._inverse = estimate + floor * (np.eye(self._dim) if self._dense else 1.0)
             if self._dense:
                 lower = np.linalg.cholesky(self._inverse)
-                self._factor = np.linalg.inv(lower).T
+                # Laid out as a file gives it back: another layout rounds its products in another way.
+                self._factor = np.ascontiguousarray(np.linalg.inv(lower).T)
             else:
                 self._factor = 1.0 / np.sqrt(self._inverse)
         self._forget()

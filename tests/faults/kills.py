@@ -28,7 +28,7 @@ def work(method: str, folder: Path, checkpoint: bool) -> None:
 
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
-    x = torch.cat([torch.randn(60, generator=generator) - 2, torch.randn(60, generator=generator) + 2]).double()
+    x = torch.cat([torch.randn(20, generator=generator) - 2, torch.randn(20, generator=generator) + 2]).double()
     path = folder / "state" if checkpoint else None
     if method == "saves":
         data = x.reshape(-1, 2)
@@ -38,18 +38,18 @@ def work(method: str, folder: Path, checkpoint: bool) -> None:
             for answer in answers:
                 answer.save(folder / "answer")
     if method == "em":
-        options = EM(restarts=2, tol=0.0, max_iter=150, checkpoint=path)
+        options = EM(restarts=2, tol=0.0, max_iter=60, checkpoint=path)
     elif method == "nuts":
         import inference.methods.nuts
         import inference.methods.snapshots
 
         inference.methods.nuts.EVERY = inference.methods.snapshots.EVERY = 0.02
-        options = NUTS(chains=2, warmup=300, draws=1500, backend="graph", checkpoint=path)
+        options = NUTS(chains=2, warmup=150, draws=150, backend="graph", checkpoint=path)
     else:
         from inference.methods.climb_file import ClimbFile
 
         ClimbFile.every = 0.02
-        options = SVI(steps=1500, starts=2, schedule="constant", checkpoint=path)
+        options = SVI(steps=600, starts=2, schedule="constant", checkpoint=path)
     posterior = fit(normal_mixture, x, options, seed=0)
     posterior.save(folder / "answer")
 
