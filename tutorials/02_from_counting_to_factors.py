@@ -123,6 +123,7 @@ d = factors.draw(0)
 covariance = d["W"] @ d["W"].T + torch.diag(d["psi"])
 print("largest error of the covariance:", round(float((covariance - torch.cov(scores.T)).abs().max()), 3))
 assert (covariance - torch.cov(scores.T)).abs().max() < 0.15
+figure
 
 # %% [markdown]
 # W itself is known up to a rotation of the factors: `W R` explains the rows as well. Compare products, or the plane that
