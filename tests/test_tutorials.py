@@ -8,7 +8,7 @@ import pytest
 
 TUTORIALS = sorted((Path(__file__).parents[1] / "tutorials").glob("*.py"))
 #: Longer than fifteen seconds on one core; they run with the slow tests.
-SLOW: set[str] = set()
+SLOW = {"09_vae_and_collapse", "13_your_own_story_and_guide", "14_reading_diagnostics"}
 
 
 def marked(path):

@@ -63,6 +63,7 @@ print("busy quarters:", int(busy.sum()), "of", len(busy))
 # %%
 figure = draw_plates(bus_stop, x, title="People at a bus stop")
 print(story_text(bus_stop, x))
+figure
 
 # %% [markdown]
 # ## What the layer reads off the story
@@ -124,8 +125,9 @@ assert new[0] < 0.01 and 0.05 < new[1] < 0.95 and new[2] > 0.99
 # %%
 comparison = compare(bus_stop, x, methods=["em", "svi", NUTS(chains=4, warmup=200, draws=250)], seed=0)
 print(comparison)
-report = comparison.plot()
+figure = comparison.plot()
 assert set(comparison.posteriors) == {"em", "svi", "nuts"}
+figure
 
 # %% [markdown]
 # The draws say how sure we may be: an interval for the busy rate instead of one number.

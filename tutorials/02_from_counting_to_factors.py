@@ -12,20 +12,23 @@
 # %% [markdown]
 # # From counting to factors
 #
-# **The question.** What is the least a generative model can be, and what does every step beyond it buy? We begin with a
-# table of fifty cartoon faces, count, and arrive at mixtures, factors and chains. One method, expectation maximisation,
-# answers all of them, and says each time how.
+# **The question.** What is the least a generative model can be, and what does every step beyond it buy? We begin with
+# a box and a table of fifty cartoon faces, count, and arrive at mixtures, factors and chains. One method, expectation
+# maximisation, answers nearly all of them, and says each time how.
 
 # %%
 # %matplotlib inline
 import math
 
 import torch
+from matplotlib.figure import Figure
 
 from inference import EM, draw_plates, fit
 from zoo import (
     GMM,
     PPCA,
+    BernoulliMixture,
+    Box,
     CellTable,
     FactorAnalysis,
     GaussianHMM,
@@ -36,16 +39,43 @@ from zoo import (
 )
 from zoo.data.faces import LEVELS, SIZES
 
-faces = load("faces")
-print(faces)
+# %% [markdown]
+# ## A box
+#
+# The least there is: a uniform density on a rectangle, four numbers. The likelihood of a box that holds all points is one
+# over its area for each of them, so the smallest such box is the likeliest; and the truth is certainly larger. Two rules
+# for every model to come: what it dreams up looks like the data, and is no copy of them.
+
+# %%
+points = load("rectangle").x
+box = fit(Box(), points, seed=0)
+print(box.why().splitlines()[0])
+new = box.sample(200, seed=0)["x"]
+low, size = (box.draws[name].mean(0) for name in ("low", "size"))
+print("corner at", low.numpy().round(2), "size", size.numpy().round(2), "seen from", points.amin(0).numpy().round(2))
+assert (low < points.amin(0)).all() and (low + size > points.amax(0)).all()
+assert (torch.cdist(new, points).amin(1) > 0).all()  # no copies
+
+# %% [markdown]
+# Its likelihood jumps to zero at the edge. Gradients do not see a jump, and the methods that follow them are refused:
+
+# %%
+try:
+    fit(Box(), points, "nuts")
+except ValueError as error:
+    print(error)
+    assert "gradients do not see" in str(error)
 
 # %% [markdown]
 # ## Every combination a cell
 #
-# Seven tops, six hair colours, three kinds of glasses, four clothes in eight colours: 4,032 faces could be drawn, and
-# fifty were. Counting gives the estimate of greatest likelihood, and calls every face impossible that nobody has seen.
+# Now a table of fifty cartoon faces. Seven tops, six hair colours, three kinds of glasses, four clothes in eight colours:
+# 4,032 faces could be drawn, and fifty were. Counting gives the estimate of greatest likelihood, and calls every face
+# impossible that nobody has seen.
 
 # %%
+faces = load("faces")
+print(faces)
 table = CellTable(SIZES)
 cells = table.cells(faces.x)
 share = fit(table, cells, EM(estimate="mle"), seed=0).draws["theta"][0]
@@ -55,8 +85,11 @@ print(f"{table.num_cells:,} cells; seen twice: {share[twice]:.3f}; never seen: {
 assert table.num_cells == 4032 and math.isclose(share[twice], 2 / 50) and share[never] == 0
 
 # %% [markdown]
-# One pseudo-count a cell makes nothing impossible. It is the posterior mean under a Dirichlet(1) prior, known in closed
-# form: nothing is latent, so `fit` picks the exact posterior by itself.
+# One pseudo-count a cell makes nothing impossible: $(n_j + 1)/(N + d)$. *A slip of slides:* this is sometimes called a
+# maximum likelihood estimate. That was $n_j/N$, above. The pseudo-count belongs to a prior: it is the posterior *mean*
+# under Dirichlet(1), and the posterior *mode* under Dirichlet(2) (exercise 1). Nor can one cell, as on some slides, both
+# occur twice and not at all: 3/4082 is for a cell seen twice, 1/4082 for one never seen. Nothing is latent, so `fit` knows
+# the posterior in closed form.
 
 # %%
 exact = fit(table, cells, seed=0)
@@ -79,6 +112,35 @@ codes = torch.tensor([[levels.index(name) for levels, name in zip(LEVELS.values(
 probability = float(naive.log_prob(codes).exp())
 print(f"p(face) = {probability:.4f}")
 assert round(probability, 4) == 0.0054
+
+# %% [markdown]
+# *Another slip:* this is often called naive Bayes. Naive Bayes has a *class*, and its features are independent *given the
+# class*: $p(y) \prod_j p(x_j \mid y)$. Without a class there is nothing for Bayes to do; it is feature independence.
+#
+# ## Why pixels break it
+#
+# Handwritten digits, 64 pixels, black or white. If pixels were independent, noise with the right shares of black would be
+# digits. Ten rows of each: digits, independent pixels, and a mixture of forty kinds of pictures, in each of which pixels
+# are independent again.
+
+# %%
+digits = load("binary_digits").x
+train, test = digits[:1400], digits[1400:]
+pictures = {"digits": test, "independent": None, "mixture": None}
+density = {}
+for name, kinds in {"independent": 1, "mixture": 40}.items():
+    answer = fit(BernoulliMixture(kinds), train, EM(restarts=1), seed=0)
+    density[name], pictures[name] = float(answer.log_prob(test).mean()), answer.sample(10, seed=0)["x"]
+print("held-out log density of a picture:", {name: round(v, 1) for name, v in density.items()})
+assert density["mixture"] > density["independent"] + 4
+
+figure = Figure(figsize=(6, 2.1), layout="constrained")
+for row, (name, images) in zip(figure.subplots(3, 10), pictures.items()):
+    for ax, image in zip(row, images):
+        ax.imshow(image.reshape(8, 8), cmap="Greys")
+        ax.set(xticks=[], yticks=[])
+    row[0].set_ylabel(name, fontsize=7, rotation=0, ha="right")
+figure
 
 # %% [markdown]
 # ## A latent variable
@@ -123,6 +185,7 @@ d = factors.draw(0)
 covariance = d["W"] @ d["W"].T + torch.diag(d["psi"])
 print("largest error of the covariance:", round(float((covariance - torch.cov(scores.T)).abs().max()), 3))
 assert (covariance - torch.cov(scores.T)).abs().max() < 0.15
+figure
 
 # %% [markdown]
 # W itself is known up to a rotation of the factors: `W R` explains the rows as well. Compare products, or the plane that
