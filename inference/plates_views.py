@@ -170,7 +170,7 @@ def _ancestors(sites: Mapping[str, Site], name: str, kinds: tuple[str, ...]) -> 
 
 
 def _reads_data(guided: Mapping[str, Site], name: str) -> bool:
-    return bool(_ancestors(guided, name, ("input", "module")))
+    return bool(_ancestors(guided, name, ("input",)))
 
 
 def guide_view(

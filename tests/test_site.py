@@ -64,6 +64,28 @@ def test_formulas_of_pages_become_mathml():
     assert text.startswith("<math") and "\\" not in text
 
 
+def test_a_run_is_recorded_case_by_case(tmp_path):
+    """A failed case among passed ones must not vanish in the record."""
+    spec = importlib.util.spec_from_file_location("record_tests", ROOT / "docs" / "record_tests.py")
+    record = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(record)
+    (tmp_path / "run.xml").write_text(
+        """<testsuites><testsuite>
+        <testcase classname="tests.test_em" name="test_a[1]" time="0.5"/>
+        <testcase classname="tests.test_em" name="test_a[x-2]" time="0.25"><failure message="no"/></testcase>
+        <testcase classname="tests.test_em" name="test_b" time="1"><skipped message="later"/></testcase>
+        </testsuite></testsuites>""",
+        encoding="utf-8",
+    )
+    found = record.condensed(tmp_path / "run.xml")
+    assert found == {
+        "test_em": {
+            "test_a": {"passed": 1, "failed": 1, "skipped": 0, "seconds": 0.75},
+            "test_b": {"passed": 0, "failed": 0, "skipped": 1, "seconds": 1.0},
+        }
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_site_builds_without_a_warning():
