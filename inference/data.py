@@ -12,6 +12,8 @@ from torch import Tensor
 
 #: Beyond this, squares overflow float32 and sums of squares lose every digit in float64.
 LARGEST = 1e15
+#: Rows up to which a list of all row numbers is nothing beside the data.
+LISTED = 4_000_000
 #: Numbers in a float32 array from which it is kept as it is.
 KEEP_SINGLE = 1_000_000
 
@@ -199,6 +201,14 @@ def num_rows(kwargs: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
     """Common length of the row arguments."""
     sizes = {len(kwargs[name]) for name in names if isinstance(kwargs.get(name), Tensor)}
     return sizes.pop() if len(sizes) == 1 else None
+
+
+def some_rows(rows: int, count: int, generator: torch.Generator) -> Tensor:
+    """`count` different row numbers at random, in no order; beyond `LISTED` rows without a list of all of them."""
+    if rows <= LISTED:
+        return torch.randperm(rows, generator=generator)[:count]
+    drawn = torch.randint(rows, (2 * count,), generator=generator).unique()
+    return drawn[torch.randperm(len(drawn), generator=generator)[:count]]
 
 
 def take_rows(kwargs: Mapping[str, Any], names: tuple[str, ...], rows: Any) -> dict[str, Any]:

@@ -299,6 +299,50 @@ def hmc() -> dict[str, Tensor]:
     return chains_of(HMC(chains=5, warmup=100, draws=50))
 
 
+# -- the contract --------------------------------------------------------------------------------------------------
+
+
+@piece
+def alike() -> dict[str, Tensor]:
+    """What ranks cannot share they all do: a latent for every row under a derived guide, and a chain of one sequence."""
+    x = factors(60, 3)
+    method = SVI(guide="mean_field", steps=20, starts=1, draws=30, mode="eager", particles=1)
+    return result(fit(stories.ppca, x, method, seed=1))
+
+
+def bad_rows(x: Tensor) -> None:
+    """A story that fails where the rows are those of the last rank."""
+    if bool((x > 1e6).any()):
+        raise ValueError("rows beyond a million")
+    mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+
+@piece
+def faults() -> dict[str, Tensor]:
+    """Errors that every rank must hear of; afterwards all go on together."""
+    x = factors()[:, 0]
+    last = x + 1e7 if RANK == SIZE - 1 else x
+    asked: dict[str, Callable[[], object]] = {
+        "different": lambda: fit(bad_rows, x + RANK, "svi", seed=1),
+        "columns": lambda: fit(GMM(num_components=2), factors(d=2 + RANK), "em", seed=1, ranks="own"),
+        "latent": lambda: fit(stories.ppca, factors(), SVI(guide="mean_field"), seed=1, ranks="own"),
+        "chains": lambda: fit(bad_rows, x, "nuts", seed=1, ranks="own"),
+        "one rank": lambda: fit(bad_rows, last, "svi", seed=1, ranks="own"),
+        "word": lambda: fit(bad_rows, x, "svi", seed=1, ranks="mine"),
+    }
+    found = {}
+    for name, call in asked.items():
+        try:
+            call()
+            text = "no error"
+        except (ValueError, RuntimeError) as error:
+            text = f"{type(error).__name__}: {error}"
+        found[name] = torch.tensor(list(text.encode()))
+    return found
+
+
 def work(names: list[str]) -> dict[str, dict[str, Tensor]]:
     """Results of some pieces."""
     torch.set_num_threads(1)

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -28,7 +29,7 @@ EM_PIECES = [
 ]
 SVI_PIECES = ["svi_derived", "svi_params", "svi_rows"]
 CHAINS = ["nuts", "hmc"]
-QUICK = [*EM_PIECES, *CHAINS, "gmm_incremental", *SVI_PIECES, "svi_batches", "svi_network"]
+QUICK = [*EM_PIECES, *CHAINS, "alike", "faults", "gmm_incremental", *SVI_PIECES, "svi_batches", "svi_network"]
 
 
 def environment() -> dict[str, str]:
@@ -59,10 +60,30 @@ def alone():
     return {f"{name}/{key}": np.asarray(v) for name, part in found.items() for key, v in part.items()}
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Results of two ranks (all pieces in one run), or of three (those that are asked for)."""
+    kept: dict[tuple, list[dict[str, np.ndarray]]] = {}
+
+    def results(size: int, names: list[str]) -> list[dict[str, np.ndarray]]:
+        names = QUICK if size == 2 else names
+        if (size, *names) not in kept:
+            kept[size, *names] = together(size, tmp_path_factory.mktemp("ranks"), names)
+        return kept[size, *names]
+
+    return results
+
+
 @pytest.fixture(scope="module", params=[2, 3])
-def ranks(request, tmp_path_factory):
-    """Results of two and of three ranks."""
-    return together(request.param, tmp_path_factory.mktemp("ranks"), QUICK)
+def em_ranks(request, run):
+    """EM on two and on three ranks."""
+    return run(request.param, EM_PIECES)
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
+def ranks(request, run):
+    """All the rest."""
+    return run(request.param, [n for n in QUICK if n not in EM_PIECES])
 
 
 def parts(results: dict[str, np.ndarray], piece: str) -> dict[str, np.ndarray]:
@@ -70,9 +91,9 @@ def parts(results: dict[str, np.ndarray], piece: str) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("piece", EM_PIECES)
-def test_em_on_shards_is_em_on_all_rows(alone, ranks, piece):
+def test_em_on_shards_is_em_on_all_rows(alone, em_ranks, piece):
     """A prior that counts twice, a row that is left out, or a start from the own rows of one rank shows."""
-    wanted, found = parts(alone, piece), parts(ranks[0], piece)
+    wanted, found = parts(alone, piece), parts(em_ranks[0], piece)
     assert wanted.keys() == found.keys()
     for name in wanted:
         size = np.abs(wanted[name]).max()
@@ -118,6 +139,42 @@ def test_chains_draw_the_same_wherever_they_run(alone, ranks, piece):
     wanted, found = parts(alone, piece), parts(ranks[0], piece)
     for name in wanted:
         np.testing.assert_allclose(found[name], wanted[name], rtol=1e-9, atol=1e-9, err_msg=name)
+
+
+def test_what_cannot_be_shared_is_done_by_all(alone, ranks):
+    """Not half of the rows by each."""
+    for name, value in parts(alone, "alike").items():
+        np.testing.assert_allclose(parts(ranks[0], "alike")[name], value, rtol=1e-9, err_msg=name)
+
+
+def test_faults_are_told_on_every_rank(ranks):
+    """Each with what to do; nobody is left waiting for a rank that has stopped."""
+    wanted = {
+        "different": "ValueError: the ranks were given different data.*ranks='own'",
+        "columns": "ValueError: ranks='own': the rows of rank 1 do not fit those of rank 0.*3.*2",
+        "latent": "ValueError: ranks='own': the derived guide has a latent 'z' for every row",
+        "chains": "ValueError: ranks='own': nuts does not share out rows.*ranks='split'",
+        "word": "ValueError.*must be one of 'split', 'own', 'alone'",
+    }
+    for found in ranks:
+        texts = {name: bytes(value.tolist()).decode() for name, value in parts(found, "faults").items()}
+        for name, text in wanted.items():
+            assert re.match(text, texts[name]), texts[name]
+    first, last = (bytes(parts(r, "faults")["one rank"].tolist()).decode() for r in (ranks[0], ranks[-1]))
+    assert last == "ValueError: rows beyond a million"
+    assert first.startswith(f"RuntimeError: rank {len(ranks) - 1} of {len(ranks)} failed") and "a million" in first
+
+
+def test_the_command_line_speaks_once(tmp_path):
+    """One summary, one file, one error, from the first of two processes."""
+    np.save(tmp_path / "x.npy", ranks_work.clusters().numpy())
+    words = ["-m", "zoo", "fit", "GMM", "--data", tmp_path / "x.npy", "--method", "em", "--seed", "1"]
+    kept = tmp_path / "kept"
+    done = torchrun(2, *words, "--set", "num_components=3", "--save", kept)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("point by EM, seed 1") == 1 and kept.exists()
+    bad = torchrun(2, *words, "--set", "num_components=0")
+    assert bad.returncode != 0 and bad.stderr.count("zoo: ") == 1, bad.stderr
 
 
 def worker(rank: int, size: int, port: int, folder: Path, pause: float) -> subprocess.Popen:
@@ -223,8 +280,10 @@ def test_a_rank_killed_at_any_moment(trial, tmp_path, monkeypatch):
     check_answer(tmp_path, size, {k: np.asarray(v) for k, v in ranks_work.work(["lasting"])["lasting"].items()})
 
 
-def test_every_rank_has_the_same_answer(ranks):
+@pytest.mark.parametrize("of", ["em_ranks", "ranks"])
+def test_every_rank_has_the_same_answer(of, request):
     """To the last bit: nothing is fitted on one rank alone."""
-    for other in ranks[1:]:
-        for name, value in ranks[0].items():
-            assert np.array_equal(value, other[name], equal_nan=True), name
+    first, *others = request.getfixturevalue(of)
+    for other in others:
+        for name in first.keys() - {"faults/one rank"}:
+            assert np.array_equal(first[name], other[name], equal_nan=True), name

@@ -11,9 +11,15 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ..capture import check_agreement, reason_of
+from ..data import LISTED, take_rows
 from ..problem import Problem
 from ..recorder import pure_graph
 from .svi_step import ASKED, faster
+
+#: Rows of a run of neighbours, and runs that are shuffled together, of tables too long to list.
+RUN, RUNS = 256, 256
+#: Rows up to which a finished fit in batches is judged on all of them.
+JUDGED = 50_000
 
 Single = Callable[..., Tensor]
 
@@ -55,7 +61,7 @@ class Batches:
         self.generator: torch.Generator | None = None
         if problem.ranks.shares_rows:
             self.share_out(problem, size)
-        self.order = torch.empty(0, dtype=torch.long, device=self.device)
+        self.order = self.runs = torch.empty(0, dtype=torch.long, device=self.device)
 
     def share_out(self, problem: Problem, size: int | None) -> None:
         """This rank's part of a batch; all of its rows where there are no batches."""
@@ -80,9 +86,33 @@ class Batches:
         if self.ranks.shares_rows and size == self.rows:
             return self.first()
         if len(self.order) < size:
-            self.order = torch.randperm(self.rows, generator=self.generator, device=self.device)
+            self.order = self.epoch() if self.rows <= LISTED else torch.cat([self.order, self.stretch(size)])
         rows, self.order = self.order[:size], self.order[size:]
         return self.among(rows)
+
+    def epoch(self) -> Tensor:
+        """All rows in a new order."""
+        return torch.randperm(self.rows, generator=self.generator, device=self.device)
+
+    def stretch(self, size: int) -> Tensor:
+        """The next rows of tables too long to list: some runs of neighbours from all over the table, shuffled together.
+
+        Rows that lie beside each other on the disk are read together, and nothing here grows with the number of rows.
+        """
+        need = max(RUNS, -(-size // RUN))
+        if len(self.runs) < need:
+            self.runs = torch.randperm(-(-self.rows // RUN), generator=self.generator, device=self.device)
+        starts, self.runs = RUN * self.runs[:need], self.runs[need:]
+        rows = (starts[:, None] + torch.arange(RUN, device=self.device)).reshape(-1)
+        rows = rows[rows < self.rows]
+        return rows[torch.randperm(len(rows), generator=self.generator, device=self.device)]
+
+    def judged(self) -> tuple[dict[str, Any], float]:
+        """Arguments on which a finished fit is judged, and the weight of their rows: all rows, or some of very many."""
+        if self.rows <= JUDGED or not self.names:
+            return self.kwargs, self.whole
+        some = torch.linspace(0, self.rows - 1, JUDGED, dtype=torch.float64).round().long().to(self.device)
+        return take_rows(self.kwargs, self.names, some), self.whole * self.rows / JUDGED
 
     def take(self, rows: Tensor) -> tuple[Tensor, ...]:
         """These rows of every argument that is cut."""

@@ -59,7 +59,7 @@ class ClimbFile:
         tensors = {f"{i}/{n}": v.contiguous().clone() for i, a in enumerate(ascents) for n, v in tensors_of(a).items()}
         target: Any = ascents[-1].target
         tensors |= {f"random/{n}": v for n, v in random_state(target).items()}
-        tensors["order"] = target.batches.order.clone()
+        tensors |= {"order": target.batches.order.clone(), "runs": target.batches.runs.clone()}
         card = {
             "mode": target.mode,
             "made": getattr(target, "made", 0),
@@ -97,6 +97,7 @@ class ClimbFile:
         if ascents:
             target: Any = ascents[-1].target
             target.batches.order = tensors["order"].to(target.batches.device)
+            target.batches.runs = tensors["runs"].to(target.batches.device)
             if hasattr(target, "made"):
                 target.made = card["made"]
         torch.set_rng_state(tensors["random/cpu"])

@@ -302,7 +302,7 @@ class DerivedTarget:
         return self.flat(leaves.get("loc", self.empty()), leaves.get("points", self.empty()))
 
     def draws(self, leaves: Leaves, count: int, seconds: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """log p - log q (S,) and draws (S, ...) of the continuous latents, on all rows.
+        """log p - log q (S,) and draws (S, ...) of the continuous latents, on all rows (on some of very many, in batches).
 
         S is `count`, or fewer where the story has to be run for each and `seconds` are over.
         """
@@ -317,8 +317,8 @@ class DerivedTarget:
         density = self.density
         if self.batches.size is not None:
             examples = [(z, points) for z in found.z[:3]]
-            whole = self.batches.whole
-            density = Density(lambda z, m: self.joint.unconstrained(self.flat(z, m), None, whole), examples, 2)
+            kwargs, scale = self.batches.judged()
+            density = Density(lambda z, m: self.joint.unconstrained(self.flat(z, m), kwargs, scale), examples, 2)
         values, began = [], time.perf_counter()
         chunk = max(1, min(128, int(2e7 / max(1, self.problem.structure.data_bytes))))
         for part in found.z.split(chunk):

@@ -13,6 +13,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import constraints
 
+from ..data import has_nan
 from ..handlers import MissingCells
 from ..problem import Problem
 from .networks import Networks
@@ -86,7 +87,7 @@ def guide_arguments(problem: Problem, kwargs: Mapping[str, Any]) -> dict[str, An
 
 def filled(value: Any, fitted: Any) -> Any:
     """NaN replaced by the mean of its column in the fitted data: a guide may guess from anything."""
-    if not (isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any())):
+    if not (isinstance(value, Tensor) and value.is_floating_point() and has_nan(value)):
         return value
     mean = fitted.nanmean(0) if isinstance(fitted, Tensor) and fitted.ndim else torch.zeros_like(value)
     return torch.where(value.isnan(), mean.nan_to_num(0.0), value)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...data import some_rows
 from ...joint import LogJoint
 from .estep import Expectation
 from .linear_form import Form, recognise_form
@@ -131,7 +132,7 @@ class LinearGaussian:
         if self.form.states == 1:
             yield self.mean, self.scatter / self.count, self.count
             return
-        some = torch.randperm(self.count, generator=generator)[:SAMPLE]
+        some = some_rows(self.count, SAMPLE, generator)
         x = self.ranks.rows({"x": self.x}, ("x",), some)["x"].to(**self.kind)
         x = torch.where(x.isnan(), self.mean, x)
         unit = ((x - self.mean) / self.variance.sqrt().clamp_min(1e-12)).cpu()

@@ -11,6 +11,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from ...data import some_rows
 from ...handlers import unwrap
 from ...joint import LogJoint
 from .estep import Expectation, Part, accumulate, lift, read_slots
@@ -37,7 +38,7 @@ def sample_rows(joint: LogJoint, seed: int) -> Tensor | None:
         return None
     if n <= SAMPLE:
         return torch.arange(n)
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:SAMPLE].sort().values
+    return some_rows(n, SAMPLE, torch.Generator().manual_seed(seed)).sort().values
 
 
 def children_tables(joint: LogJoint, kwargs: dict[str, Any]) -> dict[str, Tensor] | None:

@@ -1,0 +1,158 @@
+"""EM and SVI on a table that stays on disk, in a process that may not hold it: rate per row, and memory.
+
+The table is a memory-mapped .npy file.  The process under test may allocate `--limit` MB and no more (RLIMIT_DATA: pages of
+the file are not counted, the kernel takes them back when it needs them); before every pass the file's pages are dropped, so
+that each pass reads the disk.  The in-memory rate is that of the same fit on the first rows as an array, in a process
+without a limit.
+
+    python benchmarks/beyond_memory.py [--gib 1] [--limit 1536] [--method em] [--warm]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import mmap
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+COLUMNS, COMPONENTS = 16, 8
+#: Rows of the fit in memory.
+SOME = 1_000_000
+PASSES = 6
+
+
+def make_table(path: Path, gib: float) -> int:
+    """Write clusters to a float32 .npy file, block by block; returns the rows."""
+    rows = int(gib * 2**30 / 4 / COLUMNS)
+    table = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(rows, COLUMNS))
+    random = np.random.default_rng(0)
+    centres = 4 * random.standard_normal((COMPONENTS, COLUMNS))
+    for a in range(0, rows, 1 << 18):
+        b = min(a + (1 << 18), rows)
+        z = random.integers(COMPONENTS, size=b - a)
+        table[a:b] = centres[z] + random.standard_normal((b - a, COLUMNS))
+    table.flush()
+    return rows
+
+
+class Anonymous:
+    """Watches the memory that is the process's own: neither code nor pages of files."""
+
+    def __init__(self) -> None:
+        self.peak, self._stop = 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Anonymous:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.01):
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("RssAnon"):
+                    self.peak = max(self.peak, int(line.split()[1]) / 1024)
+
+
+def forget(table: np.memmap, path: str) -> None:
+    """Drop the file's pages from this process and from the kernel's cache."""
+    table._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure(path: str, where: str, method: str, limit: int, warm: bool) -> dict[str, Any]:
+    """Seconds a row and pass, and the most memory; in a process of its own."""
+    import torch
+
+    from inference import EM, SVI, fit
+    from zoo import GMM
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    table = np.load(path, mmap_mode="r")
+    given = np.array(table[:SOME]) if where == "memory" else table
+    fit(
+        GMM(COMPONENTS, scale=4.0), np.array(table[:20_000]), EM(restarts=1, max_iter=2), seed=0
+    )  # imports, first calls
+    if where == "disk":
+        resource.setrlimit(resource.RLIMIT_DATA, (limit << 20, limit << 20))
+    marks: list[float] = []
+
+    def mark(*_: object) -> None:
+        if where == "disk" and not warm:
+            forget(table, path)
+        marks.append(time.perf_counter())
+
+    with Anonymous() as memory:
+        start = time.perf_counter()
+        if method == "em":
+            chosen: Any = EM(restarts=1, max_iter=PASSES, tol=0.0, callback=mark)
+            posterior = fit(GMM(COMPONENTS, scale=4.0), given, chosen, seed=0, progress=False)
+            seconds = (marks[-1] - marks[0]) / (len(marks) - 1) / len(given)
+        else:
+            steps = 500
+            chosen = SVI(guide="mean_field", steps=steps, starts=1, batch_size=4096, draws=100, particles=2)
+            posterior = fit(GMM(COMPONENTS, scale=4.0), given, chosen, seed=0, progress=False)
+            seconds = posterior.timings["run"] / (steps * 4096)
+        total = time.perf_counter() - start
+    rows = {"rows": len(given), "seconds_a_row": seconds, "anonymous_mb": memory.peak, "total_s": total}
+    return {
+        **rows,
+        "first": float(posterior.history[0]) / len(given),
+        "last": float(posterior.history[-1]) / len(given),
+    }
+
+
+def child(*words: str) -> dict[str, Any]:
+    """Run `measure` in a fresh process."""
+    done = subprocess.run([sys.executable, __file__, "--child", *words], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"the process failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Measure on disk and in memory, and compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gib", type=float, default=1.0, help="size of the table")
+    parser.add_argument("--limit", type=int, default=1536, help="MB that the process may allocate")
+    parser.add_argument("--method", choices=("em", "svi"), default="em")
+    parser.add_argument("--warm", action="store_true", help="leave the file in the kernel's cache between passes")
+    parser.add_argument("--folder", help="where the table is written")
+    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        path, where, method, limit, warm = args.child
+        print(json.dumps(measure(path, where, method, int(limit), warm == "True")))
+        return
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        path = str(Path(folder) / "table.npy")
+        rows = make_table(Path(path), args.gib)
+        words = (args.method, str(args.limit), str(args.warm))
+        disk, memory = child(path, "disk", *words), child(path, "memory", *words)
+    rate = memory["seconds_a_row"] / disk["seconds_a_row"]
+    print(f"{args.method} of {rows:,} rows x {COLUMNS} float32 ({args.gib:g} GiB) on disk, limit {args.limit} MB")
+    for name, found in (("disk", disk), ("memory", memory)):
+        print(
+            f"  {name:<7}{found['rows']:>12,} rows {1 / found['seconds_a_row'] / 1e6:8.2f} million rows/s "
+            f"{found['anonymous_mb']:8.0f} MB of its own {found['total_s']:8.1f} s in all; "
+            f"objective a row {found['first']:.4f} -> {found['last']:.4f}"
+        )
+    print(f"  rate per row, disk against memory: {rate:.2f}")
+
+
+if __name__ == "__main__":
+    main()
