@@ -185,7 +185,15 @@ class Structure:
 
     def __str__(self) -> str:
         rows = [("site", "kind", "distribution", "shape", "plates", "where", "states", "depends on")]
+        networks: dict[str, int] = {}
         for s in self.sites:
+            network, divider, _ = s.name.partition("$$$")
+            if divider:
+                networks[network] = networks.get(network, 0) + math.prod(s.shape)
+        rows += [(n, "param", "network", f"{count:,} weights", "", "", "", "") for n, count in networks.items()]
+        for s in self.sites:
+            if "$$$" in s.name:
+                continue
             where = {"latent": "local" if s.local else "global"}.get(s.kind, "local" if s.local else "")
             kind = s.kind + (f", {s.missing} cells missing" if s.missing else "")
             states = "" if not s.discrete or s.kind != "latent" else (str(s.states) if s.states else "infinite")

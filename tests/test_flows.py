@@ -271,7 +271,7 @@ def test_direction_says_what_forward_does(forward):
         (lambda: Permute([0, 0]), "each of 0 to 1 once"),
         (lambda: RealNVP(2).model(torch.zeros(4, 3)), r"rows of shape \(N, 2\)"),
         (lambda: RealNVP(2).model(torch.zeros(4, 2), torch.zeros(4, 1)), "takes no context"),
-        (lambda: RealNVP(2, num_context=1).model(torch.zeros(4, 2)), "y is missing"),
+        (lambda: RealNVP(2, num_context=1).model(torch.zeros(4, 2)), "given is missing"),
         (lambda: FlowDistribution(dist.Normal(0.0, 1.0), Permute([0]), forward="to_noise"), "to_event"),
         (lambda: FlowDistribution(RealNVP(2).noise(), Permute([0, 1]), forward="up"), "'to_noise', 'to_data'"),
     ],

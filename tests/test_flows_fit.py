@@ -68,16 +68,16 @@ def test_conditional_density_is_one_for_every_context():
     context = moons.labels[:, None].double()
     method = SVI(steps=200, lr=0.04)
     posterior = fit(
-        NeuralSplineFlow(2, 2, (32,), num_context=1), {"x": moons.x, "y": context}, method, seed=0, progress=False
+        NeuralSplineFlow(2, 2, (32,), num_context=1), {"x": moons.x, "given": context}, method, seed=0, progress=False
     )
-    wrong = posterior.log_prob({"x": moons.x, "y": 1 - context})
+    wrong = posterior.log_prob({"x": moons.x, "given": 1 - context})
     assert posterior.log_prob().mean() > wrong.mean() + 2
     side = torch.linspace(-6, 6, 301)
     grid = torch.cartesian_prod(side, side)
     for label in (0.0, 1.0):
-        rows = {"x": grid, "y": torch.full((len(grid), 1), label)}
+        rows = {"x": grid, "given": torch.full((len(grid), 1), label)}
         assert posterior.log_prob(rows).exp().sum() * (side[1] - side[0]) ** 2 == pytest.approx(1.0, abs=0.01)
-    drawn = posterior.predict({"y": torch.zeros(200, 1)}, draws=1)["x"][0]
+    drawn = posterior.predict({"given": torch.zeros(200, 1)}, draws=1)["x"][0]
     nearest = torch.cdist(drawn, moons.x).argmin(1)
     assert (moons.labels[nearest] == 0).double().mean() > 0.95
 

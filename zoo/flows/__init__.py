@@ -1,6 +1,8 @@
 """Normalizing flows: simple noise, bent by invertible maps until it looks like the data.  Densities are exact.
 
-A transform maps (..., *event) to the same shape and says log |det| of its Jacobian; nothing is ever cached.
+A transform maps (..., *event) and says log |det| of its Jacobian; nothing is ever cached.  A story is a density over rows with
+no latent: its networks are learned by maximum likelihood.  They learn a thousand rows by heart, if they are let, so that
+training should stop by rows that are held out.
 """
 
 from importlib import import_module

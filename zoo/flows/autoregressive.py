@@ -19,12 +19,12 @@ with inverse autoregressive flow* (NeurIPS 2016).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..mixtures import count_setting
+from ..mixtures import Setting, count_setting
 from .base import Transform
 from .coupling import Monotone, ShiftScale
 from .networks import MADE
@@ -86,7 +86,7 @@ class MAF(FlowStory):
     num_layers
         Autoregressive layers, whose order of columns turns round each time.
     hidden
-        Widths of each layer's network.
+        Widths of each layer's network; one number is one hidden layer.
     num_context, seed, base, df, loc, scale
         See `FlowStory`.
 
@@ -105,10 +105,14 @@ class MAF(FlowStory):
         self,
         num_features: int,
         num_layers: int = 5,
-        hidden: Sequence[int] = (64, 64),
+        hidden: int | Sequence[int] = (64, 64),
         *,
         num_context: int = 0,
-        **settings: Any,
+        seed: int = 0,
+        base: str = "normal",
+        df: float = 5.0,
+        loc: Setting = 0.0,
+        scale: Setting = 1.0,
     ) -> None:
         D = count_setting("num_features", num_features)
         count, sizes = count_setting("num_layers", num_layers), widths(hidden)
@@ -116,7 +120,7 @@ class MAF(FlowStory):
         def make() -> list[Transform]:
             return in_turns(D, count, ShiftScale(), sizes, num_context)
 
-        super().__init__((D,), make, num_context=num_context, **settings)
+        super().__init__((D,), make, num_context=num_context, seed=seed, base=base, df=df, loc=loc, scale=scale)
 
 
 class IAF(FlowStory):
@@ -129,7 +133,7 @@ class IAF(FlowStory):
     num_layers
         Autoregressive layers, whose order of columns turns round each time.
     hidden
-        Widths of each layer's network.
+        Widths of each layer's network; one number is one hidden layer.
     num_context, seed, base, df, loc, scale
         See `FlowStory`.
 
@@ -150,10 +154,14 @@ class IAF(FlowStory):
         self,
         num_features: int,
         num_layers: int = 5,
-        hidden: Sequence[int] = (64, 64),
+        hidden: int | Sequence[int] = (64, 64),
         *,
         num_context: int = 0,
-        **settings: Any,
+        seed: int = 0,
+        base: str = "normal",
+        df: float = 5.0,
+        loc: Setting = 0.0,
+        scale: Setting = 1.0,
     ) -> None:
         D = count_setting("num_features", num_features)
         count, sizes = count_setting("num_layers", num_layers), widths(hidden)
@@ -161,4 +169,4 @@ class IAF(FlowStory):
         def make() -> list[Transform]:
             return in_turns(D, count, ShiftScale(), sizes, num_context)
 
-        super().__init__((D,), make, num_context=num_context, **settings)
+        super().__init__((D,), make, num_context=num_context, seed=seed, base=base, df=df, loc=loc, scale=scale)

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..mixtures import count_setting
+from ..mixtures import Setting, count_setting
 from .base import Permute, Transform, mixing_order
 from .networks import Perceptron
 from .story import FlowStory, several_features, widths
@@ -156,7 +156,7 @@ class NICE(FlowStory):
     num_layers
         Coupling layers.
     hidden
-        Widths of each layer's network.
+        Widths of each layer's network; one number is one hidden layer.
     num_context, seed, base, df, loc, scale
         See `FlowStory`.
 
@@ -175,10 +175,14 @@ class NICE(FlowStory):
         self,
         num_features: int,
         num_layers: int = 8,
-        hidden: Sequence[int] = (64, 64),
+        hidden: int | Sequence[int] = (64, 64),
         *,
         num_context: int = 0,
-        **settings: Any,
+        seed: int = 0,
+        base: str = "normal",
+        df: float = 5.0,
+        loc: Setting = 0.0,
+        scale: Setting = 1.0,
     ) -> None:
         D = several_features(num_features, "NICE")
         count, sizes = count_setting("num_layers", num_layers), widths(hidden)
@@ -186,7 +190,7 @@ class NICE(FlowStory):
         def make() -> list[Transform]:
             return [*couplings(D, count, Shift(), sizes, num_context), Stretch(D)]
 
-        super().__init__((D,), make, num_context=num_context, **settings)
+        super().__init__((D,), make, num_context=num_context, seed=seed, base=base, df=df, loc=loc, scale=scale)
 
 
 class RealNVP(FlowStory):
@@ -199,7 +203,7 @@ class RealNVP(FlowStory):
     num_layers
         Coupling layers.
     hidden
-        Widths of each layer's network.
+        Widths of each layer's network; one number is one hidden layer.
     num_context, seed, base, df, loc, scale
         See `FlowStory`.
 
@@ -218,10 +222,14 @@ class RealNVP(FlowStory):
         self,
         num_features: int,
         num_layers: int = 8,
-        hidden: Sequence[int] = (64, 64),
+        hidden: int | Sequence[int] = (64, 64),
         *,
         num_context: int = 0,
-        **settings: Any,
+        seed: int = 0,
+        base: str = "normal",
+        df: float = 5.0,
+        loc: Setting = 0.0,
+        scale: Setting = 1.0,
     ) -> None:
         D = several_features(num_features, "RealNVP")
         count, sizes = count_setting("num_layers", num_layers), widths(hidden)
@@ -229,4 +237,4 @@ class RealNVP(FlowStory):
         def make() -> list[Transform]:
             return couplings(D, count, ShiftScale(), sizes, num_context)
 
-        super().__init__((D,), make, num_context=num_context, **settings)
+        super().__init__((D,), make, num_context=num_context, seed=seed, base=base, df=df, loc=loc, scale=scale)

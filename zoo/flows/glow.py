@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..mixtures import count_setting
+from ..mixtures import Setting, count_setting
 from .base import Chain, Transform, mixing_order, zero_log_det
 from .coupling import ShiftScale
 from .networks import silence
@@ -258,7 +258,11 @@ class Glow(FlowStory):
         hidden: int = 64,
         *,
         num_context: int = 0,
-        **settings: Any,
+        seed: int = 0,
+        base: str = "normal",
+        df: float = 5.0,
+        loc: Setting = 0.0,
+        scale: Setting = 1.0,
     ) -> None:
         if len(shape) != 3:
             raise ValueError(f"shape must be channels, height and width (C, H, W), got {tuple(shape)}")
@@ -273,15 +277,15 @@ class Glow(FlowStory):
         def make() -> list[Transform]:
             return [MultiScale((C, H, W), levels, steps, width, num_context)]
 
-        super().__init__((C, H, W), make, num_context=num_context, **settings)
+        super().__init__((C, H, W), make, num_context=num_context, seed=seed, base=base, df=df, loc=loc, scale=scale)
 
-    def initialise(self, x: Tensor, y: Tensor | None = None, **rest: Any) -> None:
+    def initialise(self, x: Tensor, given: Tensor | None = None, **rest: Any) -> None:
         """Set the scales and shifts of the channels by the first images; `fit` calls this once, before it climbs."""
-        x, y = x[:FIRST], None if y is None else y[:FIRST]
+        x, context = x[:FIRST], None if given is None else given[:FIRST]
         for transform in self.flow.transforms:
             if isinstance(transform, MultiScale):
-                transform.initialise(x, y)
-            x, _ = cast(Transform, transform)(x, y)
+                transform.initialise(x, context)
+            x, _ = cast(Transform, transform)(x, context)
 
     @classmethod
     def example(cls) -> tuple[Self, dict[str, Tensor]]:

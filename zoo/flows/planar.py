@@ -20,18 +20,18 @@ Rezende & Mohamed, *Variational inference with normalizing flows* (ICML 2015), s
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..mixtures import count_setting
+from ..mixtures import Setting, count_setting
 from .base import Transform
 from .story import FlowStory
 
 #: Halvings of the interval around the root, then steps of Newton's method.
-HALVINGS, NEWTON = 40, 2
+HALVINGS, NEWTON = 16, 4
 #: How far u . w stays above -1.
 MARGIN = 1e-3
 
@@ -123,6 +123,26 @@ class PlanarFlow(FlowStory):
 
     direction: ClassVar[str] = "to_data"
 
-    def __init__(self, num_features: int, num_layers: int = 10, *, num_context: int = 0, **settings: Any) -> None:
+    def __init__(
+        self,
+        num_features: int,
+        num_layers: int = 10,
+        *,
+        num_context: int = 0,
+        seed: int = 0,
+        base: str = "normal",
+        df: float = 5.0,
+        loc: Setting = 0.0,
+        scale: Setting = 1.0,
+    ) -> None:
         D, K = count_setting("num_features", num_features), count_setting("num_layers", num_layers)
-        super().__init__((D,), lambda: [Planar(D, num_context) for _ in range(K)], num_context=num_context, **settings)
+        super().__init__(
+            (D,),
+            lambda: [Planar(D, num_context) for _ in range(K)],
+            num_context=num_context,
+            seed=seed,
+            base=base,
+            df=df,
+            loc=loc,
+            scale=scale,
+        )

@@ -23,13 +23,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..mixtures import count_setting, pseudo_count
+from ..mixtures import Setting, count_setting, pseudo_count
 from .autoregressive import in_turns
 from .base import Transform
 from .coupling import couplings
@@ -112,7 +111,7 @@ class NeuralSplineFlow(FlowStory):
     num_layers
         Layers.
     hidden
-        Widths of each layer's network.
+        Widths of each layer's network; one number is one hidden layer.
     num_bins, bound
         Bins of a spline and the half width of the interval that they fill; data should lie within it, which `loc` and
         `scale` see to.
@@ -137,13 +136,17 @@ class NeuralSplineFlow(FlowStory):
         self,
         num_features: int,
         num_layers: int = 4,
-        hidden: Sequence[int] = (64, 64),
+        hidden: int | Sequence[int] = (64, 64),
         *,
         num_bins: int = 8,
         bound: float = 5.0,
         coupling: bool = True,
         num_context: int = 0,
-        **settings: Any,
+        seed: int = 0,
+        base: str = "normal",
+        df: float = 5.0,
+        loc: Setting = 0.0,
+        scale: Setting = 1.0,
     ) -> None:
         K, count = count_setting("num_bins", num_bins), count_setting("num_layers", num_layers)
         if K < 2:
@@ -159,4 +162,4 @@ class NeuralSplineFlow(FlowStory):
         def make() -> list[Transform]:
             return (couplings if coupling else in_turns)(D, count, spline, sizes, num_context)
 
-        super().__init__((D,), make, num_context=num_context, **settings)
+        super().__init__((D,), make, num_context=num_context, seed=seed, base=base, df=df, loc=loc, scale=scale)

@@ -26,7 +26,7 @@ class FlowStory(nn.Module):
     make
         Makes the transforms, from data to noise or from noise to data, as the class's `direction` says.
     num_context
-        Columns of the context `y` on which the density depends; 0 for none.
+        Columns of the context, `given`, on which the density depends; 0 for none.
     seed
         Of the weights that training starts from.
     base, df
@@ -82,17 +82,17 @@ class FlowStory(nn.Module):
         """Distribution of a row; of one row for each row of `context` (N, num_context) where there is one."""
         return FlowDistribution(self.noise(), self.flow, forward=self.direction, context=context, validate_args=False)
 
-    def model(self, x: Tensor | None = None, y: Tensor | None = None, num_data: int = 300) -> Tensor:
+    def model(self, x: Tensor | None = None, given: Tensor | None = None, num_data: int = 300) -> Tensor:
         """Tell the story.
 
         Parameters
         ----------
         x
             (N, D), what was seen; None dreams up `num_data` rows.
-        y
+        given
             (N, num_context), the context: what is known of every row, where the story was made with `num_context`.
         num_data
-            N where there is neither `x` nor `y`.
+            N where there is neither `x` nor `given`.
 
         Returns
         -------
@@ -101,25 +101,25 @@ class FlowStory(nn.Module):
         Raises
         ------
         ValueError
-            `x` or `y` has other columns than the story, or `y` is missing.
+            `x` or `given` has other columns than the story, or `given` is missing.
         """
         check_rows("x", x, self.event_shape)
-        y = self.given(x, y, num_data)
-        N = len(x) if x is not None else num_data if y is None else len(y)
+        given = self.context_of(x, given, num_data)
+        N = len(x) if x is not None else num_data if given is None else len(given)
         pyro.module("flow", self.flow)
         with pyro.plate("data", N):
-            return pyro.sample("x", self.distribution(y), obs=x)
+            return pyro.sample("x", self.distribution(given), obs=x)
 
-    def given(self, x: Tensor | None, y: Tensor | None, num_data: int) -> Tensor | None:
+    def context_of(self, x: Tensor | None, given: Tensor | None, num_data: int) -> Tensor | None:
         """The context, checked; zeros where nothing is given at all."""
         if not self.num_context:
-            if y is not None:
-                raise ValueError("this story takes no context y; make it with num_context=C to give it columns (N, C)")
+            if given is not None:
+                raise ValueError("this story takes no context; make it with num_context=C to give it columns (N, C)")
             return None
-        check_rows("y", y, (self.num_context,))
-        if y is None and x is not None:
-            raise ValueError(f"y is missing: the story was made with num_context={self.num_context}")
-        return self.origin.new_zeros(num_data, self.num_context) if y is None else y
+        check_rows("given", given, (self.num_context,))
+        if given is None and x is not None:
+            raise ValueError(f"given is missing: the story was made with num_context={self.num_context}")
+        return self.origin.new_zeros(num_data, self.num_context) if given is None else given
 
     def __repr__(self) -> str:
         size = f"num_features={self.event_shape[0]}" if len(self.event_shape) == 1 else f"shape={self.event_shape}"
@@ -162,11 +162,12 @@ def several_features(num_features: int, family: str) -> int:
     return D
 
 
-def widths(hidden: Sequence[int]) -> tuple[int, ...]:
+def widths(hidden: int | Sequence[int]) -> tuple[int, ...]:
     """Widths of hidden layers: one or more whole numbers from 1."""
-    if isinstance(hidden, int) or not hidden:
-        raise ValueError(f"hidden must be the widths of one or more layers, such as (64, 64); got {hidden!r}")
-    return tuple(count_setting("hidden", width) for width in hidden)
+    many = tuple(hidden) if isinstance(hidden, Sequence) else (hidden,)
+    if not many:
+        raise ValueError("hidden must be the widths of one or more layers, such as (64, 64); got none")
+    return tuple(count_setting("hidden", width) for width in many)
 
 
 def check_rows(name: str, value: Tensor | None, shape: tuple[int, ...]) -> None:
