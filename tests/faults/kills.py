@@ -85,7 +85,9 @@ def killed(method: str, kills: int, seed: int = 0) -> tuple[int, int, list[str]]
             assert process.exitcode == 0, f"the resumed fit failed with {process.exitcode}"
             done += 1
             found = numbers(broken / "answer")
-            wrong += [n for n in {*wanted, *found} if n not in wanted or n not in found or not same(wanted[n], found[n])]
+            wrong += [
+                n for n in {*wanted, *found} if n not in wanted or n not in found or not same(wanted[n], found[n])
+            ]
             for path in broken.iterdir():
                 path.unlink()
         return met, done, sorted(set(wrong))
@@ -134,7 +136,10 @@ def main(arguments: list[str]) -> int:
     for method in arguments[1:] or METHODS:
         met, done, wrong = saves_killed(kills) if method == "saves" else killed(method, kills)
         failed |= bool(wrong)
-        print(f"{method:<6} {met} kills, {done} answers: {'differ in ' + ', '.join(wrong) if wrong else 'all equal'}", flush=True)
+        print(
+            f"{method:<6} {met} kills, {done} answers: {'differ in ' + ', '.join(wrong) if wrong else 'all equal'}",
+            flush=True,
+        )
     return int(failed)
 
 
