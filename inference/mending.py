@@ -15,6 +15,8 @@ import pyro
 import torch
 from torch import Tensor
 
+from .guard import out_of_memory
+
 if TYPE_CHECKING:
     from .shapes import Record
     from .structure import Structure
@@ -49,7 +51,7 @@ def retold(error: Exception, records: Mapping[str, "Record"], given: Mapping[str
     while isinstance(error.__cause__, MISTAKES):  # Pyro appends its table of shapes to a copy
         error = error.__cause__
     text = str(error).split("\n")[0].strip()
-    if isinstance(error, torch.OutOfMemoryError):
+    if out_of_memory(error) is not None:
         return None
     place = story_frame(error.__traceback__)
     if place is None or isinstance(error, StoryError) or "dtype" in text or "scalar type" in text:
