@@ -119,6 +119,7 @@ def describe(posterior: Posterior, tensors: dict[str, Tensor]) -> dict[str, Any]
         "options": options_of(posterior.method),
         "chains": posterior.chains,
         "repeated": repeated(posterior),
+        "order": list(posterior.draws),
         "converged": posterior.converged,
         "seed": posterior.seed,
         "dtype": str(problem.dtype),
@@ -272,7 +273,9 @@ def load(path: str | Path, story: Any, *, guide: Any = None) -> Posterior:
             f"{path} answers the story {card['story']['name']!r} {card['story']['settings']}; the one given cannot take its "
             f"data: {error}"
         ) from error
-    check_story(path, card, {**card, "story": story_card(problem.story, problem.structure), "dtype": str(problem.dtype)})
+    check_story(
+        path, card, {**card, "story": story_card(problem.story, problem.structure), "dtype": str(problem.dtype)}
+    )
     extra: dict[str, Any] = {}
     for name, value in tensors.items():
         if name.startswith("extra/"):
@@ -283,6 +286,7 @@ def load(path: str | Path, story: Any, *, guide: Any = None) -> Posterior:
         raise CheckpointError(f"{path}: method {card['method']!r} is unknown here; known are {list(METHODS)}")
     method = with_options(method, card["options"])
     draws = {n.removeprefix("draws/"): v for n, v in tensors.items() if n.startswith("draws/")}
+    draws = {n: draws[n] for n in [*card.get("order", []), *draws] if n in draws}  # files sort by name
     draws = {n: v.expand(card.get("repeated", {}).get(n, len(v)), *v.shape[1:]) for n, v in draws.items()}
     if "networks" in extra:
         write_networks(path, problem, extra["networks"])

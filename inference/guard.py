@@ -60,7 +60,9 @@ def out_of_memory(error: BaseException | None) -> str | None:
     while error is not None:
         text = str(error).strip().split("\n")[0]
         words = ("out of memory", "can't allocate memory", "not enough memory")
-        if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and any(w in text for w in words)):
+        if isinstance(error, torch.OutOfMemoryError) or (
+            isinstance(error, RuntimeError) and any(w in text for w in words)
+        ):
             return text.rstrip(".")
         error = error.__cause__
     return None
@@ -73,7 +75,9 @@ def smaller(method: Any, data: Any) -> str:
     batch = min(getattr(method, "batch_size", None) or rows, rows)
     name = method if isinstance(method, str) else getattr(method, "name", "the method")
     less = max(1, batch // 4)
-    advice = f"SVI(batch_size={less})" if name in ("auto", "svi") else f"fewer chains or rows, or SVI(batch_size={less})"
+    advice = (
+        f"SVI(batch_size={less})" if name in ("auto", "svi") else f"fewer chains or rows, or SVI(batch_size={less})"
+    )
     return f"a step of {name} saw {batch} of {rows} rows: try {advice}, or device='cpu'"
 
 

@@ -15,6 +15,8 @@ import pyro
 import torch
 from torch import Tensor
 
+from .guard import out_of_memory
+
 if TYPE_CHECKING:
     from .shapes import Record
     from .structure import Structure
@@ -44,10 +46,12 @@ def retold(error: Exception, records: Mapping[str, "Record"], given: Mapping[str
     -------
     The error to raise instead, or None where the story itself raised it, or it tells of dtypes.
     """
+    if raised_here(error):
+        return None
     while isinstance(error.__cause__, MISTAKES):  # Pyro appends its table of shapes to a copy
         error = error.__cause__
     text = str(error).split("\n")[0].strip()
-    if isinstance(error, torch.OutOfMemoryError):
+    if out_of_memory(error) is not None:
         return None
     place = story_frame(error.__traceback__)
     if place is None or isinstance(error, StoryError) or "dtype" in text or "scalar type" in text:
@@ -61,6 +65,14 @@ def retold(error: Exception, records: Mapping[str, "Record"], given: Mapping[str
     told += picture(records, given)
     told += [f"  {hint}" for hint in mend(text, line, records, given)]
     return StoryError("\n".join(told))
+
+
+def raised_here(error: Exception) -> bool:
+    """Whether this package raised the error, in words of its own."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_code.co_filename.startswith(_OURS)
 
 
 def known(structure: "Structure") -> dict[str, "Record"]:
@@ -81,7 +93,7 @@ def story_frame(trace: TracebackType | None) -> tuple[str, int] | None:
     while trace is not None:
         frames.append((trace.tb_frame.f_code, trace.tb_lasti, trace.tb_lineno))
         trace = trace.tb_next
-    own = [f for f in frames if not f[0].co_filename.startswith((*_FOREIGN, *_BESIDE, _OURS))]
+    own = [f for f in frames if not f[0].co_filename.startswith((*_FOREIGN, *_BESIDE, _OURS, "<eval_with_key>"))]
     if not own:
         return None
     code, last, _ = frames[-1]

@@ -44,6 +44,8 @@ class ClimbFile:
     every = EVERY
 
     def __init__(self, path: Path, problem: Problem, *parts: Any) -> None:
+        layout = [(s.name, s.shape) for s in (*problem.structure.latents, *problem.structure.learned)]
+        parts = (*parts, layout)
         self.state = SavedState(path, "SVI", fingerprint(problem, *parts), particulars(problem, *parts))
         self.written = time.perf_counter()
 
