@@ -200,10 +200,14 @@ def _density(writer: Writer, rows: Sequence[Row]) -> tuple[str, list[str]]:
     fixed = [writer.named(s.name, ()) for s in sites.values() if s.kind in ("input", "parameter")]
     fixed += [writer.word(s.name) for s in sites.values() if s.kind == "module"]
     separator = r" \mid " if writer.math_text else " | "
-    end = f"; {', '.join(fixed)}" if fixed else ""
+    end = f"{_semicolon(writer)}{', '.join(fixed)}" if fixed else ""
     factors = [(row.loops, _factor(writer, row, separator)) for row in told]
     equals = f"p({', '.join(bases)}{end})"
     return equals, _products(writer, factors, 0)
+
+
+def _semicolon(writer: Writer) -> str:
+    return r"; \; " if writer.math_text else "; "
 
 
 def _base(writer: Writer, rows: Sequence[Row], name: str) -> str:
@@ -232,7 +236,7 @@ def _factor(writer: Writer, row: Row, separator: str) -> str:
         into.append(writer.word(parent) if kind == "module" else writer.reference(parent, site))
     writer.step = None
     condition = separator + ", ".join(given) if given else ""
-    return f"p({own}{condition}{'; ' + ', '.join(fixed) if fixed else ''})"
+    return f"p({own}{condition}{_semicolon(writer) + ', '.join(fixed) if fixed else ''})"
 
 
 def _products(writer: Writer, factors: Sequence[tuple[tuple[Loop, ...], str]], depth: int) -> list[str]:
