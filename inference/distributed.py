@@ -15,20 +15,15 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .data import take_rows
 from .errors import RankError
-
-if TYPE_CHECKING:
-    from .methods.base import Method
-    from .problem import Problem
-    from .structure import Site, Structure
 
 T = TypeVar("T")
 
@@ -38,8 +33,6 @@ SHARES = ("split", "own", "alone")
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 #: Seconds that a rank waits for the others in one exchange; a dead rank is noticed at once, only a silent one takes as long.
 PATIENCE = 1800.0
-#: Rows of a table that tell whether two ranks hold the same.
-PRINT_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -54,12 +47,15 @@ class Ranks:
         Rows of every rank; empty where rows are not shared out.
     share
         "split", "own" or "alone", as in `fit`.
+    device
+        Where this rank keeps what the others keep on their cards.
     """
 
     rank: int = 0
     size: int = 1
     counts: tuple[int, ...] = ()
     share: str = "alone"
+    device: str | torch.device = "cpu"
 
     @property
     def several(self) -> bool:
@@ -126,8 +122,8 @@ class Ranks:
         import torch.distributed as dist
 
         found: list[Any] = [None] * self.size
-        self.exchange(lambda: dist.all_gather_object(found, value))
-        return found
+        self.exchange(lambda: dist.all_gather_object(found, packed(value)))
+        return [unpacked(v, self.device) for v in found]
 
     def first(self, value: T) -> T:
         """Rank 0's value on every rank."""
@@ -135,9 +131,9 @@ class Ranks:
             return value
         import torch.distributed as dist
 
-        found = [value if self.leads else None]
+        found: list[Any] = [packed(value) if self.leads else None]
         self.exchange(lambda: dist.broadcast_object_list(found, src=0))
-        return found[0]  # type: ignore[return-value]
+        return unpacked(found[0], self.device)
 
     def every(self, flag: bool) -> bool:
         """Whether it holds on every rank."""
@@ -158,7 +154,7 @@ class Ranks:
         try:
             call()
         except RuntimeError as error:
-            _Group.lost = True
+            _Process.lost = True
             line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise RankError(
                 f"rank {self.rank} of {self.size} lost another rank: one of them ended or fell silent, so that the fit "
@@ -214,16 +210,40 @@ class Ranks:
         return result
 
 
+@dataclass(frozen=True)
+class OnCard:
+    """A tensor of somebody's card on its way: it must not arrive on a card of the same number elsewhere."""
+
+    value: Tensor
+
+
+def packed(value: Any) -> Any:
+    """The value with tensors of cards as `OnCard`, also in dictionaries, lists and tuples."""
+    if isinstance(value, Tensor):
+        return OnCard(value.cpu()) if value.is_cuda else value
+    if type(value) in (list, tuple):
+        return type(value)(packed(v) for v in value)
+    return {k: packed(v) for k, v in value.items()} if type(value) is dict else value
+
+
+def unpacked(value: Any, device: str | torch.device) -> Any:
+    """The value with such tensors on this rank's device."""
+    if isinstance(value, OnCard):
+        return value.value.to(device)
+    if type(value) in (list, tuple):
+        return type(value)(unpacked(v, device) for v in value)
+    return {k: unpacked(v, device) for k, v in value.items()} if type(value) is dict else value
+
+
 #: A process by itself.
 ALONE = Ranks()
 
 
-@dataclass
-class _Group:
-    """What this process knows of its group."""
+class _Process:
+    """What this process knows: whether another rank is lost, and how often it has waited for all."""
 
-    lost: bool = False
-    ours: bool = field(default=False)
+    lost = False
+    waits = 0
 
 
 def start(share: str) -> Ranks:
@@ -265,7 +285,7 @@ def leave() -> None:
     """Part from the others in good order, at the end of the process."""
     import torch.distributed as dist
 
-    if dist.is_initialized() and not _Group.lost:
+    if dist.is_initialized() and not _Process.lost:
         dist.destroy_process_group()
 
 
@@ -296,125 +316,6 @@ def own_device(device: str | torch.device) -> str | torch.device:
     return chosen
 
 
-# -- sharing out -----------------------------------------------------------------------------------------------------
-
-
-def shared_out(problem: Problem, ranks: Ranks, method: Method) -> Problem:
-    """The same problem as one rank works on it.
-
-    Parameters
-    ----------
-    method
-        What it shares out is its `spreads`: "rows", "chains", or "nothing". `unshareable(structure)`, if it has that, tells why
-        it cannot.
-
-    Raises
-    ------
-    ValueError
-        ranks="split", and the ranks were given different data; ranks="own", and rows cannot be shared or do not fit.
-    """
-    if not ranks.several:
-        return problem
-    against = unshareable(problem, method)
-    if ranks.share == "own":
-        if against:
-            raise ValueError(
-                f"ranks='own': {against}; give every rank the same data and pass ranks='split', or ranks='alone'"
-            )
-        return own_rows(problem, ranks)
-    prints = ranks.gather(table_print(problem))
-    if any(p != prints[0] for p in prints):
-        raise ValueError(
-            f"the ranks were given different data (shapes {[p[0] for p in prints]}): with ranks='split' every rank is given "
-            f"the whole table and works on its share; where each brings rows of its own, pass ranks='own'"
-        )
-    rows = problem.structure.num_rows or 0
-    if getattr(method, "spreads", "nothing") == "chains":
-        return replace(problem, ranks=ranks)
-    if against or rows < ranks.size:
-        return problem  # every rank does the same work
-    base, more = divmod(rows, ranks.size)
-    ranks = replace(ranks, counts=tuple(base + (r < more) for r in range(ranks.size)))
-    mine = slice(ranks.offset, ranks.offset + ranks.counts[ranks.rank])
-    cut = problem.over(take_rows(problem.kwargs, problem.structure.row_arguments, mine))
-    sites = tuple(fewer_rows(s, cut.structure, rows) for s in cut.structure.sites)
-    return replace(cut, structure=replace(cut.structure, sites=sites, _by_name={}), ranks=ranks)
-
-
-def fewer_rows(site: Site, structure: Structure, rows: int) -> Site:
-    """A site of a story of `rows` rows as it is where `structure` has fewer."""
-    if structure.data_plate not in site.plates:
-        return site
-    batch = list(site.shape[: len(site.shape) - len(site.event_shape)])
-    at = site.plates.index(structure.data_plate)
-    at = at if len(batch) == len(site.plates) else batch.index(rows) if rows in batch else -1
-    if at < 0 or not batch or batch[at] != rows:
-        return site
-    batch[at] = structure.num_rows or 1
-    return replace(site, shape=(*batch, *site.shape[len(batch) :]))
-
-
-def unshareable(problem: Problem, method: Method) -> str:
-    """Why ranks cannot hold rows apart; empty where they can."""
-    structure = problem.structure
-    if getattr(method, "spreads", "nothing") != "rows":
-        return f"{method.name} does not share out rows"
-    if text := getattr(method, "unshareable", lambda structure: "")(structure):
-        return text
-    if not structure.row_arguments or not structure.num_rows:
-        return "no argument of the story has one entry a row on its first axis"
-    if shared := [s.name for s in structure.finite if not s.local]:
-        return f"rows share the finite latent {shared[0]!r}, which is summed out over all of them at once"
-    outside = [s.name for s in (*structure.observed, *structure.unnormalised) if structure.data_plate not in s.plates]
-    if outside:
-        return f"site {outside[0]!r} is seen outside the rows"
-    if by_row := [s.name for s in structure.learned if s.local]:
-        return f"the parameter {by_row[0]!r} has a value a row"
-    if problem.admixture is not None:
-        return "topic models are fitted on the expected counts of all documents"
-    return ""
-
-
-def own_rows(problem: Problem, ranks: Ranks) -> Problem:
-    """The problem of a rank that brought its own rows, in step with the others."""
-    structure = problem.structure
-    names, rows = structure.row_arguments, structure.num_rows
-    sites = tuple((s.name, s.kind, s.family, s.plates) for s in structure.sites)
-    shapes = {n: tuple(problem.kwargs[n].shape[1:]) for n in names}
-    cards = ranks.gather((sites, shapes, rows))
-    for r, card in enumerate(cards):
-        if card[:2] != cards[0][:2]:
-            raise ValueError(
-                f"ranks='own': the rows of rank {r} do not fit those of rank 0: columns {card[1]} against {cards[0][1]}"
-                + ("" if card[0] == cards[0][0] else "; the story has other sites there")
-            )
-    kinds = ranks.gather({n: problem.kwargs[n].dtype for n in names})
-    kwargs = dict(problem.kwargs)
-    for name in names:
-        if len({k[name] for k in kinds}) > 1:
-            kwargs[name] = kwargs[name].to(problem.dtype)
-    holes = ranks.gather({s.name: s.missing for s in structure.sites})
-    missing = {name: sum(h[name] for h in holes) for name in holes[0]}
-    merged = replace(structure, sites=tuple(replace(s, missing=missing[s.name]) for s in structure.sites), _by_name={})
-    counts = tuple(card[2] or 0 for card in cards)
-    few = ranks.first({n: v.cpu() if isinstance(v, Tensor) else v for n, v in (problem.few or {}).items()})
-    few = {n: v.to(problem.device) if isinstance(v, Tensor) else v for n, v in few.items()}
-    return replace(problem, kwargs=kwargs, structure=merged, few=few, ranks=replace(ranks, counts=counts))
-
-
-def table_print(problem: Problem) -> tuple[Any, ...]:
-    """What tells one table from another: shapes, and some rows."""
-    shapes, values = {}, []
-    for name, value in problem.kwargs.items():
-        if isinstance(value, Tensor):
-            shapes[name] = tuple(value.shape)
-            at = torch.linspace(0, len(value) - 1, min(PRINT_ROWS, len(value))).long() if value.ndim else None
-            values.append((value if at is None else value[at.to(value.device)]).cpu().numpy().tobytes())
-        else:
-            values.append(repr(value).encode())
-    return shapes, b"".join(values)
-
-
 def wait_for_all(ranks: Ranks, every: float = 0.05) -> None:
     """Wait until every rank has come here, however long that takes: long work is no silence.
 
@@ -425,8 +326,8 @@ def wait_for_all(ranks: Ranks, every: float = 0.05) -> None:
     from torch.distributed.distributed_c10d import _get_default_store
 
     store = _get_default_store()
-    _Waits.number += 1
-    name = f"zoo/wait/{_Waits.number}"
+    _Process.waits += 1
+    name = f"zoo/wait/{_Process.waits}"
     try:
         count = store.add(name, 1)
         while count < ranks.size:
@@ -434,16 +335,9 @@ def wait_for_all(ranks: Ranks, every: float = 0.05) -> None:
             every = min(1.0, 1.2 * every)
             count = store.add(name, 0)
     except RuntimeError as error:
-        _Group.lost = True
+        _Process.lost = True
         raise RankError(
             f"rank {ranks.rank} of {ranks.size} lost another rank while it waited: {str(error).splitlines()[0][:160]}",
             rank=ranks.rank,
             size=ranks.size,
         ) from error
-
-
-@dataclass
-class _Waits:
-    """How often this process has waited for all."""
-
-    number: int = 0

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from .choose import WANTS, Choice, check_request, choose
-from .distributed import ALONE, SHARES, Ranks, own_device, shared_out, start
+from .distributed import ALONE, SHARES, Ranks, own_device, start
 from .guard import MemoryGuard, frees_memory
 from .mending import MISTAKES, known, retold
 from .methods import resolve
 from .methods.base import Method, one_of, positive_float, positive_int
 from .posterior import Posterior
 from .problem import Problem, prepare
+from .sharing import shared_out
 
 #: Seconds that NUTS may be expected to take before `auto` prefers SVI, where no budget is given.
 PATIENCE = 300.0

@@ -24,6 +24,7 @@ from zoo import GMM, PPCA, FactorAnalysis, GaussianHMM, MixtureOfFactorAnalysers
 
 #: Rows of every rank, by how many there are.
 CUTS = {1: [2000], 2: [700, 1300], 3: [300, 700, 1000]}
+DEVICE = os.environ.get("RANKS_DEVICE", "cpu")
 RANK, SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 WORK: dict[str, Callable[[], dict[str, Tensor]]] = {}
@@ -66,7 +67,7 @@ def result(posterior) -> dict[str, Tensor]:
 @piece
 def gmm() -> dict[str, Tensor]:
     """Mixture kernel, default starts: k-means++ on the rows of all ranks."""
-    return result(fit(GMM(num_components=3), own(clusters()), EM(restarts=3), seed=1, ranks="own"))
+    return result(fit(GMM(num_components=3), own(clusters()), EM(restarts=3), seed=1, ranks="own", device=DEVICE))
 
 
 @piece
@@ -166,18 +167,18 @@ def svi_derived() -> dict[str, Tensor]:
 
 
 def line(X: Tensor, y: Tensor) -> None:
-    """Regression with a learned noise, and a `pyro.param` that only the first row uses."""
-    w = pyro.sample("w", dist.Normal(0.0, 3.0).expand([X.shape[1]]).to_event(1))
-    noise = pyro.param("noise", torch.tensor(1.0), constraint=dist.constraints.positive)
+    """Regression with a learned noise."""
+    w = pyro.sample("w", dist.Normal(X.new_zeros(X.shape[1]), 3.0).to_event(1))
+    noise = pyro.param("noise", X.new_ones(()), constraint=dist.constraints.positive)
     with pyro.plate("data", len(X)):
         pyro.sample("y", dist.Normal(X @ w, noise), obs=y)
 
 
 def line_guide(X: Tensor, y: Tensor) -> None:
     """A normal whose parameters are made where they are first asked for, and one that nothing uses."""
-    loc = pyro.param("w.loc", lambda: torch.zeros(X.shape[1]))
-    scale = pyro.param("w.scale", lambda: 0.1 * torch.ones(X.shape[1]), constraint=dist.constraints.positive)
-    pyro.param("unused", torch.zeros(2))
+    loc = pyro.param("w.loc", lambda: X.new_zeros(X.shape[1]))
+    scale = pyro.param("w.scale", lambda: 0.1 * X.new_ones(X.shape[1]), constraint=dist.constraints.positive)
+    pyro.param("unused", X.new_zeros(2))
     pyro.sample("w", dist.Normal(loc, scale).to_event(1))
 
 
@@ -191,7 +192,7 @@ def svi_params() -> dict[str, Tensor]:
     """Plain functions with `pyro.param`: gradients of unequal shards are averaged by their rows."""
     data = {n: own(v) for n, v in lines().items()}
     method = SVI(guide="story", steps=120, starts=1, draws=100)
-    posterior = fit(line, data, method, guide=line_guide, seed=1, ranks="own")
+    posterior = fit(line, data, method, guide=line_guide, seed=1, ranks="own", device=DEVICE)
     return result(posterior) | {"elbo": torch.tensor(posterior.diagnostics["elbo"], dtype=torch.float64)}
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ranks_work
+import torch
 
 ROOT = Path(__file__).parents[1]
 EM_PIECES = [
@@ -166,15 +167,32 @@ def test_faults_are_told_on_every_rank(ranks):
 
 
 def test_the_command_line_speaks_once(tmp_path):
-    """One summary, one file, one error, from the first of two processes."""
+    """One summary and one file, from the first of two processes."""
     np.save(tmp_path / "x.npy", ranks_work.clusters().numpy())
     words = ["-m", "zoo", "fit", "GMM", "--data", tmp_path / "x.npy", "--method", "em", "--seed", "1"]
     kept = tmp_path / "kept"
     done = torchrun(2, *words, "--set", "num_components=3", "--save", kept)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("point by EM, seed 1") == 1 and kept.exists()
-    bad = torchrun(2, *words, "--set", "num_components=0")
+
+
+@pytest.mark.slow
+def test_the_command_line_tells_an_error_once(tmp_path):
+    """Both processes meet it."""
+    bad = torchrun(2, "-m", "zoo", "fit", "GMM", "--data", "iris", "--set", "num_components=0")
     assert bad.returncode != 0 and bad.stderr.count("zoo: ") == 1, bad.stderr
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_cards_are_one_processor(alone, tmp_path, monkeypatch):
+    """Sums through NCCL, starts and random states through gloo: the numbers of the CPU but for rounding."""
+    monkeypatch.setenv("RANKS_DEVICE", "cuda")
+    found = together(2, tmp_path, ["gmm", "svi_params"])
+    for name, value in parts(alone, "gmm").items():
+        np.testing.assert_allclose(parts(found[0], "gmm")[name], value, rtol=1e-6, atol=1e-6, err_msg=name)
+    exact = parts(alone, "svi_params")["w"].mean(0)  # other random numbers
+    np.testing.assert_allclose(parts(found[0], "svi_params")["w"].mean(0), exact, atol=0.05)
+    assert all(np.array_equal(found[0][k], found[1][k]) for k in found[0])
 
 
 def worker(rank: int, size: int, port: int, folder: Path, pause: float) -> subprocess.Popen:
@@ -217,6 +235,7 @@ def check_answer(folder: Path, size: int, wanted: dict[str, np.ndarray]) -> None
         np.testing.assert_allclose(found[f"lasting/{name}"], value, rtol=1e-9, atol=1e-9, err_msg=name)
 
 
+@pytest.mark.slow
 def test_the_death_of_a_rank_ends_the_others_and_two_go_on(tmp_path, monkeypatch):
     """Survivors notice by themselves, say so once each, and leave a checkpoint from which fewer ranks reach the same end."""
     monkeypatch.setenv("RANKS_FOLDER", str(tmp_path / "alone"))
@@ -280,10 +299,18 @@ def test_a_rank_killed_at_any_moment(trial, tmp_path, monkeypatch):
     check_answer(tmp_path, size, {k: np.asarray(v) for k, v in ranks_work.work(["lasting"])["lasting"].items()})
 
 
-@pytest.mark.parametrize("of", ["em_ranks", "ranks"])
-def test_every_rank_has_the_same_answer(of, request):
-    """To the last bit: nothing is fitted on one rank alone."""
-    first, *others = request.getfixturevalue(of)
+def same_everywhere(results: list[dict[str, np.ndarray]]) -> None:
+    first, *others = results
     for other in others:
         for name in first.keys() - {"faults/one rank"}:
             assert np.array_equal(first[name], other[name], equal_nan=True), name
+
+
+def test_every_rank_has_the_same_answer_of_em(em_ranks):
+    """To the last bit: nothing is fitted on one rank alone."""
+    same_everywhere(em_ranks)
+
+
+def test_every_rank_has_the_same_answer_of_all_else(ranks):
+    """To the last bit: draws, networks, statistics."""
+    same_everywhere(ranks)

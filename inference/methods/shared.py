@@ -69,6 +69,8 @@ def own_noise(problem: Problem) -> None:
     """Random streams in step; apart where rows draw latents of their own."""
     ranks = problem.ranks
     torch.set_rng_state(ranks.first(torch.get_rng_state()))
+    if problem.device.type == "cuda":
+        torch.cuda.set_rng_state(ranks.first(torch.cuda.get_rng_state(problem.device)), problem.device)
     if problem.structure.continuous_locals:
         torch.manual_seed(int(torch.randint(2**31, ())) + ranks.rank)
 
