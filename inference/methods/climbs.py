@@ -44,7 +44,7 @@ class Climbs:
         self.dropped: list[DivergenceError] = []
         self.final = False
         self.starts = (
-            1 if getattr(target, "certain", False) else options.starts
+            1 if getattr(target, "certain", False) else options.starts or 1
         )  # from the same weights all climbs are one
 
     def fresh(self, leaves: Leaves) -> Ascent:

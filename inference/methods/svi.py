@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 GUIDES = ("auto", "story", "mean_field", "low_rank", "full_rank", "flow")
 SCHEDULES = ("auto", "adaptive", "constant", "cosine", "one_cycle")
 MODES = ("auto", "eager", "graph", "inductor")
+#: Draws a step and starts where no networks are learned; and, where they are, rows from which on batches are taken, and theirs.
+PARTICLES, STARTS, MANY, BATCH = 8, 3, 1024, 256
 #: Unknowns up to which "auto" affords a full covariance.
 FULL_RANK = 50
 #: Bytes that draws of latents may take; with a latent a row there are fewer draws.
@@ -59,11 +61,11 @@ class SVI:
     steps, lr
         Most steps of Adam, and its first step size (a quarter of it for networks); it falls whenever the ELBO stops rising.
     batch_size
-        Rows a step; None takes all.
+        Rows a step; None takes all, and so does "auto", except for networks of 1,024 rows or more: 256.
     particles
-        Draws of the guide in one step.
+        Draws of the guide in one step; None: 8, or 1 for networks.
     starts
-        Short runs from different starts, the best of which goes on.
+        Short runs from different starts, the best of which goes on; None: 3, or 1 for networks.
     tol
         The ELBO has stopped rising when it rises by less than two standard errors, or by less than `tol` of its size.
     patience
@@ -113,9 +115,9 @@ class SVI:
     guide: str | Amortised = "auto"
     steps: int = 3000
     lr: float = 0.02
-    batch_size: int | None = None
-    particles: int = 8
-    starts: int = 3
+    batch_size: int | str | None = "auto"
+    particles: int | None = None
+    starts: int | None = None
     tol: float = 1e-5
     patience: int = 2
     draws: int = 1000
@@ -148,18 +150,35 @@ class SVI:
                 "SVI(gradient='path') follows draws of log p - log q: it goes with objective 'elbo' or 'iwae', and not with "
                 "free_bits or divergence='formula'"
             )
-        check_objective(self.objective, self.alpha, self.particles, self.beta == 1.0 and not self.free_bits)
+        check_objective(
+            self.objective, self.alpha, self.particles or PARTICLES, self.beta == 1.0 and not self.free_bits
+        )
         positive_float("SVI", "free_bits", self.free_bits, zero=True)
         for name in ("steps", "particles", "starts", "patience", "draws"):
-            positive_int("SVI", name, getattr(self, name))
+            if getattr(self, name) is not None or name not in ("particles", "starts"):
+                positive_int("SVI", name, getattr(self, name))
         for name in ("average", "validation"):
             share = getattr(self, name)
             if share is not None and not (isinstance(share, float) and 0 < share < 1):
                 raise ValueError(f"SVI({name}={share!r}): {name} must be a number between 0 and 1, or None")
-        if self.batch_size is not None:
+        if self.batch_size is not None and self.batch_size != "auto":
             positive_int("SVI", "batch_size", self.batch_size)
         positive_float("SVI", "lr", self.lr)
         positive_float("SVI", "tol", self.tol, zero=True)
+
+    def settled(self, structure: Structure) -> SVI:
+        """The same with everything chosen that was left open."""
+        networks = structure.has_modules or isinstance(self.guide, Amortised)
+        batch_size = self.batch_size
+        if batch_size == "auto":
+            batch_size = BATCH if networks and structure.row_arguments and (structure.num_rows or 0) >= MANY else None
+        few = networks and self.objective == "elbo"
+        return replace(
+            self,
+            batch_size=batch_size,
+            particles=self.particles or (1 if few else PARTICLES),
+            starts=self.starts or (1 if networks else STARTS),
+        )
 
     def family(self, structure: Structure) -> str:
         """The guide that "auto" stands for."""
@@ -172,7 +191,7 @@ class SVI:
         if structure.has_guide or structure.guideless:
             return "story"
         size = sum(math.prod(s.shape) for s in structure.latents if s.continuous)
-        cut = self.batch_size is not None and bool(structure.continuous_locals)
+        cut = isinstance(self.batch_size, int) and bool(structure.continuous_locals)
         return "full_rank" if size <= FULL_RANK and not cut else "mean_field"
 
     def check(self, structure: Structure) -> Verdict:
@@ -218,7 +237,7 @@ class SVI:
         if structure.finite:
             names = ", ".join(s.name for s in structure.finite[:4]) + (", ..." if len(structure.finite) > 4 else "")
             text += f"; {names} summed out" if family != "story" else f"; {names} summed out unless the guide has them"
-        if self.batch_size:
+        if isinstance(self.batch_size, int):
             text += f"; batches of {self.batch_size} rows"
         if any(s.improper for s in structure.latents):
             text += "; a prior is improper, so that the evidence is undefined and the ELBO known up to a constant"
@@ -237,6 +256,8 @@ class SVI:
         from .paired import PairTarget
         from .shared import whole_draws, whole_parameters
 
+        if (chosen := self.settled(problem.structure)) != self:
+            return chosen.run(problem)
         family = self.family(problem.structure)
         if family == "topics":
             from ..topics.fits import run_svi
@@ -336,20 +357,22 @@ class SVI:
 
         hurried = self.mode == "auto" and problem.budget is not None and problem.budget < WORTH
         mode = "graph" if hurried else self.mode  # compiling would spend the budget
+        particles = self.particles or PARTICLES
+        batch = self.batch_size if isinstance(self.batch_size, int) else None
         if family == "story":
             formula = self.divergence == "formula" or (self.divergence == "auto" and problem.structure.has_modules)
             path = self.gradient == "path"
             beta = tuple(self.beta) if isinstance(self.beta, list) else self.beta
             weighing = Weights(beta, self.free_bits, formula)
             alpha = {"elbo": None, "iwae": 0.0, "renyi": float(self.alpha)}[self.objective]
-            return PairTarget(problem, self.particles, self.batch_size, mode, self.steps, weighing, alpha, pool, path)
+            return PairTarget(problem, particles, batch, mode, self.steps, weighing, alpha, pool, path)
         if self.beta != 1.0 or self.free_bits or self.objective != "elbo" or self.gradient != "total":
             raise ValueError(
                 f"SVI(beta={self.beta!r}, free_bits={self.free_bits!r}, objective={self.objective!r}, "
                 f"gradient={self.gradient!r}) are for a story's own "
                 f"guide; this fit derives its guide ({family})"
             )
-        return DerivedTarget(problem, family, self.particles, self.batch_size, mode, self.steps)
+        return DerivedTarget(problem, family, particles, batch, mode, self.steps)
 
     def answer(
         self, problem: Problem, target: Any, leaves: Leaves, seconds: float
@@ -396,7 +419,7 @@ class SVI:
     def notes(self, problem: Problem) -> list[str]:
         """What holds before the first step."""
         notes, rows = [], problem.structure.num_rows and problem.all_rows
-        if self.batch_size and rows and self.batch_size > rows:
+        if isinstance(self.batch_size, int) and rows and self.batch_size > rows:
             notes.append(f"batch_size={self.batch_size} exceeds the {rows} rows: all rows are used in every step")
         improper = [s.name for s in problem.structure.latents if s.improper]
         if improper:

@@ -174,12 +174,12 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
         documents = form.documents(problem.kwargs)
         runs = [
             VariationalBayes(documents, form.alpha.float().cpu(), form.eta.float().cpu(), seed=1000 * problem.seed + r)
-            for r in range(svi.starts)
+            for r in range(svi.starts or 1)
         ]
         meter.mark("setup")
         histories: list[list[float]] = []
         few = documents.num_tokens < expected.MANY
-        trial = (30 if few else 4) if svi.starts > 1 else 1
+        trial = (30 if few else 4) if len(runs) > 1 else 1
         for run in runs:
             if svi.batch_size is not None:
                 run.stochastic_pass()
