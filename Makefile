@@ -12,7 +12,7 @@ INSTALL := $(PY) -m pip install -qq --disable-pip-version-check $(PIP_ARGS)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
-.PHONY: help setup demo test test-slow lint bench docs docs-quick clean
+.PHONY: help setup demo test test-slow faults lint bench docs docs-quick clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -30,6 +30,10 @@ test: $(VENV)/.setup-test  ## every quick test
 
 test-slow: $(VENV)/.setup-test  ## the tests that take longer
 	@$(PYTEST) -m slow
+
+faults: $(VENV)/.setup-test  ## every row of the table of faults, counted; and planted errors
+	@$(PYTEST) tests/faults -m ""
+	@$(ONE_THREAD) $(PY) tests/mutations.py
 
 lint: $(VENV)/.setup-lint  ## style (ruff) and types (mypy)
 	@$(PY) -m ruff check .
