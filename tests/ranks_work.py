@@ -300,6 +300,18 @@ def hmc() -> dict[str, Tensor]:
     return chains_of(HMC(chains=5, warmup=100, draws=50))
 
 
+@piece
+def lasting_chains() -> dict[str, Tensor]:
+    """Chains that take some seconds, with a checkpoint several times a second."""
+    from inference.methods import nuts
+
+    nuts.EVERY = 0.2
+    folder = Path(os.environ["RANKS_FOLDER"])
+    (folder / f"{RANK}.pid").write_text(str(os.getpid()))
+    method = NUTS(chains=4, warmup=60, draws=60, backend="eager", checkpoint=folder / "chains")
+    return chains_of(method)
+
+
 # -- the contract --------------------------------------------------------------------------------------------------
 
 

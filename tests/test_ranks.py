@@ -263,6 +263,33 @@ def test_the_death_of_a_rank_ends_the_others_and_two_go_on(tmp_path, monkeypatch
 
 
 @pytest.mark.slow
+def test_chains_go_on_with_another_number_of_ranks(tmp_path, monkeypatch):
+    """Three ranks keep four chains, one dies, two go on: the draws of a run that nobody disturbed, and no file is left."""
+    (tmp_path / "alone").mkdir()
+    monkeypatch.setenv("RANKS_FOLDER", str(tmp_path / "alone"))
+    wanted = ranks_work.work(["lasting_chains"])["lasting_chains"]
+    folder = tmp_path / "three"
+    folder.mkdir()
+    monkeypatch.setenv("RANKS_FOLDER", str(folder))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    run = subprocess.Popen(
+        [*command, str(ROOT / "tests" / "ranks_work.py"), str(folder), "lasting_chains"],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    assert until(lambda: all((folder / f"chains.{r}").exists() for r in range(3)), 200)
+    os.kill(int((folder / "1.pid").read_text()), signal.SIGKILL)
+    assert run.wait(60) != 0
+    done = torchrun(2, ROOT / "tests" / "ranks_work.py", folder, "lasting_chains")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = dict(np.load(folder / "2-0.npz"))
+    for name, value in wanted.items():
+        assert np.array_equal(found[f"lasting_chains/{name}"], value), name
+    assert not list(folder.glob("chains*"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("trial", range(20))
 def test_a_rank_killed_at_any_moment(trial, tmp_path, monkeypatch):
     """Under torchrun: from joining to the last iteration; all are gone within 30 s, and any number of ranks goes on."""
