@@ -193,7 +193,7 @@ def test_a_gradient_that_is_no_number_names_its_latent(untouched):
         b = pyro.sample("b", dist.Normal(0.0, 1.0))
         pyro.sample("x", dist.Normal(b + (0 * a).sqrt(), 1.0), obs=x)
 
-    with pytest.raises(ValueError, match="with respect to a is not a number"):
+    with pytest.raises(ValueError, match="with respect to 'a' is not a number"):
         fit(story, torch.tensor(1.0), SHORT, seed=0)
 
 

@@ -216,12 +216,14 @@ def test_ctrl_c_returns_what_there_is(method, case, monkeypatch):
             timer.start()
 
     monkeypatch.setattr(Meter, "mark", begun)
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background a shell ignores Ctrl-C
     try:
         posterior = fit(story, data, options, seed=0, budget=60.0)
     except KeyboardInterrupt:
         pytest.fail("Ctrl-C threw the run away")
     finally:
         timer.cancel()
+        signal.signal(signal.SIGINT, inherited)
     monkeypatch.undo()
     assert not posterior.converged and any("interrupted" in w for w in posterior.warnings), posterior.warnings
     assert posterior.draws and all(v.isfinite().all() for v in posterior.draws.values())
