@@ -72,7 +72,8 @@ def smaller(method: Any, data: Any) -> str:
     """What to try with less memory."""
     values = data.values() if isinstance(data, Mapping) else data if isinstance(data, tuple) else (data,)
     rows = max((len(v) for v in values if hasattr(v, "__len__") and not isinstance(v, str)), default=1)
-    batch = min(getattr(method, "batch_size", None) or rows, rows)
+    size = getattr(method, "batch_size", None)
+    batch = min(size, rows) if isinstance(size, int) else rows
     name = method if isinstance(method, str) else getattr(method, "name", "the method")
     less = max(1, batch // 4)
     advice = (
