@@ -106,6 +106,7 @@ class MemoryGuard:
         self.reached: float | None = None
         self._over = threading.Event()
         self._lock = threading.Lock()
+        self._ignored = False
 
     def __enter__(self) -> Self:
         if self.limit is None:
@@ -119,6 +120,11 @@ class MemoryGuard:
             raise ValueError(
                 f"memory={self.limit:g}: the process already holds {held:.0f} MB; allow more, or free some before the fit"
             )
+        if (
+            signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        ):  # as in the background of a shell: nothing could be interrupted
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self._ignored = True
         threading.Thread(target=self._watch, name="memory guard", daemon=True).start()
         return self
 
@@ -133,6 +139,8 @@ class MemoryGuard:
             threading.Event().wait(1e-4)  # an interrupt that is on its way arrives here
         except KeyboardInterrupt:
             self._over.set()
+        if self._ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         if isinstance(error, KeyboardInterrupt) and self.reached is not None:
             raise MemoryError(
                 f"the memory budget of {self.limit:g} MB was used up ({self.reached:.0f} MB) before there was a first state; "
