@@ -99,7 +99,7 @@ class AmortisedGuide(nn.Module):
                 f"Amortised: {bad.name!r} lies in the plates {list(bad.plates)}; a row's latents must lie in the data plate "
                 f"alone. Write a guide for this story"
             )
-        sites = prototypes(problem)
+        sites = example_sites(problem)
         self.sites = {s.name: SiteShape.of(sites[s.name], rows=True) for s in inside}
         self.shared = {s.name: SiteShape.of(sites[s.name], rows=False) for s in latents if not s.local}
         self.frames = {n: [f for f in sites[n]["cond_indep_stack"] if f.vectorized] for n in self.shared}
@@ -250,7 +250,7 @@ def features(kwargs: dict[str, Any], names: Sequence[str]) -> Tensor:
     return torch.cat([t.to(dtype) for t in tables], -1)
 
 
-def prototypes(problem: Problem) -> dict[str, Any]:
+def example_sites(problem: Problem) -> dict[str, Any]:
     """One run of the story, for the shapes and supports of its sites."""
     with pyro.get_param_store().scope(), poutine.block(), torch.no_grad(), pyro.validation_enabled(False):
         return dict(poutine.trace(FlatStart()(problem.model)).get_trace(**problem.kwargs).nodes)
