@@ -11,6 +11,7 @@ Without `torchrun` nothing here does anything: `ALONE` answers every question ab
 from __future__ import annotations
 
 import atexit
+import gc
 import math
 import os
 import time
@@ -287,6 +288,9 @@ def leave() -> None:
 
     if dist.is_initialized() and not _Process.lost:
         dist.destroy_process_group()
+        # Threads of the group may still hold tensors; one that lets go after the interpreter has begun to end aborts the process.
+        gc.collect()
+        time.sleep(0.05)
 
 
 def tells_first() -> bool:

@@ -244,7 +244,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(monkeypatch, tmp_path, back
 
     monkeypatch.setattr("inference.methods.nuts.EVERY", 0.002)
     x, path = torch.linspace(-1, 1, 20), tmp_path / "chains.state"
-    options = {"chains": 2, "warmup": 150, "draws": 60_000 if backend == "auto" else 150, "backend": backend}
+    options = {"chains": 2, "warmup": 150, "draws": 300_000 if backend == "auto" else 150, "backend": backend}
     if backend == "auto":
         monkeypatch.setattr("inference.methods.backends.pilot", lambda *_: (1.0, 0.0))
     whole = fit(location_scale, x, NUTS(**options), seed=3)
