@@ -288,7 +288,7 @@ def leave() -> None:
 
     if dist.is_initialized() and not _Process.lost:
         dist.destroy_process_group()
-        # Threads of the group may still hold tensors; one that lets go after the interpreter has begun to end aborts the process.
+        # Threads of the group may still hold tensors; letting go while the interpreter ends would abort the process.
         gc.collect()
         time.sleep(0.05)
 
