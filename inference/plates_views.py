@@ -123,7 +123,7 @@ def treatments(method: Any, problem: Any, sites: Mapping[str, Site]) -> dict[str
     with problem.scope(0):
         joint = {b.name for b in density_of_globals(problem).blocks} if name in ("nuts", "hmc") else set()
     story_guide = name == "svi" and method.family(structure) == "story"
-    guided = guide_sites(problem.guide, (), problem.kwargs) if story_guide else {}
+    guided = guide_sites(problem.guide, (), problem.kwargs) if story_guide and problem.guide is not None else {}
     found: dict[str, str] = {}
     for site in structure.latents:
         moved = name == "gibbs" or site.name in guided

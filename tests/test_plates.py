@@ -19,6 +19,7 @@ from inference.plates_picture import picture
 from inference.plates_symbols import symbol
 from inference.provenance import dependencies, relations
 from inference.story_text import story_lines, story_text
+from zoo.catalog import get
 
 
 @pytest.fixture(autouse=True)
@@ -444,3 +445,11 @@ def test_drawing_into_given_axes_keeps_the_figure():
     first, second = figure.subplots(1, 2)
     assert draw_plates(gmm, STORIES["gmm"][1][0], ax=second, show_lines=False) is figure
     assert not first.patches and len(second.patches) == 5 + 2 + 4  # nodes, plates, arrows
+
+
+@pytest.mark.parametrize("name", ["RealNVP", "VAE", "GMM"])
+def test_view_of_svi_with_and_without_a_guide(name):
+    """A flow has networks and nothing to guess: its view needs no guide."""
+    story, data = get(name).example()
+    figure = draw_plates(story, view="svi", **data)
+    assert figure.axes
