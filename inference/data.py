@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .sparse_rows import CountRows, is_sparse_matrix, stored_counts
+
 #: Beyond this, squares overflow float32 and sums of squares lose every digit in float64.
 LARGEST = 1e15
 #: Rows up to which a list of all row numbers is nothing beside the data.
@@ -109,8 +111,8 @@ def to_value(name: str, value: Any, dtype: torch.dtype, device: torch.device | s
         tensor = value.detach()
         if tensor.layout != torch.strided:
             raise TypeError(f"{name} is a sparse tensor ({tensor.layout}); pass {name}.to_dense()")
-    elif hasattr(value, "toarray") and hasattr(value, "nnz"):
-        raise TypeError(f"{name} is a sparse matrix ({type(value).__name__}); pass {name}.toarray()")
+    elif is_sparse_matrix(value):
+        tensor = stored_counts(name, value)
     else:
         tensor = _from_array(name, value)
     if tensor.dtype == torch.bool:
@@ -190,6 +192,8 @@ def check_values(name: str, tensor: Tensor, new: bool = False) -> None:
 
 def has_nan(value: Tensor) -> bool:
     """Whether any number is missing: one pass, no copy."""
+    if isinstance(value, CountRows):
+        return False
     return value.numel() > 0 and bool(torch.aminmax(value).max.isnan())
 
 
