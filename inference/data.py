@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .sparse_rows import CountRows, is_sparse_matrix, stored_counts
+from .lazy_rows import HostTable, LazyRows
+from .sparse_rows import is_sparse_matrix, stored_counts
+from .streaming import stays
 
 #: Beyond this, squares overflow float32 and sums of squares lose every digit in float64.
 LARGEST = 1e15
@@ -122,6 +124,9 @@ def to_value(name: str, value: Any, dtype: torch.dtype, device: torch.device | s
     kind = dtype if tensor.is_floating_point() else torch.long
     if tensor.dtype == torch.float32 and tensor.numel() >= KEEP_SINGLE:
         kind = tensor.dtype  # twice the memory would hold no more digits; sums over it are made in float64
+    if not stays([tensor], torch.device(device)) and tensor.ndim:
+        check_values(name, tensor, new)
+        return LazyRows(HostTable(tensor), kind, device)
     tensor = tensor.to(device=device, dtype=kind)
     check_values(name, tensor, new)
     return tensor
@@ -192,8 +197,6 @@ def check_values(name: str, tensor: Tensor, new: bool = False) -> None:
 
 def has_nan(value: Tensor) -> bool:
     """Whether any number is missing: one pass, no copy."""
-    if isinstance(value, CountRows):
-        return False
     return value.numel() > 0 and bool(torch.aminmax(value).max.isnan())
 
 

@@ -11,6 +11,7 @@ import torch
 from .choose import WANTS, Choice, check_request, choose
 from .distributed import ALONE, SHARES, Ranks, own_device, start
 from .guard import MemoryGuard, frees_memory
+from .lazy_rows import has_lazy, resident
 from .mending import MISTAKES, known, retold
 from .methods import resolve
 from .methods.base import Method, one_of, positive_float, positive_int
@@ -128,6 +129,9 @@ def decide(problem: Problem, method: str | Method) -> Choice:
     """The user's method, or the first rule that holds; NUTS is timed before `auto` takes it."""
     if method != "auto":
         return check_request(problem.structure, method)
+    if has_lazy(problem.kwargs):
+        elsewhere = "it sees all rows at once, and these are read piece by piece"
+        return choose(problem.structure, problem.want, slow={"nuts": elsewhere})
     choice = choose(problem.structure, problem.want)
     if choice.method.name == "nuts" and choice.verdicts["svi"].applies:
         seconds, text = pilot(problem)
@@ -163,6 +167,8 @@ def run(
     """Run the chosen method in a scope of its own and complete the answer."""
     start = time.perf_counter()
     shared = shared_out(problem, ranks, choice.method)
+    if getattr(choice.method, "spreads", "nothing") != "rows":
+        shared = resident(shared, choice.method.name)
     with problem.scope(problem.seed):
         try:
             with MemoryGuard(memory) as guard:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,8 +19,10 @@ from torch.distributions import constraints, transform_to
 from ..capture import Captured, capture, reason_of
 from ..handlers import MissingCells, ScaleRows, Substitute, unwrap
 from ..joint import LogJoint
+from ..lazy_rows import has_lazy
 from ..problem import Problem
 from ..recorder import pure_graph
+from ..sharing import fewer_rows
 from .ascent import Leaves
 from .batches import Batches, is_latent, side_by_side
 from .networks import Networks
@@ -66,6 +68,8 @@ class PairTarget:
         self.joint.holes = {s.name: s.missing > 0 for s in problem.structure.observed}
         self.networks = Networks(problem.story, problem.model, problem.guide)
         self.filled = guide_arguments(problem, problem.kwargs)
+        self.held: dict[str, Tensor] = {}  # rows that are not on the device, while a step runs on them
+        self.feeds = False
         initialise = getattr(problem.story, "initialise", None)
         if callable(initialise):  # weights that the data set, such as those of layers that normalise
             with torch.no_grad():
@@ -75,7 +79,7 @@ class PairTarget:
         first = self.start()
         if not first:
             raise ValueError("the guide has no parameters and the story learns none: there is nothing to optimise")
-        trace = self.guide_trace(first)
+        trace = self.guide_trace(first, self.look)
         self.check(trace)
         self.sites = [n for n, s in trace.nodes.items() if is_latent(s)]
         known = problem.structure
@@ -112,9 +116,25 @@ class PairTarget:
         leaves |= {n: self.networks.weights[own].detach().clone() for n, own in self.names.items()}
         return in_step(self, leaves)
 
+    @property
+    def look(self) -> Tensor | None:
+        """Rows that the guide is looked at on: all, or a batch where rows have latents and are made when they are asked for."""
+        structure = self.problem.structure
+        few = has_lazy(self.problem.kwargs) and self.batches.size is not None and bool(structure.continuous_locals)
+        return self.batches.first() if few else None
+
     def by_row(self, name: str) -> bool:
         """Whether a parameter has a value a row."""
         return name in self.parameters and self.parameters[name].local
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether anything is guessed or learned for every row, so that none may be left out of the answer."""
+        structure = self.problem.structure
+        if self.look is not None:
+            return False
+        own = any(n not in structure or structure[n].local for n in self.sites)
+        return self.batches.size is None or own or any(p.local for p in self.parameters.values())
 
     @property
     def apart(self) -> bool:
@@ -148,6 +168,9 @@ class PairTarget:
 
     def arguments(self, rows: Tensor | None, filled: bool = False) -> dict[str, Any]:
         """The story's arguments, of all rows or of some; `filled` without holes, as the guide takes them."""
+        if self.held:
+            given = {**self.problem.kwargs, **self.held}
+            return guide_arguments(self.problem, given) if filled else given
         kwargs = self.filled if filled else self.problem.kwargs
         if rows is None:
             return kwargs
@@ -177,7 +200,7 @@ class PairTarget:
         """Parameters that the guide's draws depend on."""
         free = {n: v.detach().requires_grad_() for n, v in leaves.items()}
         with torch.enable_grad():
-            drawn = [s["value"].sum() for s in self.guide_trace(free).nodes.values() if is_latent(s)]
+            drawn = [s["value"].sum() for s in self.guide_trace(free, self.look).nodes.values() if is_latent(s)]
             slopes = torch.autograd.grad(sum(drawn), list(free.values()), allow_unused=True)
         return {n for n, slope in zip(free, slopes, strict=True) if slope is not None}
 
@@ -187,7 +210,11 @@ class PairTarget:
 
     def log_ratio(self, leaves: Leaves, rows: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """log p(data, u) - log q(u) at one draw u of the guide, and u."""
-        scale = self.batches.whole if rows is None else self.batches.scale
+        scale = self.batches.scale
+        if rows is None and self.by_rows:
+            scale = self.batches.whole
+        elif rows is None:
+            rows, scale = self.batches.judged_rows()
         trace = self.guide_trace(leaves, rows)
         trace.compute_log_prob()
         values = {n: s["value"] for n, s in trace.nodes.items() if is_latent(s)}
@@ -202,7 +229,8 @@ class PairTarget:
 
     def objective(self, leaves: Leaves) -> tuple[Tensor, Leaves]:
         """An estimate of the ELBO on a batch, and of its gradient."""
-        rows = () if self.batches.size is None else (self.batches.next(),)
+        rows: tuple[Tensor, ...] = () if self.batches.size is None else (self.batches.next(),)
+        rows = self.fed(rows[0]) if self.feeds and rows else rows
         if isinstance(self.weighing.beta, tuple):  # an input of the graph: it moves without another capture
             first = next(iter(leaves.values()))
             rows = (torch.full((), self.weighing.at(self.made), dtype=first.dtype, device=first.device), *rows)
@@ -219,11 +247,14 @@ class PairTarget:
         def by_path(*inputs: Tensor) -> tuple[Tensor, ...]:
             with torch.enable_grad(), pyro.validation_enabled(False):
                 free = [t.detach().requires_grad_() for t in inputs[: len(names)]]
-                beta, rows = self.beside(inputs[len(names) :])
+                beta, rows, held = self.beside(inputs[len(names) :])
+                self.held = dict(zip(self.batches.names, held))
                 try:
                     value, _ = weighted_elbo(self, dict(zip(names, free)), rows, beta)
                 except torch.linalg.LinAlgError:
                     return (free[0].new_full((), torch.nan), *(torch.full_like(f, torch.nan) for f in free))
+                finally:
+                    self.held = {}
                 slopes = torch.autograd.grad(value, free, allow_unused=True, materialize_grads=True)
             return (value.detach(), *slopes)
 
@@ -233,7 +264,9 @@ class PairTarget:
             if isinstance(self.weighing.beta, tuple)
             else ()
         )
-        example = (*leaves.values(), *moves, *(() if self.batches.size is None else (self.batches.first(),)))
+        self.feeds = self.batches.streams and self.batches.size is not None
+        first: tuple[Tensor, ...] = () if self.batches.size is None else (self.batches.first(),)
+        example = (*leaves.values(), *moves, *(self.fed(first[0]) if self.feeds else first))
         moved = tuple(e + 0.01 if e.is_floating_point() else e for e in example)
         if self.wanted == "eager":
             found = Captured(by_path, "eager", ASKED)
@@ -258,6 +291,10 @@ class PairTarget:
         self.mode, self.reason = built.mode, "; ".join(filter(None, (self.reason, built.reason)))
         return built.call
 
+    def fed(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Indices of rows, and the rows themselves."""
+        return (rows, *self.batches.take(rows))
+
     def tighten(self, leaves: Leaves, alpha: float) -> Callable[..., Any]:
         """A bound of several draws a row and its gradient."""
         example = (*leaves.values(), *(() if self.batches.size is None else (self.batches.first(),)))
@@ -265,11 +302,11 @@ class PairTarget:
         self.mode, self.reason, self.lanes = found.mode, found.reason, True
         return found.call
 
-    def beside(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor | float, Tensor | None]:
-        """Weight of the divergences and indices of the rows among what follows the parameters."""
+    def beside(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor | float, Tensor | None, list[Tensor]]:
+        """Weight of the divergences, indices of the rows, and perhaps the rows, among what follows the parameters."""
         rest = list(inputs)
         beta: Tensor | float = rest.pop(0) if isinstance(self.weighing.beta, tuple) else float(self.weighing.beta)
-        return beta, rest[0] if rest else None
+        return beta, rest[0] if rest else None, rest[1:]
 
     @property
     def settled(self) -> bool:
@@ -309,6 +346,11 @@ class PairTarget:
         """Hold the guide against the story; see the class."""
         structure = self.problem.structure
         known = {s.name: s for s in structure.latents}
+        few = (
+            structure
+            if self.look is None
+            else replace(structure, plates={**structure.plates, str(self.plate): len(self.look)})
+        )
         seen = {s.name for s in structure.observed}
         guessed = {n: s for n, s in trace.nodes.items() if is_latent(s) and not s["infer"].get("is_auxiliary")}
         for name, site in guessed.items():
@@ -318,9 +360,12 @@ class PairTarget:
                 raise ValueError(
                     f"the guide samples {name!r}, which is no latent of the story; its latents are {sorted(known)}"
                 )
-            if tuple(site["value"].shape) != known[name].shape:
+            wanted = (
+                known[name].shape if self.look is None else fewer_rows(known[name], few, structure.num_rows or 1).shape
+            )
+            if tuple(site["value"].shape) != wanted:
                 raise ValueError(
-                    f"the guide gives {name!r} the shape {tuple(site['value'].shape)} and the story {known[name].shape}; "
+                    f"the guide gives {name!r} the shape {tuple(site['value'].shape)} and the story {wanted}; "
                     f"use the same plates and the same to_event in both"
                 )
         lacking = [s.name for s in structure.latents if s.name not in guessed and not s.enumerable]
@@ -349,26 +394,33 @@ class PairTarget:
         def one(*free: Tensor) -> tuple[Tensor, ...]:
             with torch.no_grad(), pyro.validation_enabled(False):
                 ratio, values = self.log_ratio(dict(zip(leaves, free)))
-            return (ratio, *(values[n].clone() for n in self.latents))
+            return (ratio, *(values[n].clone() for n in answered))
 
+        # Rows that are not all here answer when they are asked: their guide reads them.
+        answered = shared if self.look is not None else self.latents
         inputs = tuple(leaves.values())
         if not self.sites:
-            return self.repeated(lambda: one(*inputs), 1, seconds)
+            return self.repeated(lambda: one(*inputs), 1, seconds, names=answered)
         width = max(1, min(100, count, int(2e7 / max(1, self.problem.structure.data_bytes))))
         if width == 1 and least < 100:  # a recording would cost more runs over all rows than it saves
-            return self.repeated(lambda: one(*inputs), count, seconds, least)
+            return self.repeated(lambda: one(*inputs), count, seconds, least, answered)
         found = capture(one, inputs, random=True)
         if found.mode == "graph" and width > 1:
             many = side_by_side(found.call, width, len(inputs))
             try:
-                parts = self.repeated(lambda: many(*inputs), -(-count // width), seconds, least)
+                parts = self.repeated(lambda: many(*inputs), -(-count // width), seconds, least, answered)
                 return parts[0].flatten(0, 1)[:count], {n: v.flatten(0, 1)[:count] for n, v in parts[1].items()}
             except (RuntimeError, NotImplementedError):
                 pass  # an operation without a batching rule
-        return self.repeated(lambda: found.call(*inputs), count, seconds, least)
+        return self.repeated(lambda: found.call(*inputs), count, seconds, least, answered)
 
     def repeated(
-        self, call: Callable[[], tuple[Tensor, ...]], count: int, seconds: float, least: int = 100
+        self,
+        call: Callable[[], tuple[Tensor, ...]],
+        count: int,
+        seconds: float,
+        least: int = 100,
+        names: Sequence[str] = (),
     ) -> tuple[Tensor, dict[str, Tensor]]:
         rows, began = [], time.perf_counter()
         for i in range(count):
@@ -376,7 +428,7 @@ class PairTarget:
             if i + 1 >= least and time.perf_counter() - began > seconds:
                 break
         parts = list(zip(*rows))
-        return torch.stack(parts[0]), {n: torch.stack(p) for n, p in zip(self.latents, parts[1:])}
+        return torch.stack(parts[0]), {n: torch.stack(p) for n, p in zip(names, parts[1:])}
 
     def row_ratios(self, leaves: Leaves, count: int, seconds: float, most: int = 100) -> Tensor | None:
         """log p - log q of single rows (S, R), where rows do not share a latent that was guessed; else None."""
@@ -417,14 +469,16 @@ class PairTarget:
             with pyro.validation_enabled(False), torch.enable_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pyro's about the very NaN that is looked for
                 free = {n: v.detach().requires_grad_() for n, v in leaves.items()}
-                trace = self.guide_trace(free)
+                rows = self.look
+                trace = self.guide_trace(free, rows)
                 trace.compute_log_prob()
                 values = {n: s["value"] for n, s in trace.nodes.items() if is_latent(s)}
                 for name, value in values.items():
                     if not bool(value.isfinite().all() and trace.nodes[name]["log_prob"].isfinite().all()):
                         return name
-                given = {**values, **self.constrained(free)}
-                for factor in self.networks.run(self.weights(free), lambda: self.joint.factors(given)):
+                given = {**values, **self.constrained(free, rows)}
+                told = self.arguments(rows)
+                for factor in self.networks.run(self.weights(free), lambda: self.joint.factors(given, told)):
                     if not bool(factor.value.isfinite().all()):
                         return factor.name
                     if factor.value.requires_grad:

@@ -251,6 +251,7 @@ class SVI:
 
     def run(self, problem: Problem) -> Posterior:
         """Several short runs, the best to its end, then draws and their k-hat."""
+        from ..lazy_rows import resident
         from ..meter import Meter
         from ..posterior import Posterior
         from .paired import PairTarget
@@ -263,6 +264,8 @@ class SVI:
             from ..topics.fits import run_svi
 
             return run_svi(problem, self)
+        if self.batch_size is None:
+            problem = resident(problem, "SVI without batch_size")
         with Meter() as meter:
             if isinstance(self.guide, Amortised):
                 problem = replace(problem, guide=self.guide.build(problem))

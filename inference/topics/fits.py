@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,8 +15,10 @@ from tqdm import tqdm
 from ..guard import Deadline
 from ..meter import Meter
 from . import expected
+from . import streamed as streaming
 from .form import Admixture
 from .gibbs import sample
+from .streamed import StreamedBayes
 from .variational import VariationalBayes, mean_log
 
 if TYPE_CHECKING:
@@ -49,15 +52,17 @@ def plan(form: Admixture) -> str:
     return "\n".join(lines)
 
 
-def refuse_options(em: EM) -> None:
+def refuse_options(em: EM, dynamic: bool = False) -> None:
     """Options of EM that have no meaning here."""
+    from ..methods.em import DRIVERS
+
     if em.estimate == "mle":
         raise ValueError(
             "EM(estimate='mle') is not available for topic models: without priors on shares and topics, rare words have "
             "probability 0; use estimate='map' with small concentrations"
         )
     for name, unset in (
-        ("driver", ("auto", "incremental")),
+        ("driver", ("auto", "incremental") if dynamic else DRIVERS),
         ("start", (None,)),
         ("checkpoint", (None,)),
         ("kernels", (True,)),
@@ -91,7 +96,7 @@ def run_em(problem: Problem, em: EM) -> Posterior:
     from ..posterior import Posterior
 
     form = problem.admixture
-    refuse_options(em)
+    refuse_options(em, form.walk is not None)
     if form.walk:
         from .dynamic import run_em as run_dynamic
 
@@ -111,7 +116,9 @@ def run_em(problem: Problem, em: EM) -> Posterior:
                     em.callback(i, value, {})
 
             sizes = {s.name: math.prod(s.shape) for s in problem.structure.learned}
-            end = expected.climb(
+            streamed = em.driver in ("batch", "stepwise") or (em.driver == "auto" and documents.on_disk)
+            climb = partial(streaming.climb, driver=em.driver) if streamed else expected.climb
+            end = climb(
                 documents, form.alpha.cpu(), eta.contiguous().cpu(),
                 learn_alpha=form.alpha_param is not None, learn_eta=form.eta_param is not None,
                 tied=sizes.get(form.alpha_param or "", 0) == 1 < form.num_topics,
@@ -119,6 +126,7 @@ def run_em(problem: Problem, em: EM) -> Posterior:
                 tick=tick, over=over,
             )  # fmt: skip
         state = end.state
+        kept = {} if streamed else {"theta.concentration": (state.n + state.alpha).double()}
         draws = {form.topics: normalised(state.phi)[None]}
         draws |= learned(problem, form, state.alpha, state.eta[:1] if same else state.eta.T)
         meter.mark("run")
@@ -135,13 +143,13 @@ def run_em(problem: Problem, em: EM) -> Posterior:
         diagnostics={
             "plan": plan(form),
             "iterations": len(end.history),
-            "leave_one_out": end.history[-1] / tokens,
-            "validation_perplexity": end.validation,
+            ("log_likelihood_a_word" if streamed else "leave_one_out"): end.history[-1] / tokens,
+            **({} if streamed else {"validation_perplexity": end.validation}),
         },
         warnings=warnings + want_notes(problem),
         timings=meter.timings,
         converged=end.converged,
-        extra={"topics": {"theta.concentration": (state.n + state.alpha).double()}, "keep_labels": True},
+        extra={"topics": kept, "keep_labels": True},
     )
 
 
@@ -172,8 +180,9 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
         return run_dynamic(problem, svi)
     with deadline_of(problem) as over, Meter() as meter:
         documents = form.documents(problem.kwargs)
+        kind = StreamedBayes if documents.on_disk else VariationalBayes
         runs = [
-            VariationalBayes(documents, form.alpha.float().cpu(), form.eta.float().cpu(), seed=1000 * problem.seed + r)
+            kind(documents, form.alpha.float().cpu(), form.eta.float().cpu(), seed=1000 * problem.seed + r)
             for r in range(svi.starts or 1)
         ]
         meter.mark("setup")
@@ -227,7 +236,9 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
         warnings=warnings,
         timings=meter.timings,
         converged=converged,
-        extra={"topics": {"phi.concentration": lam, "theta.concentration": run.gamma}},
+        extra={
+            "topics": {"phi.concentration": lam} | ({} if documents.on_disk else {"theta.concentration": run.gamma})
+        },
     )
 
 
@@ -243,7 +254,7 @@ def improve_concentrations(run: VariationalBayes, form: Admixture, steps: int, b
     if steps < burn:
         return
     if form.alpha_param is not None:
-        run.alpha = dirichlet_maximum(run.alpha, mean_log(run.gamma).mean(0))
+        run.alpha = dirichlet_maximum(run.alpha, run.mean_logs)
     if form.eta_param is not None and run.lam is not None:
         V, total = run.eta.shape[1], float(mean_log(run.lam).mean(0).sum())
 

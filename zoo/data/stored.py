@@ -317,7 +317,8 @@ def _npz_parts(path: Path) -> Iterator[sp.csr_matrix]:
                     b = int(min(max(room, a + 1), len(indptr) - 1))
                     n = int(indptr[b] - indptr[a])
                     ids, values = (
-                        np.frombuffer(f.read(n * k.itemsize), k) for f, k in zip((words, counts), kinds, strict=True)
+                        np.frombuffer(f.read(n * k.itemsize), k).copy()
+                        for f, k in zip((words, counts), kinds, strict=True)
                     )
                     yield sp.csr_matrix((values, ids, indptr[a : b + 1] - indptr[a]), shape=(b - a, int(shape[1])))
                     a = b
