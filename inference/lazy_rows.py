@@ -203,7 +203,9 @@ class LazyRows(Tensor):
         return func(*map(filled, args), **{k: filled(v) for k, v in kwargs.items()})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Below `__torch_function__` nothing may see a tensor without numbers."""
         raise TypeError(f"{func} met a table whose rows are kept elsewhere; give it rows of it")
 

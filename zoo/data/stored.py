@@ -208,8 +208,8 @@ def _write(folder: Path, parts: Iterable[Any], about: dict[str, Any]) -> None:
         num_starts = starts.count - 1
     if first is None:
         raise ValueError("there are no parts: a corpus needs a document")
-    known = {**{n: len(v) for n, v in lists.items()}, "times": sum(map(len, times)), "sequences": num_starts}
-    for name, count in known.items():
+    told = {**{n: len(v) for n, v in lists.items()}, "times": sum(map(len, times)), "sequences": num_starts}
+    for name, count in told.items():
         if count not in (0, documents):
             raise ValueError(
                 f"{name} are known of {count} documents and there are {documents}: all parts need them, or none"
