@@ -1,9 +1,9 @@
 """EM and SVI on a table or a corpus that stays on disk, in a process that may not hold it: rate per row, and memory.
 
-The table is a memory-mapped .npy file, the corpus a folder of them (compressed rows: words and counts).  The process under test may allocate `--limit` MB and no more (RLIMIT_DATA: pages of
-the file are not counted, the kernel takes them back when it needs them); before every pass the file's pages are dropped, so
-that each pass reads the disk.  The in-memory rate is that of the same fit on the first rows as an array, in a process
-without a limit.
+The table is a memory-mapped .npy file, the corpus a folder of them (compressed rows: words and counts).  The process under
+test may allocate `--limit` MB and no more (RLIMIT_DATA: pages of the file are not counted, the kernel takes them back when it
+needs them); before every pass over a table the file's pages are dropped, so that each pass reads the disk.  The in-memory
+rate is that of the same fit on the first rows as an array (of a corpus: on its first documents), in a process without a limit.
 
     python benchmarks/beyond_memory.py [--gib 1] [--limit 1536] [--method em] [--warm]
     python benchmarks/beyond_memory.py --corpus lda [--gib 1] [--limit 1024]     # or: --corpus documents
@@ -90,9 +90,7 @@ def measure_corpus(path: str, where: str, method: str, limit: int) -> dict[str, 
     if where == "disk":
         resource.setrlimit(resource.RLIMIT_DATA, (limit << 20, limit << 20))
     marks: list[float] = []
-    chosen = EM(
-        restarts=1, max_iter=3, tol=0.0, driver=driver, callback=lambda *_: marks.append(time.perf_counter())
-    )
+    chosen = EM(restarts=1, max_iter=3, tol=0.0, driver=driver, callback=lambda *_: marks.append(time.perf_counter()))
     with Anonymous() as memory:
         start = time.perf_counter()
         posterior = fit(story, given, chosen, seed=0, progress=False)

@@ -15,7 +15,7 @@ from .lazy_rows import CELLS, LazyRows
 #: Rows up to which a table is dense from the start: the story is told on all of them anyway.
 FEW = 1000
 #: Entries that are looked at in one go.
-SPAN = 4_000_000
+SPAN = 1_000_000
 
 
 @dataclass(frozen=True)

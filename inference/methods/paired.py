@@ -128,7 +128,7 @@ class PairTarget:
         return name in self.parameters and self.parameters[name].local
 
     @property
-    def by_rows(self) -> bool:
+    def answers_rows(self) -> bool:
         """Whether anything is guessed or learned for every row, so that none may be left out of the answer."""
         structure = self.problem.structure
         if self.look is not None:
@@ -211,7 +211,7 @@ class PairTarget:
     def log_ratio(self, leaves: Leaves, rows: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """log p(data, u) - log q(u) at one draw u of the guide, and u."""
         scale = self.batches.scale
-        if rows is None and self.by_rows:
+        if rows is None and self.answers_rows:
             scale = self.batches.whole
         elif rows is None:
             rows, scale = self.batches.judged_rows()

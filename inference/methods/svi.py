@@ -325,10 +325,8 @@ class SVI:
     def climbs(self, problem: Problem, family: str) -> Climbs:
         """Everything that is to be climbed, as the checkpoint left it where there is one."""
         file, options = None, self
-        if problem.ranks.several and (self.checkpoint is not None or self.validation is not None):
-            raise ValueError(
-                "SVI over ranks keeps no checkpoint and holds no rows out: leave checkpoint and validation out"
-            )
+        if problem.ranks.several and self.validation is not None:
+            raise ValueError("SVI over ranks holds no rows out: leave validation out")
         if self.checkpoint is not None:
             said = replace(self, checkpoint=None)
             file = ClimbFile(Path(self.checkpoint), problem, said, family)
