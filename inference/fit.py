@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .choose import WANTS, Choice, check_request, choose
+from .devices import DeviceChoice, settled
 from .distributed import ALONE, SHARES, Ranks, own_device, start
 from .guard import MemoryGuard, frees_memory
 from .lazy_rows import has_lazy, resident
@@ -58,7 +59,8 @@ def fit(
         Of every random choice: the same seed gives the same numbers, bit by bit. None draws one from the operating
         system and records it as `posterior.seed`.
     device
-        "auto", "cpu" or "cuda".
+        "auto", "cpu" or "cuda". "auto" times a few steps on each device that is there, and says in `posterior.why()` what it
+        took and why.
     budget
         Seconds that the run may take; the best answer so far is returned, marked as not converged.
     memory
@@ -105,24 +107,45 @@ def fit(
     others = start(ranks)
     if progress is None:
         progress = sys.stderr.isatty()
-    problem = others.together(
-        lambda: prepare(
+
+    def on(place: str | torch.device) -> Problem:
+        return prepare(
             story,
             data,
             guide=guide,
-            device=own_device(device) if others.several else device,
+            device=own_device(place) if others.several else place,
             seed=seed,
             budget=budget,
             want=want,
             progress=progress and others.leads,
         )
-    )
+
+    problem = others.together(lambda: on(device))
     if others.several:
         problem = replace(problem, seed=others.first(problem.seed))
     choice = others.together(lambda: decide(problem, method))
     if method == "auto":
         choice = others.first(choice)  # clocks differ
-    return run(problem, choice, time.perf_counter() - began, others, memory)
+    place = None
+    if device == "auto":
+        problem, place = on_a_device(problem, choice, on, others)
+    posterior = run(problem, choice, time.perf_counter() - began, others, memory)
+    if place is None:
+        return posterior
+    told = {**posterior.diagnostics, "device": str(place)}
+    return replace(posterior, diagnostics=told, timings={**posterior.timings, **place.timings})
+
+
+def on_a_device(
+    problem: Problem, choice: Choice, on: Callable[[str], Problem], others: Ranks
+) -> tuple[Problem, DeviceChoice]:
+    """The problem where its method runs fastest; of several ranks the first decides, as its clock is not the others'."""
+    if not others.several:
+        return settled(problem, choice.method, lambda place: replace(on(place), seed=problem.seed))
+    place = others.first(settled(problem, choice.method, on)[1] if others.leads else DeviceChoice("cpu"))
+    if place.device == "cpu":
+        return problem, place
+    return others.together(lambda: replace(on(place.device), seed=problem.seed, asked="auto")), place
 
 
 def decide(problem: Problem, method: str | Method) -> Choice:
@@ -187,19 +210,12 @@ def run(
         posterior = posterior.finished()
         if ranks.several:
             posterior = agreed(posterior, ranks)
-    found = {"device": f"{problem.device}{chosen_alone(problem)}"}
+    found = {"device": str(problem.device)}
     posterior = replace(posterior, diagnostics={**posterior.diagnostics, **found})
     timings = dict(posterior.timings)
     timings["setup"] = timings.get("setup", 0.0) + setup
     timings["total"] = setup + time.perf_counter() - start
     return replace(posterior, timings=timings)
-
-
-def chosen_alone(problem: Problem) -> str:
-    """Why "auto" took the processor."""
-    if problem.device.type != "cpu" or problem.asked != "auto":
-        return ""
-    return ' ("auto"; device="cuda" is there)' if torch.cuda.is_available() else ' ("auto": no CUDA device was found)'
 
 
 def agreed(posterior: Posterior, ranks: Ranks) -> Posterior:

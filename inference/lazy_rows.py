@@ -229,7 +229,8 @@ def _moved(x: LazyRows, *args: Any, **kwargs: Any) -> LazyRows:
 def _aminmax(x: LazyRows) -> Any:
     """`torch.aminmax(x)`."""
     low, high = x.source.extremes()
-    return torch.return_types.aminmax((torch.tensor(low), torch.tensor(high)))  # type: ignore[attr-defined]
+    ends = (torch.tensor(low, dtype=torch.float64), torch.tensor(high, dtype=torch.float64))
+    return torch.return_types.aminmax(ends)  # type: ignore[attr-defined]
 
 
 def _sum(x: LazyRows, dim: int | None = None, keepdim: bool = False) -> Tensor:

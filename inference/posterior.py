@@ -102,8 +102,10 @@ class Posterior:
             return recogniser(self)
 
     def why(self) -> str:
-        """The method that ran, the rule that chose it, and every other method's verdict with its premise."""
-        return str(self.choice) if self.choice else f"{self.method.name}: called directly"
+        """The method that ran, the rule that chose it, every other method's verdict with its premise, and the device."""
+        text = str(self.choice) if self.choice else f"{self.method.name}: called directly"
+        device = self.diagnostics.get("device")
+        return f"{text}\ndevice: {device}" if device else text
 
     def finished(self) -> Posterior:
         """Match exchangeable components across draws, then judge convergence on the matched draws."""

@@ -26,7 +26,7 @@ from ..sharing import fewer_rows
 from .ascent import Leaves
 from .batches import Batches, is_latent, side_by_side
 from .networks import Networks
-from .parameters import NETWORK_RATE, Parameter, guide_arguments, no_guess, watched
+from .parameters import NETWORK_RATE, Parameter, column_means, guide_arguments, no_guess, reads_missing, watched
 from .scored import compares, score_step
 from .shared import in_step, joint_draws, of_all_ranks, whole_norm
 from .svi_step import ASKED, faster
@@ -67,7 +67,9 @@ class PairTarget:
         self.plate = problem.structure.data_plate
         self.joint.holes = {s.name: s.missing > 0 for s in problem.structure.observed}
         self.networks = Networks(problem.story, problem.model, problem.guide)
-        self.filled = guide_arguments(problem, problem.kwargs)
+        lazy = has_lazy(problem.kwargs)  # these have their holes filled batch by batch
+        self.filled = problem.kwargs if lazy else guide_arguments(problem, problem.kwargs)
+        self.means = column_means(problem) if lazy and not reads_missing(problem.guide) else {}
         self.held: dict[str, Tensor] = {}  # rows that are not on the device, while a step runs on them
         self.feeds = False
         initialise = getattr(problem.story, "initialise", None)
@@ -168,13 +170,14 @@ class PairTarget:
 
     def arguments(self, rows: Tensor | None, filled: bool = False) -> dict[str, Any]:
         """The story's arguments, of all rows or of some; `filled` without holes, as the guide takes them."""
-        if self.held:
-            given = {**self.problem.kwargs, **self.held}
-            return guide_arguments(self.problem, given) if filled else given
         kwargs = self.filled if filled else self.problem.kwargs
-        if rows is None:
+        if self.held:
+            kwargs = {**self.problem.kwargs, **self.held}
+        elif rows is not None:
+            kwargs = {n: v[rows] if n in self.batches.names else v for n, v in kwargs.items()}
+        if not (filled and self.means):
             return kwargs
-        return {n: v[rows] if n in self.batches.names else v for n, v in kwargs.items()}
+        return {n: torch.where(v.isnan(), self.means[n], v) if n in self.means else v for n, v in kwargs.items()}
 
     def guide_trace(self, leaves: Leaves, rows: Tensor | None = None, drawn: Leaves | None = None) -> Any:
         """One run of the guide, its latents held at what was `drawn`."""

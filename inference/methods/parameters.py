@@ -92,6 +92,16 @@ def guide_arguments(problem: Problem, kwargs: Mapping[str, Any]) -> dict[str, An
     return {n: filled(v, problem.kwargs.get(n)) for n, v in kwargs.items()}
 
 
+def column_means(problem: Problem) -> dict[str, Tensor]:
+    """Means of the columns of every argument of rows that has holes."""
+    found = {}
+    for name in problem.structure.row_arguments:
+        value = problem.kwargs[name]
+        if value.is_floating_point() and has_nan(value):
+            found[name] = value.nanmean(0).nan_to_num(0.0).to(problem.device)
+    return found
+
+
 def filled(value: Any, fitted: Any) -> Any:
     """NaN replaced by the mean of its column in the fitted data: a guide may guess from anything."""
     if not (isinstance(value, Tensor) and value.is_floating_point() and has_nan(value)):

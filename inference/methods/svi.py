@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,6 +20,7 @@ from torch import Tensor
 from .base import Verdict, density_objection, gradient_objection, one_of, positive_float, positive_int
 from .climb_file import ClimbFile
 from .climbs import INTERRUPTED, SPENT, Climbs
+from .cuda_graphs import refuse
 from .encoders import Amortised
 from .holdout import split
 from .tightened import OBJECTIVES, check_objective
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 GUIDES = ("auto", "story", "mean_field", "low_rank", "full_rank", "flow")
 SCHEDULES = ("auto", "adaptive", "constant", "cosine", "one_cycle")
-MODES = ("auto", "eager", "graph", "inductor")
+MODES = ("auto", "eager", "graph", "inductor", "cudagraph")
 #: Draws a step and starts where no networks are learned; and, where they are, rows from which on batches are taken, and theirs.
 PARTICLES, STARTS, MANY, BATCH = 8, 3, 1024, 256
 #: Unknowns up to which "auto" affords a full covariance.
@@ -74,8 +76,9 @@ class SVI:
         Draws of the fitted guide.
     mode
         How a step runs: "eager" (the Pyro program), "graph" (recorded once), "inductor" (the graph compiled; needs a C++
-        compiler), or "auto": a graph where it agrees with the program, compiled where a long run pays for it. What ran,
-        and why nothing faster did, is in `posterior.diagnostics` under "mode" and "reason".
+        compiler), "cudagraph" (on a card: the graph and Adam launched by one call each), or "auto": a graph where it agrees
+        with the program, compiled where a long run pays for it, on a card a CUDA graph. What ran, and why nothing faster did,
+        is in `posterior.diagnostics` under "mode" and "reason".
     schedule
         Step size: "adaptive" (falls when the ELBO stops rising, and may end the run), or over all `steps` "constant",
         "cosine" (to zero) or "one_cycle" (up for 30 % of the steps, then to zero). "auto": "cosine" for flows, whose climb is
@@ -356,6 +359,7 @@ class SVI:
         from .svi_step import WORTH
         from .weighted import Weights
 
+        refuse(self.mode, problem.device)
         hurried = self.mode == "auto" and problem.budget is not None and problem.budget < WORTH
         mode = "graph" if hurried else self.mode  # compiling would spend the budget
         particles = self.particles or PARTICLES
@@ -374,6 +378,16 @@ class SVI:
                 f"guide; this fit derives its guide ({family})"
             )
         return DerivedTarget(problem, family, particles, batch, mode, self.steps)
+
+    def trial(self, problem: Problem) -> Callable[[], Any]:
+        """An estimate of the ELBO with its gradient, to be timed."""
+        chosen = self.settled(problem.structure)
+        if isinstance(self.guide, Amortised):
+            problem = replace(problem, guide=self.guide.build(problem))
+        hurried = replace(chosen, mode="graph" if self.mode == "auto" else self.mode)
+        target = hurried.target(problem, self.family(problem.structure))
+        leaves = target.start()
+        return lambda: target.objective(leaves)
 
     def answer(
         self, problem: Problem, target: Any, leaves: Leaves, seconds: float
