@@ -41,6 +41,25 @@ def onednn_is_faster() -> bool:
     )
 
 
+@cache
+def product() -> Any:
+    """The operation (M, K), (K, N), bias (N,) or None -> (M, N); one that Inductor leaves whole."""
+    # Inductor has a lowering of its own for oneDNN's operation, which only takes weights that never change.
+    library = torch.library.Library("model_zoo", "DEF")
+    library.define("product(Tensor a, Tensor b, Tensor? bias) -> Tensor")
+    library.impl("product", _by_onednn, "CPU")
+    torch.library.register_fake("model_zoo::product", lambda a, b, bias: a.new_empty(len(a), b.shape[1]), lib=library)
+    _KEPT.append(library)  # the operation goes with it
+    return torch.ops.model_zoo.product.default
+
+
+_KEPT: list[torch.library.Library] = []
+
+
+def _by_onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(a, b.t(), bias, "none", [], "")
+
+
 def pays(a: Tensor, b: Tensor) -> bool:
     """Whether oneDNN multiplies (M, K) by (K, N) faster."""
     (rows, inner), columns = a.shape, b.shape[1]
@@ -85,10 +104,8 @@ def quick_products(graph: PureGraph, example: tuple[Tensor, ...]) -> PureGraph:
         if node.name in look.found:
             *bias, a, b = node.args
             with nodes.inserting_before(node):
-                weight = nodes.call_function(aten.t.default, (b,))
-                args = (a, weight, bias[0] if bias else None, "none", [], "")
-                product = nodes.call_function(torch.ops.mkldnn._linear_pointwise.default, args)
-            node.replace_all_uses_with(product)
+                quick = nodes.call_function(product(), (a, b, bias[0] if bias else None))
+            node.replace_all_uses_with(quick)
             nodes.erase_node(node)
     return PureGraph(fx.GraphModule({}, nodes), graph.constants)
 
