@@ -30,7 +30,7 @@ class _Written(Exception):
 
 def pure_graph(
     fn: Callable[..., Any], example: tuple[Tensor, ...], *, random: bool = False, differentiable: bool = False
-) -> Callable[..., Any]:
+) -> PureGraph:
     """`fn` as a graph of aten operations; what does not depend on the inputs has been computed once.
 
     Parameters
@@ -189,7 +189,7 @@ class _Recorder(TorchDispatchMode):
             if part.is_floating_point():
                 self._nodes[id(part)] = self.graph.call_function(nan_unless_ok, (self._name(part), self._name(info)))
 
-    def finish(self, out: Any, random: bool, differentiable: bool) -> Callable[..., Any]:
+    def finish(self, out: Any, random: bool, differentiable: bool) -> PureGraph:
         """The recorded graph as a function of the inputs."""
         self.graph.output(tree_map(self._name, out))
         if not differentiable:
