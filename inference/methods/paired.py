@@ -21,6 +21,7 @@ from ..handlers import MissingCells, ScaleRows, Substitute, unwrap
 from ..joint import LogJoint
 from ..lazy_rows import has_lazy
 from ..problem import Problem
+from ..products import quick_products
 from ..recorder import pure_graph
 from ..sharing import fewer_rows
 from .ascent import Leaves
@@ -139,11 +140,15 @@ class PairTarget:
         return self.batches.size is None or own or any(p.local for p in self.parameters.values())
 
     @property
+    def shared(self) -> list[str]:
+        """Sites of the guide that rows share."""
+        structure = self.problem.structure
+        return [n for n in self.sites if n not in structure or not structure[n].local]
+
+    @property
     def apart(self) -> bool:
         """Whether ranks draw latents that all rows share along with those of their own rows, so that no two draws are one."""
-        structure = self.problem.structure
-        shared = any(n not in structure or not structure[n].local for n in self.sites)
-        return self.problem.ranks.shares_rows and bool(structure.continuous_locals) and shared
+        return self.problem.ranks.shares_rows and bool(self.problem.structure.continuous_locals) and bool(self.shared)
 
     def whole_norm(self, norm: Tensor, gradients: Leaves) -> Tensor:
         """With the parts of other ranks' rows."""
@@ -391,8 +396,7 @@ class PairTarget:
     def own_draws(self, leaves: Leaves, count: int, seconds: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The same with the rows of this rank."""
 
-        shared = [n for n in self.latents if not self.problem.structure[n].local]
-        least = 100 if shared or self.batches.size is None else 5
+        least = 100 if self.shared or self.batches.size is None else 5
 
         def one(*free: Tensor) -> tuple[Tensor, ...]:
             with torch.no_grad(), pyro.validation_enabled(False):
@@ -400,17 +404,19 @@ class PairTarget:
             return (ratio, *(values[n].clone() for n in answered))
 
         # Rows that are not all here answer when they are asked: their guide reads them.
-        answered = shared if self.look is not None else self.latents
+        answered = [n for n in self.latents if n in self.shared] if self.look is not None else self.latents
         inputs = tuple(leaves.values())
         if not self.sites:
             return self.repeated(lambda: one(*inputs), 1, seconds, names=answered)
-        width = max(1, min(100, count, int(2e7 / max(1, self.problem.structure.data_bytes))))
+        width = max(1, min(100, count, int(4e6 / max(1, self.problem.structure.data_bytes))))
         if width == 1 and least < 100:  # a recording would cost more runs over all rows than it saves
             return self.repeated(lambda: one(*inputs), count, seconds, least, answered)
         found = capture(one, inputs, random=True)
         if found.mode == "graph" and width > 1:
-            many = side_by_side(found.call, width, len(inputs))
             try:
+                many = quick_products(
+                    pure_graph(side_by_side(found.call, width, len(inputs)), inputs, random=True), inputs
+                )
                 parts = self.repeated(lambda: many(*inputs), -(-count // width), seconds, least, answered)
                 return parts[0].flatten(0, 1)[:count], {n: v.flatten(0, 1)[:count] for n, v in parts[1].items()}
             except (RuntimeError, NotImplementedError):
@@ -435,18 +441,18 @@ class PairTarget:
 
     def row_ratios(self, leaves: Leaves, count: int, seconds: float, most: int = 100) -> Tensor | None:
         """log p - log q of single rows (S, R), where rows do not share a latent that was guessed; else None."""
-        structure = self.problem.structure
-        shared = [n for n in self.sites if n not in structure or not structure[n].local]
-        if self.plate is None or shared or not self.sites or not self.batches.names:
+        if self.plate is None or self.shared or not self.sites or not self.batches.names:
             return None
         chosen = torch.linspace(0, self.batches.rows - 1, min(most, self.batches.rows)).round().long()
         rows = self.batches.among(chosen.to(self.problem.device))
 
-        def one() -> tuple[Tensor]:
+        def one(*free: Tensor) -> tuple[Tensor]:
             with torch.no_grad(), pyro.validation_enabled(False):
-                return (row_weights(self, leaves, rows),)
+                return (row_weights(self, dict(zip(leaves, free)), rows),)
 
-        return self.repeated(one, count, seconds)[0]
+        inputs = tuple(leaves.values())
+        found = capture(one, inputs, random=True)
+        return self.repeated(lambda: found.call(*inputs), count, seconds)[0]
 
     def blame(self, leaves: Leaves, gradients: Leaves) -> tuple[str | None, str]:
         """The parameter whose gradient is not finite, and the site that made it so."""

@@ -41,6 +41,8 @@ PARTICLES, STARTS, MANY, BATCH = 8, 3, 1024, 256
 FULL_RANK = 50
 #: Bytes that draws of latents may take; with a latent a row there are fewer draws.
 DRAW_BYTES = 200e6
+#: Draws of all rows together where rows share no latent: each row speaks for itself, and new ones are asked for by `local`.
+ROW_DRAWS = 200_000
 #: Effective share of the draws above which importance weights count as equal.
 EQUAL_WEIGHTS = 0.99
 #: Draws of a block of the importance-weighted bound.
@@ -73,7 +75,7 @@ class SVI:
     patience
         Falls of the step size without a gain before the run has converged.
     draws
-        Draws of the fitted guide.
+        Draws of the fitted guide; fewer where rows share no latent and there are many of them: `local` draws for rows.
     mode
         How a step runs: "eager" (the Pyro program), "graph" (recorded once), "inductor" (the graph compiled; needs a C++
         compiler), "cudagraph" (on a card: the graph and Adam launched by one call each), or "auto": a graph where it agrees
@@ -395,9 +397,12 @@ class SVI:
         """Draws of the fitted guide, the ELBO again with its error, k-hat, and what they say."""
         from ..diagnostics import KHAT_LIMIT, pareto_khat
         from ..score import ladder
+        from .paired import PairTarget
 
         cells = sum(math.prod(s.shape) for s in problem.structure.latents if s.continuous)
         count = max(25, min(self.draws, int(DRAW_BYTES / 8 / max(1, cells))))
+        if isinstance(target, PairTarget) and not target.shared:
+            count = max(25, min(count, ROW_DRAWS // (problem.structure.num_rows or 1)))
         log_ratio, draws = target.draws(leaves, count, seconds)
         draws = {n: v[: self.draws].detach().cpu() for n, v in draws.items()}
         weights = log_ratio.detach().double().cpu().numpy()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..capture import Captured, check_agreement, reason_of
+from ..products import quick_products
 from ..recorder import PureGraph
 from ..session import isolated
 from .cuda_graphs import graphed
@@ -55,6 +56,22 @@ def pays(call: Callable[..., Any], graph: Callable[..., Any], example: tuple[Ten
         return pilot(call, example) < PAYS * pilot(graph, example)
 
 
+def with_quick_products(
+    graph: Callable[..., Any], example: tuple[Tensor, ...], points: Sequence[tuple[Tensor, ...]]
+) -> Callable[..., Any]:
+    """The graph with other kernels for its matrix products, where they gain and agree."""
+    if not isinstance(graph, PureGraph):
+        return graph
+    with isolated(0, torch.get_default_dtype()):
+        quick = quick_products(graph, example)
+    try:
+        for seed, point in enumerate((example, *points) if quick is not graph else ()):
+            check_agreement(quick, graph, point, seed)
+    except (RuntimeError, NotImplementedError):  # a build of PyTorch whose kernel is another one: nothing is lost
+        return graph
+    return quick
+
+
 def faster(
     graph: Callable[..., Any], example: tuple[Tensor, ...], points: Sequence[tuple[Tensor, ...]], mode: str, steps: int
 ) -> Captured:
@@ -81,6 +98,7 @@ def faster(
             return on_card
         if mode == "cudagraph" or on_card.reason:
             return Captured(graph, "graph", on_card.reason or "CUDA graph: it is not faster")
+    graph = with_quick_products(graph, example, points)
     if mode not in ("auto", "inductor"):
         return Captured(graph, "graph")
     if not isinstance(graph, PureGraph):
