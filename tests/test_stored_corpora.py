@@ -9,7 +9,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from inference import EM, SVI, fit, lazy_rows, rehearsal, sparse_rows
+from inference import EM, SVI, fit, lazy_rows, load, rehearsal, sparse_rows
 from inference.lazy_rows import LazyRows
 from inference.sparse_rows import Counts, Rows
 from inference.topics import shares, streamed
@@ -36,6 +36,12 @@ def corpus():
 @pytest.fixture(scope="module")
 def on_disk(corpus, tmp_path_factory):
     return corpus.save(tmp_path_factory.mktemp("corpora") / "manual")
+
+
+@pytest.fixture(scope="module")
+def narrow(corpus):
+    """The same documents over their sixty most frequent words."""
+    return corpus.pruned(most=60)
 
 
 @pytest.fixture
@@ -183,12 +189,12 @@ def test_a_table_that_is_too_large_is_never_made_whole(on_disk, monkeypatch):
     assert isinstance(part, LazyRows) and torch.equal(part[5], x[105]) and len(part) == 300
 
 
-def test_sparse_counts_in_memory_are_taken(corpus):
+def test_sparse_counts_in_memory_are_taken(narrow):
     """Whole numbers only; of small tables the dense form is made at once."""
-    a = fit(MultinomialMixture(2), corpus.counts, EM(restarts=1), seed=0)
-    b = fit(MultinomialMixture(2), corpus.counts.toarray(), EM(restarts=1), seed=0)
+    a = fit(MultinomialMixture(2), narrow.counts, EM(restarts=1), seed=0)
+    b = fit(MultinomialMixture(2), narrow.counts.toarray(), EM(restarts=1), seed=0)
     assert torch.equal(a.draws["phi"], b.draws["phi"])
-    bad = corpus.counts.copy()
+    bad = narrow.counts.copy()
     bad.data[7] = -1
     with pytest.raises(ValueError, match="x: row 0 has count -1"):
         fit(MultinomialMixture(2), bad, "em")
@@ -197,19 +203,19 @@ def test_sparse_counts_in_memory_are_taken(corpus):
 # -- fits ------------------------------------------------------------------------------------------------------------
 
 
-def test_mixtures_of_documents_on_disk(corpus, on_disk, few_rows, monkeypatch):
+def test_mixtures_of_documents_on_disk(narrow, few_rows, monkeypatch, tmp_path):
     """The answer of the dense table in memory, to the last bit, from blocks of which none is a tenth of the table."""
-    monkeypatch.setattr("inference.methods.em.mixture.FEATURES", 40_000)
+    monkeypatch.setattr("inference.methods.em.mixture.FEATURES", 4_000)
     monkeypatch.setattr("inference.methods.em.mixture.KEEP", 0)
     monkeypatch.setattr("inference.methods.em.mixture.TURN", 0)
     monkeypatch.setattr("inference.methods.batches.JUDGED", 40)
     monkeypatch.setattr("inference.methods.em.start.SAMPLE", 60)
     monkeypatch.setattr("inference.methods.em.plan.PLAN_ROWS", 60)
     monkeypatch.setattr("inference.shapes.PIECE_ROWS", 64)
-    monkeypatch.setattr(lazy_rows, "CELLS", 64 * 1068)
+    monkeypatch.setattr(lazy_rows, "CELLS", 64 * 60)
     monkeypatch.setattr(lazy_rows, "LEAST", 256)
-    method = EM(restarts=2, max_iter=20)
-    dense = fit(MultinomialMixture(3), corpus.counts.toarray(), method, seed=0)
+    method, on_disk = EM(restarts=2, max_iter=20), narrow.save(tmp_path / "narrow")
+    dense = fit(MultinomialMixture(3), narrow.counts.toarray(), method, seed=0)
     largest: list[int] = []
     read = Counts.read
 
@@ -226,11 +232,11 @@ def test_mixtures_of_documents_on_disk(corpus, on_disk, few_rows, monkeypatch):
     assert torch.equal(sparse.log_prob(), dense.log_prob())
 
 
-def test_batches_of_documents_on_disk(corpus, on_disk, few_rows, monkeypatch):
+def test_batches_of_documents_on_disk(narrow, few_rows, tmp_path):
     """The end is that of the table in memory: a wrong weight of the batch, or of the rows it is judged on, would show."""
-    method = SVI(batch_size=64, steps=60, starts=1, draws=30, lr=0.05, particles=2)
-    dense = fit(MultinomialMixture(2), corpus.counts.toarray(), method, seed=0)
-    sparse = fit(MultinomialMixture(2), on_disk, method, seed=0)
+    method = SVI(batch_size=64, steps=150, starts=1, draws=30, lr=0.05, particles=2)
+    dense = fit(MultinomialMixture(2), narrow.counts.toarray(), method, seed=0)
+    sparse = fit(MultinomialMixture(2), narrow.save(tmp_path / "narrow"), method, seed=0)
     a, b = sparse.diagnostics["elbo"], dense.diagnostics["elbo"]
     assert abs(a / b - 1) < 0.02, (a, b)
 
@@ -287,9 +293,20 @@ def test_shares_are_written_piece_by_piece(corpus, on_disk, few_rows, tmp_path, 
     np.testing.assert_allclose(shares(posterior, corpus[100:120]), whole[100:120], atol=1e-5)
 
 
-def test_methods_that_see_all_rows_are_refused_in_time(on_disk, few_rows, monkeypatch):
+def test_a_saved_answer_holds_some_documents_and_says_so(corpus, on_disk, few_rows, tmp_path, monkeypatch):
+    """Not a corpus of any size; topics and questions about new documents are those of the fit."""
+    monkeypatch.setattr("inference.checkpoint.KEPT_ROWS", 30)
+    posterior = fit(LDA(3), on_disk, EM(restarts=1, max_iter=4), seed=0)
+    again = load(posterior.save(tmp_path / "answer"), LDA(3))
+    assert torch.equal(again.draws["phi"], posterior.draws["phi"]) and len(shares(again)) == 30
+    assert any("502 rows of the fit were not saved" in w for w in again.warnings)
+    np.testing.assert_allclose(shares(again, corpus[40:50]), shares(posterior, corpus[40:50]), atol=1e-6)
+
+
+def test_methods_that_see_all_rows_are_refused_in_time(narrow, few_rows, monkeypatch, tmp_path):
     """Before any work, with the way out."""
-    monkeypatch.setattr(lazy_rows, "CELLS", 100_000)
+    on_disk = narrow.save(tmp_path / "narrow")
+    monkeypatch.setattr(lazy_rows, "CELLS", 10_000)
     monkeypatch.setattr(lazy_rows, "LEAST", 100)
     with pytest.raises(ValueError, match=r"SVI without batch_size sees all rows.*SVI\(batch_size"):
         fit(MultinomialMixture(3), on_disk, SVI(steps=5), seed=0)
