@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .problem import Problem
 
 #: Numbers of a table that may be made at once.
-CELLS = 16_000_000
+CELLS = 4_000_000
 #: Rows that may be made at once however wide they are.
 LEAST = 512
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import stories
 
 from inference import EM, HMC, NUTS, SVI, fit
-from zoo import GMM, PPCA, FactorAnalysis, GaussianHMM, MixtureOfFactorAnalysers
+from zoo import GMM, LDA, PPCA, FactorAnalysis, GaussianHMM, MixtureOfFactorAnalysers, load_corpus
 
 #: Rows of every rank, by how many there are.
 CUTS = {1: [2000], 2: [700, 1300], 3: [300, 700, 1000]}
@@ -154,6 +154,27 @@ def mfa() -> dict[str, Tensor]:
     """Components with factors of their own, clusters from the rows of all ranks."""
     story = MixtureOfFactorAnalysers(num_components=2, num_factors=1, scale=3.0)
     return result(fit(story, own(clusters(d=4)), EM(restarts=2, max_iter=40), seed=1, ranks="own"))
+
+
+@piece
+def topics() -> dict[str, Tensor]:
+    """Expected counts of the documents of all ranks; concentrations learned on them."""
+    data = {"w": torch.from_numpy(load_corpus().pruned(most=100).counts.toarray()).double()}
+    found = {}
+    for driver in ("batch", "stepwise"):
+        posterior = fit(LDA(4, None, None), data, EM(restarts=1, max_iter=6, driver=driver), seed=1)
+        found |= {f"{driver}/{n}": v for n, v in result(posterior).items()}
+        found[f"{driver}/theta"] = posterior.local("theta").mean(0)
+    return found
+
+
+@piece
+def topics_own() -> dict[str, Tensor]:
+    """Variational Bayes of documents that each rank brought itself."""
+    w = torch.from_numpy(load_corpus().pruned(most=100).counts.toarray()).double()
+    cut = {1: [502], 2: [180, 322], 3: [80, 180, 242]}[SIZE]
+    posterior = fit(LDA(4), {"w": w.split(cut)[RANK]}, SVI(steps=15, starts=1, draws=30), seed=1, ranks="own")
+    return {"elbo": torch.tensor(posterior.diagnostics["elbo"], dtype=torch.float64)}
 
 
 # -- SVI -------------------------------------------------------------------------------------------------------------

@@ -30,8 +30,20 @@ EM_PIECES = [
 ]
 SVI_PIECES = ["svi_derived", "svi_params", "svi_rows"]
 CHAINS = ["nuts", "hmc"]
+TOPICS = ["topics", "topics_own"]
 RESUMED = ["svi_goes_on", "hmc_goes_on"]
-QUICK = [*EM_PIECES, *CHAINS, "alike", "faults", "gmm_incremental", *SVI_PIECES, "svi_batches", "svi_network", *RESUMED]
+QUICK = [
+    *EM_PIECES,
+    *CHAINS,
+    "alike",
+    "faults",
+    "gmm_incremental",
+    *SVI_PIECES,
+    "svi_batches",
+    "svi_network",
+    *RESUMED,
+    *TOPICS,
+]
 
 
 def environment() -> dict[str, str]:
@@ -170,6 +182,18 @@ def test_one_process_goes_on_from_where_ranks_stopped(alone, ranks, folder):
         for key, value in found.items():
             wanted = parts(alone, "svi_goes_on")[f"{name}/{key}"]
             np.testing.assert_allclose(value, wanted, rtol=1e-8, atol=1e-8, err_msg=f"{name} {key}")
+
+
+def test_topics_of_documents_held_apart(alone, ranks):
+    """Full passes are those of one process, but for rounding in single precision; runs side by side end as high."""
+    wanted, found = parts(alone, "topics"), parts(ranks[0], "topics")
+    for name in ("phi", "alpha", "eta", "theta"):
+        np.testing.assert_allclose(found[f"batch/{name}"], wanted[f"batch/{name}"], rtol=1e-3, atol=1e-4, err_msg=name)
+    np.testing.assert_allclose(found["batch/history"], wanted["batch/history"], rtol=1e-6)
+    assert found["stepwise/theta"].shape == (502, 4)
+    assert found["stepwise/history"][-1] > wanted["stepwise/history"][-1] - 0.002 * abs(wanted["stepwise/history"][-1])
+    bound, own = (float(parts(r, "topics_own")["elbo"]) for r in (alone, ranks[0]))
+    assert abs(own / bound - 1) < 0.01, (own, bound)
 
 
 def test_what_cannot_be_shared_is_done_by_all(alone, ranks):

@@ -250,7 +250,7 @@ class SVI:
 
     def unshareable(self, structure: Structure) -> str:
         """Why several processes cannot hold rows apart, or nothing."""
-        if self.family(structure) == "story" or not structure.continuous_locals:
+        if self.family(structure) in ("story", "topics") or not structure.continuous_locals:
             return ""
         return f"the derived guide has a latent {structure.continuous_locals[0].name!r} for every row (a story's own may not)"
 

@@ -116,8 +116,10 @@ def run_em(problem: Problem, em: EM) -> Posterior:
                     em.callback(i, value, {})
 
             sizes = {s.name: math.prod(s.shape) for s in problem.structure.learned}
-            streamed = em.driver in ("batch", "stepwise") or (em.driver == "auto" and documents.on_disk)
-            climb = partial(streaming.climb, driver=em.driver) if streamed else expected.climb
+            ranks = problem.ranks
+            streamed = documents.on_disk or ranks.shares_rows if em.driver == "auto" else em.driver != "incremental"
+            driver = "stepwise" if em.driver == "auto" else em.driver
+            climb = partial(streaming.climb, driver=driver, ranks=ranks) if streamed else expected.climb
             end = climb(
                 documents, form.alpha.cpu(), eta.contiguous().cpu(),
                 learn_alpha=form.alpha_param is not None, learn_eta=form.eta_param is not None,
@@ -133,7 +135,7 @@ def run_em(problem: Problem, em: EM) -> Posterior:
     warnings = [over.reason] if end.stopped else []
     if not end.converged and not end.stopped:
         warnings.append(f"EM did not converge in {em.max_iter} passes; raise max_iter or tol")
-    tokens = max(documents.num_tokens, 1.0)
+    tokens = max(streaming.total(problem.ranks, documents.num_tokens), 1.0)
     return Posterior(
         kind="point",
         method=em,
@@ -180,14 +182,17 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
         return run_dynamic(problem, svi)
     with deadline_of(problem) as over, Meter() as meter:
         documents = form.documents(problem.kwargs)
-        kind = StreamedBayes if documents.on_disk else VariationalBayes
+        ranks = problem.ranks
+        streamed = documents.on_disk or ranks.shares_rows
+        kind = partial(StreamedBayes, ranks=ranks) if streamed else VariationalBayes
+        late = (lambda: ranks.first(over())) if ranks.shares_rows else over
         runs = [
             kind(documents, form.alpha.float().cpu(), form.eta.float().cpu(), seed=1000 * problem.seed + r)
             for r in range(svi.starts or 1)
         ]
         meter.mark("setup")
         histories: list[list[float]] = []
-        few = documents.num_tokens < expected.MANY
+        few = streaming.total(ranks, documents.num_tokens) < expected.MANY
         trial = (30 if few else 4) if len(runs) > 1 else 1
         for run in runs:
             if svi.batch_size is not None:
@@ -207,8 +212,8 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
                         converged = True
                         break
                     run.fresh = False  # the last sweeps never fall
-                if over():
-                    warnings.append(over.reason)
+                if late():
+                    warnings.append(over.reason or "the budget of the first rank is used up")
                     break
         run.widen()
         bound = run.bound()
@@ -236,9 +241,7 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
         warnings=warnings,
         timings=meter.timings,
         converged=converged,
-        extra={
-            "topics": {"phi.concentration": lam} | ({} if documents.on_disk else {"theta.concentration": run.gamma})
-        },
+        extra={"topics": {"phi.concentration": lam} | ({} if streamed else {"theta.concentration": run.gamma})},
     )
 
 

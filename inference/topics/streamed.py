@@ -10,11 +10,15 @@ for latent Dirichlet allocation*, KDD 2013: the own count of a word is not taken
 all documents.  The start is a climb in memory on documents drawn from all over.
 
 SVI: natural gradients of a run of documents (Hoffman et al., JMLR 2013), then full steps; see `variational`.
+
+Several ranks hold documents apart: sums over documents are all-reduced, K V numbers a pass, and in a stochastic pass every rank
+visits a run of its own under the same topics.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Dirichlet, kl_divergence
 
+from ..distributed import ALONE, Ranks
 from ..streaming import Stream
 from .documents import Block, Documents, blocks
 from .expected import DELAY, LEAST, MOST, Climbed, Counts, concentration_terms, eta_factor, settle
@@ -68,13 +73,33 @@ def pieces(documents: Documents, order: list[tuple[int, int]]) -> Iterator[tuple
         yield run, Documents(starts.numpy(), words.numpy(), counts.numpy(), documents.num_words)
 
 
-def some_documents(documents: Documents, count: int, seed: int) -> Documents:
-    """Documents from all over, one of every stretch of equal length."""
-    n = len(documents)
-    if n <= count:
-        return documents.cut(0, n)
-    edges = np.linspace(0, n, count + 1).astype(np.int64)
-    return documents.take(np.random.default_rng(seed).integers(edges[:-1], edges[1:]))
+def shuffled(
+    documents: Documents, runs: list[tuple[int, int]], random: torch.Generator, ranks: Ranks
+) -> Iterator[Documents]:
+    """Runs in random order; where other ranks have more of them, none at the end."""
+    order = [runs[i] for i in torch.randperm(len(runs), generator=random).tolist()]
+    most = max(ranks.gather(len(runs)))
+    for _, part in pieces(documents, order):
+        yield part
+    empty = np.zeros(0, np.int64)
+    for _ in range(most - len(runs)):
+        yield Documents(np.zeros(1, np.int64), empty, np.zeros(0), documents.num_words)
+
+
+def some_documents(documents: Documents, count: int, seed: int, ranks: Ranks = ALONE) -> Documents:
+    """Documents from all over, one of every stretch of equal length; of all ranks, on every rank."""
+    n = ranks.total(len(documents))
+    chosen = np.arange(n)
+    if n > count:
+        edges = np.linspace(0, n, count + 1).astype(np.int64)
+        chosen = np.random.default_rng(seed).integers(edges[:-1], edges[1:])
+    if not ranks.shares_rows:
+        return documents.take(chosen)
+    own = chosen[(chosen >= ranks.offset) & (chosen < ranks.offset + len(documents))] - ranks.offset
+    parts = ranks.gather(documents.take(own))
+    starts = np.concatenate([[0], np.cumsum(np.concatenate([np.diff(p.starts) for p in parts]))])
+    words, counts = (np.concatenate([getattr(p, name) for p in parts]) for name in ("words", "counts"))
+    return Documents(starts, words, counts, documents.num_words)
 
 
 class StreamedCounts:
@@ -98,8 +123,10 @@ class StreamedCounts:
         learn_eta: bool = False,
         tied: bool = False,
         seed: int = 0,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.documents, self.runs, self.tokens = documents, runs_of(documents), max(documents.num_tokens, 1.0)
+        self.documents, self.runs, self.ranks = documents, runs_of(documents), ranks
+        self.tokens = max(total(ranks, documents.num_tokens), 1.0)
         self.learn_alpha, self.learn_eta, self.tied = learn_alpha, learn_eta, tied
         self.random = torch.Generator().manual_seed(seed)
         N = start.N.double() * (self.tokens / max(float(start.Nk.sum()), 1.0))
@@ -113,7 +140,7 @@ class StreamedCounts:
 
     def visit(self, table: Tensor, part: Documents, S: Tensor, learn: bool = False) -> tuple[float, Tensor, Tensor]:
         """Add the expected counts of some documents to S (V, K); their log-likelihood, and terms for alpha."""
-        alpha, total = self.state.alpha, 0.0
+        alpha, value = self.state.alpha, 0.0
         gain, weight = torch.zeros_like(alpha), torch.zeros(())
         for block in blocks(part):
             W = table[block.flat].view(*block.words.shape, -1)
@@ -121,33 +148,34 @@ class StreamedCounts:
             n, r = settle(W, block.counts, length.expand(-1, len(alpha)) / len(alpha), alpha, SETTLED)
             S.index_add_(0, block.flat, r.view(-1, r.shape[-1]).to(S.dtype))
             shares = (n + alpha) / (length + alpha.sum())
-            total += float(torch.xlogy(block.counts, (W @ shares.unsqueeze(2)).squeeze(2)).sum(dtype=torch.float64))
+            value += float(torch.xlogy(block.counts, (W @ shares.unsqueeze(2)).squeeze(2)).sum(dtype=torch.float64))
             if learn:
                 g, w = concentration_terms(r / block.counts.unsqueeze(2).clamp_min(1.0), block.counts, alpha)
                 gain, weight = gain + g, weight + w
-        return total, gain, weight
+        return value, gain, weight
 
     def stochastic_pass(self) -> None:
         """All runs in random order, each moving the counts towards what it would make of all documents."""
         s = self.state
-        order = [self.runs[i] for i in torch.randperm(len(self.runs), generator=self.random).tolist()]
-        for _, part in pieces(self.documents, order):
+        for part in shuffled(self.documents, self.runs, self.random, self.ranks):
             S = torch.zeros_like(s.N, dtype=torch.float32)
             self.visit(self.table(), part, S)
+            S, seen = self.ranks.add(S, torch.tensor(part.num_tokens))
             rho = (self.steps + DELAY) ** -DECAY
-            s.N.mul_(1 - rho).add_(S, alpha=rho * self.tokens / max(part.num_tokens, 1.0))
+            s.N.mul_(1 - rho).add_(S, alpha=rho * self.tokens / max(float(seen), 1.0))
             s.Nk = s.N.sum(0)
             self.steps += 1
 
     def full_pass(self) -> float:
         """The counts of all documents under the present topics; returns the log-likelihood under these."""
-        s, total = self.state, 0.0
+        s, value = self.state, 0.0
         learn = self.learn_alpha and self.passes >= BURN
         table, new = self.table(), torch.zeros_like(s.N)
         gain, weight = torch.zeros_like(s.alpha), torch.zeros(())
         for _, part in pieces(self.documents, self.runs):
-            value, g, w = self.visit(table, part, new, learn)
-            total, gain, weight = total + value, gain + g, weight + w
+            v, g, w = self.visit(table, part, new, learn)
+            value, gain, weight = value + v, gain + g, weight + w
+        new, sums, gain, weight = self.ranks.add(new, torch.tensor(value, dtype=torch.float64), gain, weight)
         s.N, s.Nk = new, new.sum(0)
         if learn:
             s.alpha = (s.alpha * gain / weight).clamp(LEAST, MOST)
@@ -155,7 +183,12 @@ class StreamedCounts:
         if self.learn_eta and self.passes >= BURN:
             s.eta = s.eta * eta_factor(s.N, s.eta).to(s.eta)
         self.passes += 1
-        return total
+        return float(sums)
+
+
+def total(ranks: Ranks, own: float) -> float:
+    """Of the documents of all ranks."""
+    return float(ranks.add(torch.tensor(own, dtype=torch.float64))[0])
 
 
 def climb(
@@ -173,20 +206,23 @@ def climb(
     seed: int = 0,
     tick: Callable[[int, float], Any] = lambda i, value: None,
     over: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
 ) -> Climbed:
     """A start in memory, stochastic passes ("stepwise", not "batch"), then full passes until they help no more.
 
     Parameters are those of `expected.climb`; restarts are judged on the documents of the start.
     """
-    some = some_documents(documents, SAMPLE, seed)
+    late = (lambda: ranks.first(over())) if ranks.shares_rows else over
+    some = some_documents(documents, SAMPLE, seed, ranks)
     first = climb_in_memory(
         some, alpha, eta, restarts=restarts, max_iter=min(30, max_iter), tol=tol, seed=seed, over=over
     )
-    run = StreamedCounts(documents, first.state, learn_alpha, learn_eta, tied, seed)
+    state = ranks.first(first.state) if ranks.shares_rows else first.state
+    run = StreamedCounts(documents, state, learn_alpha, learn_eta, tied, seed, ranks)
     history: list[float] = []
     converged, stopped = False, ""
     for _ in range(PASSES if driver == "stepwise" else 0):
-        if not over():
+        if not late():
             run.stochastic_pass()
     while len(history) < max_iter:
         history.append(run.full_pass())
@@ -194,17 +230,20 @@ def climb(
         if len(history) > BURN and abs(history[-1] - history[-2]) < tol * run.tokens:
             converged = True
             break
-        if over():
+        if late():
             stopped = "the budget is used up: the best state so far is returned"
             break
     return Climbed(run.state, history, converged, stopped)
 
 
+@dataclass
 class StreamedBayes(VariationalBayes):
     """q(phi) of a corpus whose documents are inferred at every visit and let go.
 
     As in `VariationalBayes`, first sweeps infer documents in few rounds; later ones until they stand still.
     """
+
+    ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
         self.random = torch.Generator().manual_seed(self.seed)
@@ -213,8 +252,10 @@ class StreamedBayes(VariationalBayes):
             self.lam = torch._standard_gamma(shape, generator=self.random) / 100.0
         self.blocks = []
         self.gamma = torch.zeros(0, len(self.alpha), dtype=self.alpha.dtype)
-        self.runs, self.tokens = runs_of(self.documents), max(self.documents.num_tokens, 1.0)
+        self.runs, self.tokens = runs_of(self.documents), max(total(self.ranks, self.documents.num_tokens), 1.0)
         self.steps = 0
+        if self.ranks.shares_rows:
+            self.lam = self.ranks.first(self.lam)
         self._mean_logs = torch.zeros_like(self.alpha)
 
     @property
@@ -237,30 +278,31 @@ class StreamedBayes(VariationalBayes):
         """One full step; returns the bound before it."""
         assert self.lam is not None
         table = mean_log(self.lam).exp().T.contiguous()
-        S, bound = torch.zeros_like(table, dtype=torch.float64), 0.0
+        S, own = torch.zeros_like(table, dtype=torch.float64), 0.0
         self._seen = torch.zeros_like(self.alpha)
         for _, part in pieces(self.documents, self.runs):
             for block in blocks(part, self.alpha.dtype):
                 r, _, value = self.visit(table, block)
                 S.index_add_(0, block.flat, r.view(-1, r.shape[-1]).double())
-                bound += value
-        bound -= float(kl_divergence(Dirichlet(self.lam), Dirichlet(self.eta)).sum())
+                own += value
+        S, sums, seen = self.ranks.add(S, torch.tensor(own, dtype=torch.float64), self._seen)
+        bound = float(sums) - float(kl_divergence(Dirichlet(self.lam), Dirichlet(self.eta)).sum())
         self.lam = self.eta + (S.to(table) * table).T
-        self._mean_logs = self._seen / max(1, len(self.documents))
+        self._mean_logs = seen / max(1, self.ranks.total(len(self.documents)))
         return bound
 
     def stochastic_pass(self) -> None:
         """Steps along the natural gradients of one run of documents each."""
         assert self.lam is not None
-        order = [self.runs[i] for i in torch.randperm(len(self.runs), generator=self.random).tolist()]
         self._seen = torch.zeros_like(self.alpha)
-        for _, part in pieces(self.documents, order):
+        for part in shuffled(self.documents, self.runs, self.random, self.ranks):
             table = mean_log(self.lam).exp().T.contiguous()
             S = torch.zeros_like(table)
             for block in blocks(part, self.alpha.dtype):
                 r, _, _ = self.visit(table, block)
                 S.index_add_(0, block.flat, r.view(-1, r.shape[-1]))
-            rho, share = (self.steps + DELAY) ** -DECAY, part.num_tokens / self.tokens
+            S, some = self.ranks.add(S, torch.tensor(part.num_tokens))
+            rho, share = (self.steps + DELAY) ** -DECAY, float(some) / self.tokens
             target = self.eta + ((S * table).T / share if share else 0.0)
             self.lam = (1 - rho) * self.lam + rho * target
             self.steps += 1
