@@ -5,6 +5,7 @@ With one device nothing is timed.  With several, the choice depends on clocks an
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 import time
@@ -105,6 +106,13 @@ def fastest(
     return DeviceChoice(best.device, tuple(trials))
 
 
+def release() -> None:
+    """Give back what a card holds for tensors that are gone."""
+    if torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def timed(device: str, factory: Factory, clock: Callable[[], float], wait: Callable[[str], None]) -> Trial:
     """Median seconds of a step on one device."""
     times: list[float] = []
@@ -120,6 +128,8 @@ def timed(device: str, factory: Factory, clock: Callable[[], float], wait: Calla
                 break
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         line = str(error).strip().split("\n")[0][:120]
+        error.__traceback__ = None  # it holds on to every tensor of the trial
+        release()
         return Trial(device, math.nan, f"cannot run it ({line or type(error).__name__})")
     return Trial(device, statistics.median(times[WARM:] or times))
 

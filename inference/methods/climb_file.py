@@ -132,8 +132,8 @@ class ClimbFile:
         if ascents:
             target: Any = ascents[-1].target
             if same:
-                target.batches.order = tensors["order"].to(target.batches.device)
-                target.batches.runs = tensors["runs"].to(target.batches.device)
+                target.batches.order = tensors["order"].to(target.batches.where)
+                target.batches.runs = tensors["runs"].to(target.batches.where)
             if hasattr(target, "made"):
                 target.made = card["made"]
             set_random_state(target, tensors, same, sum(len(a.history) for a in ascents))
