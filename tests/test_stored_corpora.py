@@ -14,7 +14,7 @@ from inference.lazy_rows import LazyRows
 from inference.sparse_rows import Counts, Rows
 from inference.topics import shares, streamed
 from inference.topics.documents import Documents
-from zoo import LDA, Corpus, MultinomialMixture, load_corpus, open_corpus, open_table, store_corpus
+from zoo import GMM, LDA, Corpus, MultinomialMixture, load_corpus, open_corpus, open_table, store_corpus
 from zoo.data import mapped, stored
 
 EVERYTHING = {
@@ -232,6 +232,7 @@ def test_mixtures_of_documents_on_disk(narrow, few_rows, monkeypatch, tmp_path):
     assert torch.equal(sparse.log_prob(), dense.log_prob())
 
 
+@pytest.mark.slow
 def test_batches_of_documents_on_disk(narrow, few_rows, tmp_path):
     """The end is that of the table in memory: a wrong weight of the batch, or of the rows it is judged on, would show."""
     method = SVI(batch_size=64, steps=150, starts=1, draws=30, lr=0.05, particles=2)
@@ -269,11 +270,16 @@ def test_streamed_topics_are_as_good_as_those_in_memory(corpus, on_disk, few_row
     assert values[1] < 1.02 * values[0], values
 
 
-def test_variational_topics_on_disk(corpus, on_disk, few_rows):
-    """Natural gradients without a document kept: the same bound as with all of them, and the same numbers from memory."""
+@pytest.mark.slow
+def test_variational_bounds_on_disk(corpus, on_disk, few_rows):
+    """Natural gradients without a document kept: the same bound as with all of them."""
     svi = SVI(steps=40, starts=1, draws=30)
     kept, streams = (fit(LDA(5), data, svi, seed=0) for data in (corpus, on_disk))
     assert abs(kept.diagnostics["elbo"] / streams.diagnostics["elbo"] - 1) < 1e-3
+
+
+def test_natural_gradients_of_documents_on_disk(corpus, on_disk):
+    """Bit by bit those of the same documents in memory."""
     alpha, eta = torch.full((5,), 0.1), torch.full((5, 1068), 0.05)
     runs = [streamed.StreamedBayes(Documents.of(c), alpha, eta, seed=1) for c in (corpus, on_disk)]
     for run in runs:
@@ -301,6 +307,21 @@ def test_a_saved_answer_holds_some_documents_and_says_so(corpus, on_disk, few_ro
     assert torch.equal(again.draws["phi"], posterior.draws["phi"]) and len(shares(again)) == 30
     assert any("502 rows of the fit were not saved" in w for w in again.warnings)
     np.testing.assert_allclose(shares(again, corpus[40:50]), shares(posterior, corpus[40:50]), atol=1e-6)
+
+
+def test_the_command_line_reads_what_is_on_disk(narrow, tmp_path, monkeypatch):
+    """A folder is a corpus; a large table is mapped."""
+    from zoo.cli import tables
+
+    narrow.save(tmp_path / "narrow")
+    found = tables.stored_arguments(LDA(2), str(tmp_path / "narrow"))
+    assert set(found) == {"words", "w", "num_words"} and found["num_words"] == 60
+    posterior = fit(LDA(2), found, EM(restarts=1, max_iter=3), seed=0)
+    assert posterior.draws["phi"].shape == (1, 2, 60)
+    np.save(tmp_path / "x.npy", np.zeros((5, 2)))
+    assert tables.stored_arguments(GMM(2), str(tmp_path / "x.npy")) == {}
+    monkeypatch.setattr(tables, "MAPPED", 1)
+    assert isinstance(tables.stored_arguments(GMM(2), str(tmp_path / "x.npy"))["x"], np.memmap)
 
 
 def test_methods_that_see_all_rows_are_refused_in_time(narrow, few_rows, monkeypatch, tmp_path):

@@ -408,7 +408,11 @@ class PairTarget:
         inputs = tuple(leaves.values())
         if not self.sites:
             return self.repeated(lambda: one(*inputs), 1, seconds, names=answered)
-        width = max(1, min(100, count, int(4e6 / max(1, self.problem.structure.data_bytes))))
+        structure = self.problem.structure
+        # Of all ranks' data: how many are drawn at once decides which random numbers each gets.
+        own = self.problem.ranks.share == "own"
+        size = structure.data_bytes * (self.problem.all_rows / max(1, structure.num_rows or 1) if own else 1.0)
+        width = max(1, min(100, count, int(4e6 / max(1.0, size))))
         if width == 1 and least < 100:  # a recording would cost more runs over all rows than it saves
             return self.repeated(lambda: one(*inputs), count, seconds, least, answered)
         found = capture(one, inputs, random=True)
