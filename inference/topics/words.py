@@ -9,6 +9,7 @@ calm, so that they settle.
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,7 @@ class Places:
         return address(self.starts), address(self.words), address(self.counts)
 
 
+@functools.lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
     """The passes in machine code; None where there is no C compiler."""
     try:
@@ -141,27 +143,32 @@ class WordByWord:
         Nk = padded(s.Nk)
         none = torch.empty_like(self.n) if self.learn_alpha and due else None
         order = torch.randperm(len(self.n), generator=self.random)
+        relax = self.relax if none is None else 0.0  # concentrations are learned from plain steps
         found = self.built.expected_pass(
             ctypes.c_int64(len(order)), address(order), ctypes.c_int64(len(alpha) // LANES), *self.places.addresses,
             address(self.r), address(self.N), address(Nk), address(self.n), address(alpha), address(eta),
-            ctypes.c_int64(s.eta.shape[1] > 1), address(total), ctypes.c_float(0.0 if none is not None else self.relax), address(none), address(self.work),
+            ctypes.c_int64(s.eta.shape[1] > 1), address(total), ctypes.c_float(relax), address(none), address(self.work),
         )  # fmt: skip
         self.N.clamp_(min=0.0)
         s.Nk = s.N.sum(0)  # anew: rounding adds up over passes
         if none is not None:
-            s.alpha = self.improved(s.alpha, 1.0 - none[:, : self.K])
+            alpha = improved(s.alpha, s.n, 1.0 - none[:, : self.K], self.lengths)
+            s.alpha = alpha.mean().expand_as(alpha).clone() if self.tied else alpha
         if self.learn_eta and due:
             s.eta = s.eta * eta_factor(s.N, s.eta)
         self.passes += 1
         return found
 
-    def improved(self, alpha: Tensor, some: Tensor) -> Tensor:
-        """Minka's fixed point on expected counts; `some` (D, K): that a document has a word of the topic."""
-        if_any = self.state.n / some.clamp_min(1e-9)
-        gain = (some * ((alpha + if_any).digamma() - alpha.digamma())).sum(0)
-        weight = ((self.lengths + alpha.sum()).digamma() - alpha.sum().digamma()).sum()
-        alpha = (alpha * gain / weight).clamp(LEAST, MOST)
-        return alpha.mean().expand_as(alpha).clone() if self.tied else alpha
+
+def improved(alpha: Tensor, n: Tensor, some: Tensor, lengths: Tensor) -> Tensor:
+    """Minka's fixed point for alpha (K,) on expected counts n (D, K) of documents with `lengths` (D,) words.
+
+    `some` (D, K) is the probability that a document has a word of the topic.
+    """
+    if_any = n / some.clamp_min(1e-9)
+    gain = (some * ((alpha + if_any).digamma() - alpha.digamma())).sum(0)
+    weight = ((lengths + alpha.sum()).digamma() - alpha.sum().digamma()).sum()
+    return (alpha * gain / weight).clamp(LEAST, MOST)
 
 
 def settle(
