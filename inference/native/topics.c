@@ -2,9 +2,9 @@
    place; rows are padded with zeros to whole vectors, so that a padded topic has no prior, no counts and no chance. */
 #include "support.h"
 
-enum { LANES = 16 };
-typedef float lanes __attribute__((vector_size(64)));
-typedef int32_t masks __attribute__((vector_size(64)));
+enum { LANES = 8 };
+typedef float lanes __attribute__((vector_size(32)));
+typedef int32_t masks __attribute__((vector_size(32)));
 
 INLINE lanes positive(lanes x) { return (lanes)((masks)x & (x > 0)); }
 
@@ -27,14 +27,14 @@ INLINE lanes power(lanes x, float count) {
   return found;
 }
 
-/* Every place chooses anew given all other words, documents in the order given; the log-likelihood of every word given all
-   others, summed. `eta` has one number a word, or `wide` a row of topics. `zero`, where it is not null, becomes the
+/* Every place chooses anew given all other words, documents in the order given, and goes `relax` times the way beyond what it
+   would choose; the log-likelihood of every word given all others, summed. `eta` has one number a word, or `wide` a row of topics. `zero`, where it is not null, becomes the
    probability (documents, K) that a topic has no word of a document. `work` holds 3 rows. */
 double expected_pass(int64_t documents, const int64_t *order, int64_t blocks, const int64_t *starts, const int32_t *words,
                      const float *counts, lanes *r, lanes *N, lanes *Nk, lanes *n, const lanes *alpha, const float *eta,
-                     int64_t wide, const lanes *eta_sum, lanes *zero, lanes *work) {
+                     int64_t wide, const lanes *eta_sum, float relax, lanes *zero, lanes *work) {
   lanes *inverse = work, *p = work + blocks, *mine = work + 2 * blocks;
-  double found = 0.0;
+  double found = 0.0, product = 1.0; /* a logarithm now and then, of many words together */
   float alphas = 0.0f;
   for (int64_t b = 0; b < blocks; b++) alphas += total(alpha[b]);
   for (int64_t i = 0; i < documents; i++) {
@@ -60,10 +60,21 @@ double expected_pass(int64_t documents, const int64_t *order, int64_t blocks, co
         sum += p[b];
       }
       const float norm = total(sum), scale = c / norm;
-      found += c * logf(norm / length);
+      if (c == 1.0f) {
+        product *= norm / length;
+        if (product < 1e-250) found += log(product), product = 1.0;
+      } else {
+        found += c * logf(norm / length);
+      }
+      sum -= sum;
       for (int64_t b = 0; b < blocks; b++) {
-        const lanes fresh = p[b] * scale, change = fresh - rj[b];
-        if (none) none[b] *= power(1.0f - p[b] / norm, c);
+        if (none) none[b] *= power(positive(1.0f - p[b] / norm), c);
+        p[b] = positive((1.0f + relax) * scale * p[b] - relax * rj[b]);
+        sum += p[b];
+      }
+      const float whole = c / total(sum);
+      for (int64_t b = 0; b < blocks; b++) {
+        const lanes fresh = p[b] * whole, change = fresh - rj[b];
         Nv[b] += change;
         mine[b] += change;
         Nk[b] += change;
@@ -72,7 +83,7 @@ double expected_pass(int64_t documents, const int64_t *order, int64_t blocks, co
     }
     for (int64_t b = 0; b < blocks; b++) nd[b] = mine[b];
   }
-  return found;
+  return found + log(product);
 }
 
 INLINE uint64_t rotated(uint64_t x, int k) { return (x << k) | (x >> (64 - k)); }
@@ -84,11 +95,10 @@ INLINE float uniform(uint64_t *s) {
   return (float)(found >> 40) * 0x1p-24f;
 }
 
-/* Every word draws its topic given all other words (Griffiths and Steyvers 2004). `z` has a number a word, documents one after
-   another, and is -1 where a word has none yet; `work` holds 3 rows. */
-void gibbs_pass(int64_t documents, const int64_t *order, int64_t blocks, const int64_t *starts, const int32_t *words, int32_t *z,
-                lanes *N, float *Nk, lanes *n, const lanes *alpha, const float *eta, int64_t wide, const float *eta_sum,
-                uint64_t *state, lanes *work) {
+/* Place after place draws one topic for all its words given the places before it: r, N, Nk and n, zero at first, are filled. */
+void first_pass(int64_t documents, const int64_t *order, int64_t blocks, const int64_t *starts, const int32_t *words,
+                const float *counts, lanes *r, lanes *N, float *Nk, lanes *n, const lanes *alpha, const float *eta, int64_t wide,
+                const float *eta_sum, uint64_t *state, lanes *work) {
   lanes *p = work, *sums = work + blocks;
   float *inverse = (float *)(work + 2 * blocks);
   const int64_t K = blocks * LANES;
@@ -97,42 +107,35 @@ void gibbs_pass(int64_t documents, const int64_t *order, int64_t blocks, const i
     const int64_t d = order[i];
     lanes *nd = n + d * blocks;
     for (int64_t j = starts[d]; j < starts[d + 1]; j++) {
-      lanes *Nv = N + words[j] * blocks;
-      const int32_t old = z[j];
-      if (old >= 0) {
-        ((float *)Nv)[old] -= 1.0f, ((float *)nd)[old] -= 1.0f, Nk[old] -= 1.0f;
-        inverse[old] = 1.0f / (Nk[old] + eta_sum[old]);
-      }
-      lanes sum = {0};
+      lanes *Nv = N + words[j] * blocks, sum = {0};
       for (int64_t b = 0; b < blocks; b++) {
         const lanes prior = wide ? ((const lanes *)eta)[words[j] * blocks + b] : sum - sum + eta[words[j]];
         p[b] = (Nv[b] + prior) * (nd[b] + alpha[b]) * ((lanes *)inverse)[b];
         sum += p[b];
         sums[b] = sum;
       }
-      /* lane after lane: the running sums of a lane over blocks are there already */
+      /* first the lane, then the block: the running sums of a lane over the blocks are there already */
       float left = uniform(state) * total(sum);
       int lane = 0;
       while (lane < LANES - 1 && left >= sum[lane]) left -= sum[lane++];
       int64_t b = 0;
       while (b < blocks - 1 && left >= sums[b][lane]) b++;
-      int32_t fresh = (int32_t)(b * LANES + lane);
-      if (!(p[b][lane] > 0.0f)) { /* rounding has led to a topic without a chance */
-        for (fresh = 0; fresh < K - 1 && !(((float *)p)[fresh] > 0.0f); fresh++) {}
-      }
-      z[j] = fresh;
-      ((float *)Nv)[fresh] += 1.0f, ((float *)nd)[fresh] += 1.0f, Nk[fresh] += 1.0f;
-      inverse[fresh] = 1.0f / (Nk[fresh] + eta_sum[fresh]);
+      int64_t k = b * LANES + lane;
+      if (!(p[b][lane] > 0.0f)) /* rounding has led to a topic without a chance */
+        for (k = 0; k < K - 1 && !(((float *)p)[k] > 0.0f); k++) {}
+      ((float *)Nv)[k] += counts[j], ((float *)nd)[k] += counts[j], Nk[k] += counts[j];
+      ((float *)(r + j * blocks))[k] = counts[j];
+      inverse[k] = 1.0f / (Nk[k] + eta_sum[k]);
     }
   }
 }
 
 /* Shares of documents given a table of topics: `rounds` of EM on their expected counts n, then the counts of words in topics are
-   added to S (where it is not null) and the log-likelihood of all words is returned. Documents first..last-1 have tables[d].
-   `zero` as above; `work` holds 3 rows. */
+   added to S and become r (where these are not null), and the log-likelihood of all words is returned. Document d is told by
+   the table of number tables[d]. `zero` as above; `work` holds 2 rows. */
 double settle_pass(int64_t documents, const int64_t *tables, int64_t vocabulary, int64_t rounds, int64_t blocks,
-                   const int64_t *starts, const int32_t *words, const float *counts, const lanes *W, lanes *S, lanes *n,
-                   const lanes *alpha, lanes *zero, lanes *work) {
+                   const int64_t *starts, const int32_t *words, const float *counts, const lanes *W, lanes *S, lanes *r,
+                   lanes *n, const lanes *alpha, lanes *zero, lanes *work) {
   lanes *theta = work, *gain = work + blocks;
   double found = 0.0;
   for (int64_t d = 0; d < documents; d++) {
@@ -155,8 +158,11 @@ double settle_pass(int64_t documents, const int64_t *tables, int64_t vocabulary,
           continue;
         }
         found += counts[j] * logf(p / whole);
-        if (sums)
-          for (int64_t b = 0; b < blocks; b++) sums[words[j] * blocks + b] += ratio * word[b] * theta[b];
+        for (int64_t b = 0; b < blocks; b++) {
+          const lanes share = ratio * word[b] * theta[b];
+          if (sums) sums[words[j] * blocks + b] += share;
+          if (r) r[j * blocks + b] = share;
+        }
         if (none)
           for (int64_t b = 0; b < blocks; b++) none[b] *= power(positive(1.0f - word[b] * theta[b] / p), counts[j]);
       }
