@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .modes import Mode
-    from .solve import Oracle, solve
+    from .oracle import Oracle, solve
     from .verdict import Verdict, verify, verify_draws
 
 _HOME = {
     "Mode": "modes",
-    "Oracle": "solve",
-    "solve": "solve",
+    "Oracle": "oracle",
+    "solve": "oracle",
     "Verdict": "verdict",
     "verify": "verdict",
     "verify_draws": "verdict",

@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
@@ -32,13 +32,17 @@ BATCH = 2**21
 
 @dataclass(frozen=True)
 class Place:
-    """Where a continuous latent lies in the vector of unconstrained coordinates, and in the vector of values."""
+    """Where a continuous latent lies in the vector of unconstrained coordinates, and in the vector of values.
+
+    `turned`: the coordinates are the level of the last axis and the contrasts along it (see `contrasts`).
+    """
 
     name: str
     shape: tuple[int, ...]
     free_shape: tuple[int, ...]
     start: int
     first: int
+    turned: bool = False
 
     @property
     def coordinates(self) -> range:
@@ -84,6 +88,14 @@ def constrain(free: Tensor, support: Any, shape: tuple[int, ...]) -> tuple[Tenso
     way = biject_to(support)
     value = way(free)
     return value, way.log_abs_det_jacobian(free, value).sum()
+
+
+def contrasts(size: int) -> Tensor:
+    """Orthogonal matrix (size, size) whose first row is the level and whose others are contrasts (Helmert's)."""
+    rows = [torch.ones(size)]
+    for k in range(1, size):
+        rows.append(torch.cat([torch.ones(k), -torch.tensor([float(k)]), torch.zeros(size - k - 1)]))
+    return torch.stack([r / r.norm() for r in rows]).double()
 
 
 def free_shape(fn: Any, value: Tensor) -> tuple[int, ...]:
@@ -142,6 +154,8 @@ class Told(Messenger):
         if name in self.places:
             place = self.places[name]
             free = self.u[place.start : place.start + math.prod(place.free_shape)].reshape(place.free_shape)
+            if place.turned:
+                free = free @ contrasts(place.shape[-1])
             value, self.log_dets[name] = constrain(free, msg["fn"].support, place.shape)
             self.values.append(value.reshape(-1))
         elif name in self.states:
@@ -169,12 +183,13 @@ class Density:
 
     def __init__(self, story: Any, data: Any, held: Mapping[str, Tensor] | None = None) -> None:
         pair(story)
+        self.given_story, self.given_data = story, data
         modules = [m for m in (story, *getattr(story, "__dict__", {}).values()) if isinstance(m, nn.Module)]
         if modules:
             story = deepcopy(story)
             for m in (story, *getattr(story, "__dict__", {}).values()):
                 if isinstance(m, nn.Module):
-                    m.double().requires_grad_(False).eval()
+                    m.double().eval()
         self.story, self.held = story, dict(held or {})
         self.model: Callable = pair(story)[0]
         with warnings.catch_warnings():
@@ -182,7 +197,9 @@ class Density:
             self.kwargs = bind(self.model, data, torch.float64)
         for name, value in self.kwargs.items():
             if isinstance(value, Tensor) and value.is_floating_point() and value.isnan().any():
-                raise ValueError(f"{name} has {int(value.isnan().sum())} missing cells (NaN): give the oracle complete rows")
+                raise ValueError(
+                    f"{name} has {int(value.isnan().sum())} missing cells (NaN): give the oracle complete rows"
+                )
         self.learned: dict[str, Tensor] = {}
         self.batched: bool | None = None
         self.improper = False
@@ -267,6 +284,11 @@ class Density:
             at += n
         return found
 
+    def turn(self, names: set[str]) -> None:
+        """Take levels and contrasts along the last axis of these sites for coordinates, and no others'."""
+        self.places = {n: replace(p, turned=n in names) for n, p in self.places.items()}
+        self.anchor = self._find_anchor()
+
     def draw(self, seed: int) -> Tensor | None:
         """Unconstrained coordinates of one draw of the prior; None where it lies at an edge of the numbers."""
         torch.manual_seed(seed)
@@ -275,7 +297,10 @@ class Density:
         return u if bool(u.isfinite().all()) else None
 
     def _coordinates(self, values: Mapping[str, Tensor], trace: Any) -> Tensor:
-        parts = [self._free(trace.nodes[p.name]["fn"], values[p.name]).reshape(-1) for p in self.places.values()]
+        parts = []
+        for p in self.places.values():
+            free = self._free(trace.nodes[p.name]["fn"], values[p.name])
+            parts.append((free @ contrasts(p.shape[-1]).T if p.turned else free).reshape(-1))
         return torch.cat(parts).double() if parts else torch.zeros(0, dtype=torch.float64)
 
     def free_vector(self, values: Mapping[str, Tensor]) -> Tensor:
@@ -300,7 +325,9 @@ class Density:
             if best > -math.inf and seed >= 15:
                 break
         if where is None:
-            raise ValueError("the story gives the data the density 0 at all 64 draws from its prior: is it their story?")
+            raise ValueError(
+                "the story gives the data the density 0 at all 64 draws from its prior: is it their story?"
+            )
         return where
 
     @staticmethod
@@ -338,6 +365,13 @@ class Density:
         poutine.block(told(self.model))(**self.kwargs)
         return sum((told.log_dets[n] for n in sites), u.new_zeros(()))
 
+    def height(self, values: Mapping[str, Tensor]) -> float:
+        """log p(data, values) of all continuous latents, as a density of the values, states summed."""
+        u = self.free_vector(values)
+        names = tuple(self.places)
+        total = self.batch(lambda a, s: self.tell(a, s)[0] - self.log_dets(a, s, names), u[None])
+        return float(total.logsumexp(0))
+
     def log_joint(self, u: Tensor, states: Mapping[str, Tensor] | None = None) -> Tensor:
         """log p of all states (S) at all points (B, dim): (S, B)."""
         return self.batch(lambda a, s: self.tell(a, s)[0], u, states)
@@ -347,9 +381,7 @@ class Density:
         one = {n: v[:1] for n, v in self.states.items()}
         return self.batch(lambda a, s: self.tell(a, s)[1], u, one)[0]
 
-    def batch(
-        self, function: Callable, u: Tensor, states: Mapping[str, Tensor] | None = None, width: int = 1
-    ) -> Any:
+    def batch(self, function: Callable, u: Tensor, states: Mapping[str, Tensor] | None = None, width: int = 1) -> Any:
         """`function(point, state)` of all states and points: (S, B, ...); by `vmap` where the story allows, else one by one."""
         states = self.states if states is None else states
         S = len(next(iter(states.values()))) if states else 1

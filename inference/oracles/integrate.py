@@ -139,9 +139,11 @@ def single(density: Density, plan: Plan, box: dict[int, Range], ties: Tensor, le
     return Integral(by_state, first, second, nodes)
 
 
-def over_group(density: Density, group: Group, u: Tensor, places: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def over_group(
+    density: Density, group: Group, u: Tensor, places: Tensor, log_weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """log of the integral over one group for every state and outer node (S, n), and moments of all entries (S, n, E)."""
-    S, E, n = density.num_states, density.num_entries, len(u)
+    S, E = density.num_states, density.num_entries
     size = max(1, BATCH // (S * (E + 4)))
     index = list(group.grid)
     parts = []

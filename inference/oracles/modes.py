@@ -12,7 +12,7 @@ from torch import Tensor
 from .density import Density
 
 #: Starts, and iterations of each climb.
-STARTS, CLIMB = 24, 60
+STARTS, CLIMB = 10, 40
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ class Heights:
     def __init__(self, density: Density, estimate: str, points: tuple[str, ...] | None = None) -> None:
         self.density, self.estimate = density, estimate
         names = shared(density) if points is None else tuple(n for n in points if n in density.places)
-        if points is not None and (wrong := [n for n in points if n not in density.places and n not in density.learned]):
+        if points is not None and (
+            wrong := [n for n in points if n not in density.places and n not in density.learned]
+        ):
             raise ValueError(f"{wrong} are no continuous latents; the story has {list(density.places)}")
         self.points = [density.places[n] for n in names]
         self.free = [i for p in self.points for i in p.coordinates]
@@ -70,6 +72,10 @@ class Heights:
 
     def __call__(self, u: Tensor) -> Tensor:
         """At one vector of all coordinates, of which the others' count as a start only: ()."""
+        return self.by_state(u).logsumexp(0)
+
+    def by_state(self, u: Tensor) -> Tensor:
+        """The same for every joint state of the discrete latents, (S,)."""
         density = self.density
         flat = tuple(p.name for p in self.points) if self.estimate == "mle" else ()
         index = torch.tensor(self.rest, dtype=torch.long)
@@ -89,15 +95,18 @@ class Heights:
             return f(start) + 0.5 * slope @ move + constant
 
         if not density.states:
-            return state({})
+            return state({})[None]
         if density.batched:
-            return torch.func.vmap(state)(dict(density.states)).logsumexp(0)
-        each = [state({n: v[i] for n, v in density.states.items()}) for i in range(density.num_states)]
-        return torch.stack(each).logsumexp(0)
+            return torch.func.vmap(state)(dict(density.states))
+        return torch.stack([state({n: v[i] for n, v in density.states.items()}) for i in range(density.num_states)])
 
     def _log_dets(self, u: Tensor, s: Mapping[str, Tensor]) -> Tensor:
         """Jacobians of the points' sites, which a density of their values leaves out."""
         return self.density.log_dets(u, s, tuple(p.name for p in self.points))
+
+    def states_at(self, values: Mapping[str, Tensor]) -> Tensor:
+        """log p(data, state, values), (S,)."""
+        return self.by_state(self.density.free_vector(values))
 
     def at(self, values: Mapping[str, Tensor]) -> float:
         """The height of given values of the points."""
@@ -138,8 +147,8 @@ def find_mode(density: Density, estimate: str, points: tuple[str, ...] | None = 
     slope = float(torch.func.grad(lambda a: height(u.index_copy(0, index, a)))(u[index]).abs().max())
     if slope > 1e-4 or float(u[index].abs().max()) > 1e4:
         raise ValueError(
-            f"the density of {[p.name for p in height.points]} ({estimate}) has no highest point: it still rises by {slope:.1g} a "
-            f"unit at coordinates of size {float(u[index].abs().max()):.3g}. Counts of 0 under a flat prior, or a component "
+            f"the density of {[p.name for p in height.points]} ({estimate}) has no highest point: it rises by {slope:.1g} "
+            f"a unit at coordinates of size {float(u[index].abs().max()):.3g}. Counts of 0 under a flat prior, or a component "
             f"that shrinks onto one row, do that"
         )
     flat = density.values(u[None])[0]
@@ -188,5 +197,3 @@ def newton(height: Heights, u: Tensor, rounds: int = 12) -> tuple[float, Tensor]
         if done:
             break
     return value, u
-
-

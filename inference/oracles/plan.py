@@ -1,4 +1,4 @@
-"""How an integral over many coordinates falls apart into integrals over few: found by evaluating the density, not by reading it.
+"""How an integral over many coordinates falls apart into integrals over few: found on the density, not read in the story.
 
 Two coordinates are coupled where changing one changes what the other does to the log density, in some joint state of the
 discrete latents.  Given the coordinates of some sites (the outer ones) the others fall into groups that are not coupled, each
@@ -18,6 +18,8 @@ from .density import Density
 
 #: Evaluations of the log density that one integral may cost.
 MOST_NODES = 6_000_000
+#: Evaluations beyond which other coordinates are tried.
+DEAR = 500_000
 #: Coordinates of one group, or outer ones, that a grid may have.
 MOST_GRID = 4
 
@@ -88,10 +90,14 @@ def couplings(density: Density) -> tuple[Tensor, bool]:
             continue
         i, j = torch.tensor(pairs).T
         left, right = double - single[:, j], single[:, i] - zero
-        size = 1 + torch.stack([double.abs(), zero.abs().expand_as(double), single[:, i].abs(), single[:, j].abs()]).amax(0)
+        size = 1 + torch.stack(
+            [double.abs(), zero.abs().expand_as(double), single[:, i].abs(), single[:, j].abs()]
+        ).amax(0)
         differ = (left - right).abs() > 1e-9 * size
         vanished = torch.isinf(double) != (torch.isinf(single[:, i]) | torch.isinf(single[:, j]))
-        sure = torch.isfinite(double) & torch.isfinite(zero) & torch.isfinite(single[:, i]) & torch.isfinite(single[:, j])
+        sure = (
+            torch.isfinite(double) & torch.isfinite(zero) & torch.isfinite(single[:, i]) & torch.isfinite(single[:, j])
+        )
         found = torch.where(sure, differ, vanished & torch.isfinite(zero)).any(0)
         coupled[i, j] |= found
         coupled[j, i] |= found
@@ -183,11 +189,31 @@ class Quadratic:
 def make_plans(density: Density) -> list[Plan]:
     """Ways to integrate over all coordinates, the cheapest first.
 
+    Where they are dear, levels and contrasts are tried for the coordinates of vectors: what goes through a softmax depends on
+    contrasts only, and levels are then Gaussian.
+
     Raises
     ------
     ValueError
-        Even that is too dear; the message tells which coordinates stay together.
+        Even the cheapest is too dear; the message tells which coordinates stay together.
     """
+    plans = plans_as_they_are(density)
+    real = real_coordinates(density)
+    vectors = {p.name for p in density.places.values() if p.shape and p.shape[-1] > 1 and p.coordinates[0] in real}
+    if plans[0].cost() * density.num_states > DEAR and vectors:
+        density.turn(vectors)
+        others = plans_as_they_are(density)
+        if others[0].cost() < plans[0].cost():
+            plans = others
+        else:
+            density.turn(set())
+    refuse(density, plans[0])
+    good = [p for p in plans if p.widest <= MOST_GRID and p.cost(12) * density.num_states <= MOST_NODES]
+    return [p for p in good if p.cost() <= 50 * good[0].cost()][:3]
+
+
+def plans_as_they_are(density: Density) -> list[Plan]:
+    """Plans in the coordinates that the density has."""
     coupled, jumps = couplings(density)
     for row in value_ties(density):
         index = row.nonzero()[:, 0]
@@ -211,9 +237,7 @@ def make_plans(density: Density) -> list[Plan]:
         plans.sort(key=lambda plan: (plan.cost(), len(plan.outer)))
         if plans[0].widest <= 2 and plans[0].cost() * density.num_states <= MOST_NODES / 20:
             break
-    refuse(density, plans[0])
-    good = [p for p in plans if p.widest <= MOST_GRID and p.cost(12) * density.num_states <= MOST_NODES]
-    return [p for p in good if p.cost() <= 50 * good[0].cost()][:3]
+    return plans
 
 
 def edges_shared(density: Density, coupled: Tensor, tries: int = 400) -> Tensor:

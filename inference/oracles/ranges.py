@@ -118,7 +118,9 @@ def find_box(density: Density, plan: Plan) -> dict[int, Range]:
     low, high, best = region(density, plan, DEPTH, density.anchor[where])
     core_low, core_high, _ = region(density, plan, CORE, best)
     return {
-        i: Range(*(float(v[k]) for v in (torch.minimum(low, core_low), torch.maximum(high, core_high), core_low, core_high)))
+        i: Range(
+            *(float(v[k]) for v in (torch.minimum(low, core_low), torch.maximum(high, core_high), core_low, core_high))
+        )
         for k, i in enumerate(where)
     }
 
@@ -140,7 +142,9 @@ def region(density: Density, plan: Plan, depth: float, home: Tensor) -> tuple[Te
     for _ in range(MOVES):
         a, b = (torch.randint(WALKERS, (WALKERS,), generator=generator) for _ in range(2))
         stretch = 0.3 + 2.2 * torch.rand(WALKERS, 1, generator=generator, dtype=torch.float64)
-        tried = x + stretch * (x[a] - x[b]) * (1 + 0.1 * torch.randn(WALKERS, m, generator=generator, dtype=torch.float64))
+        tried = x + stretch * (x[a] - x[b]) * (
+            1 + 0.1 * torch.randn(WALKERS, m, generator=generator, dtype=torch.float64)
+        )
         keep = torch.randint(m, (WALKERS,), generator=generator)
         alone = torch.rand(WALKERS, generator=generator) < 0.4  # along one coordinate
         tried = torch.where(alone[:, None] & (torch.arange(m) != keep[:, None]), x, tried)
@@ -167,7 +171,9 @@ def pushed(
         a, b = (torch.randint(WALKERS, (2 * m, tries), generator=generator) for _ in range(2))
         move = x[a] - x[b]
         along = move.gather(2, coordinate[:, None, None].expand(-1, tries, 1)) * sign[:, None, None]
-        move = move * along.sign() * (10.0 ** -(2 * torch.rand(2 * m, tries, 1, generator=generator, dtype=torch.float64)))
+        move = (
+            move * along.sign() * (10.0 ** -(2 * torch.rand(2 * m, tries, 1, generator=generator, dtype=torch.float64)))
+        )
         alone = torch.rand(2 * m, tries, 1, generator=generator) < 0.5
         move = torch.where(alone & (torch.arange(m) != coordinate[:, None, None]), 0.0, move)
         tried = ends[:, None] + move
