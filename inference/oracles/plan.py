@@ -175,7 +175,8 @@ class Quadratic:
         parts = []
         for place in self.density.places.values():
             part = [i for i in place.coordinates if i in group and i in self.real]
-            parts += [tuple(part)] if part else []
+            levels = [i for i in part if place.turned and (i - place.start) % place.shape[-1] == 0]
+            parts += [tuple(p) for p in (levels, [i for i in part if i not in levels]) if p]
         best: tuple[int, ...] = ()
         for order in (sorted(parts, key=len, reverse=True), parts, parts[::-1]):
             chosen: tuple[int, ...] = ()
