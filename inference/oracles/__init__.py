@@ -9,12 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .rows import mass
     from .modes import Mode
     from .oracle import Oracle, solve
     from .verdict import Verdict, verify, verify_draws
 
 _HOME = {
     "Mode": "modes",
+    "mass": "rows",
     "Oracle": "oracle",
     "solve": "oracle",
     "Verdict": "verdict",
@@ -22,7 +24,7 @@ _HOME = {
     "verify_draws": "verdict",
 }
 
-__all__ = ["Mode", "Oracle", "Verdict", "solve", "verify", "verify_draws"]
+__all__ = ["Mode", "Oracle", "Verdict", "mass", "solve", "verify", "verify_draws"]
 
 
 def __getattr__(name: str) -> Any:

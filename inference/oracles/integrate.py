@@ -15,7 +15,7 @@ from .ranges import Range, find_box, integrate_gaussian, jump_nodes, steps, trap
 NODES = {0: 1, 1: 32, 2: 24, 3: 18, 4: 14}
 GROWTH = 1.4
 #: Nats within which two resolutions agree: enough, and still bearable where the budget ends.
-AGREED, BEARABLE = 1e-8, 1e-6
+AGREED, BEARABLE = 1e-7, 1e-6
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def refined(density: Density, plan: Plan) -> Converged:
     ties = value_ties(density) if density.dim else torch.zeros(density.num_entries, 0, dtype=torch.bool)
     before: Integral | None = None
     error = moment_error = float("inf")
-    enough = 1e-7 if plan.jumps else AGREED
+    enough = AGREED
     exact = not any(g.grid for g in plan.groups) and not plan.outer
     spent = 0
     for level in range(12):
@@ -83,7 +83,7 @@ def refined(density: Density, plan: Plan) -> Converged:
         before = one
         if exact:
             return Converged(one, plan, 0.0, 0.0)
-        if error < enough and moment_error < 1e-6:
+        if error < enough and moment_error < 1e-5:
             return Converged(one, plan, error, moment_error)
         if spent + one.nodes * density.num_states * GROWTH**plan.order > MOST_NODES:
             break

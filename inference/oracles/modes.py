@@ -47,7 +47,7 @@ class Heights:
     Raises
     ------
     ValueError
-        A point is no continuous latent of the story, or the latents that are left are neither discrete nor Gaussian.
+        A point is no continuous latent of the story, or too many of the other latents stay together.
     """
 
     def __init__(self, density: Density, estimate: str, points: tuple[str, ...] | None = None) -> None:
@@ -60,15 +60,28 @@ class Heights:
         self.points = [density.places[n] for n in names]
         self.free = [i for p in self.points for i in p.coordinates]
         self.rest = tuple(i for i in range(density.dim) if i not in self.free)
-        if self.rest:
-            from .plan import Quadratic
+        self.grids = self._grids()
 
-            if not Quadratic(density).holds(self.rest):
-                others = [p.name for p in density.places.values() if p.name not in names]
-                raise ValueError(
-                    f"{others} are neither discrete nor Gaussian given {list(names)}, and a height needs an integral over them "
-                    f"at every step: name them in points, too"
-                )
+    def _grids(self) -> list[tuple[Tensor, Tensor, Tensor]] | None:
+        """Coordinates, nodes and log weights of what is left, where that is not Gaussian given the points."""
+        from .plan import Group, Plan, Quadratic, components, couplings
+        from .ranges import find_box, trapezoid
+
+        if not self.rest or Quadratic(self.density).holds(self.rest):
+            return None
+        groups = components(couplings(self.density)[0], list(self.rest))
+        if max(map(len, groups)) > 2:
+            others = [p.name for p in self.density.places.values() if p not in self.points]
+            raise ValueError(
+                f"{others} are neither discrete nor Gaussian given {[p.name for p in self.points]}, and "
+                f"{max(map(len, groups))} of their coordinates stay together: a height would be an integral over all of them. Name some in points, too"
+            )
+        box = find_box(self.density, Plan(tuple(self.free), tuple(Group(tuple(g)) for g in groups)))
+        found = []
+        for g in groups:
+            nodes, weights = trapezoid(box, tuple(g), 160 if len(g) == 1 else 60, 0.05)
+            found.append((torch.tensor(g), nodes, weights))
+        return found
 
     def __call__(self, u: Tensor) -> Tensor:
         """At one vector of all coordinates, of which the others' count as a start only: ()."""
@@ -88,6 +101,13 @@ class Heights:
 
             if not self.rest:
                 return f(u.new_zeros(0))
+            if self.grids is not None:
+                base = f(u[index])
+                total = base
+                for where, nodes, weights in self.grids:
+                    terms = torch.func.vmap(lambda place, w=where: f(u.index_copy(0, w, place)[index]))(nodes)
+                    total = total + (terms + weights).logsumexp(0) - base
+                return total
             start = u[index]
             slope, precision = torch.func.grad(f)(start), -torch.func.hessian(f)(start)
             move = torch.linalg.solve(precision, slope)

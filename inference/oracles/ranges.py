@@ -71,6 +71,8 @@ def integrate_gaussian(
 
 def steps(density: Density, gaussian: tuple[int, ...]) -> Tensor:
     """A step of every Gaussian coordinate that is about as long as its conditional standard deviation, (m,)."""
+    if gaussian in density.known_steps:
+        return density.known_steps[gaussian]
     k, index = len(gaussian), torch.tensor(gaussian)
     found = torch.ones(k, dtype=torch.float64)
     for _ in range(3):
@@ -80,6 +82,7 @@ def steps(density: Density, gaussian: tuple[int, ...]) -> Tensor:
         f = density.log_joint(u).amax(0)
         curve = -(f[1 : k + 1] - 2 * f[0] + f[k + 1 :]) / found.square()
         found = curve.clamp(1e-20, 1e20).rsqrt()
+    density.known_steps[gaussian] = found
     return found
 
 

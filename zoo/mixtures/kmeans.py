@@ -98,4 +98,4 @@ class KMeans:
     @classmethod
     def tiny(cls) -> tuple[Self, dict[str, Tensor]]:
         """Four numbers in two clusters that overlap, few enough for an exact answer."""
-        return cls(num_components=2, spread=0.3), {"x": torch.tensor([[-0.8], [-1.1], [0.9], [0.7]])}
+        return cls(num_components=2, spread=0.2), {"x": torch.tensor([[-0.8], [-1.1], [0.9], [0.7]])}
