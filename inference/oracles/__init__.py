@@ -9,9 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .rows import mass
     from .modes import Mode
     from .oracle import Oracle, solve
+    from .rows import mass
     from .verdict import Verdict, verify, verify_draws
 
 _HOME = {

@@ -116,6 +116,21 @@ def improper(fn: Any) -> bool:
     return "Improper" in type(fn).__name__
 
 
+class Held(Messenger):
+    """Put held values into networks, which read their own weights, and note which parameters there are."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values, self.seen = values, set[str]()
+
+    def _pyro_param(self, msg: Any) -> None:
+        name = msg["name"]
+        self.seen.add(name)
+        if "$$$" in name and name in self.values:
+            with torch.no_grad():
+                msg["args"][1].copy_(self.values[name])
+
+
 class Counts:
     """Multinomial log density without the in-place step that keeps PyTorch's from being evaluated in batches."""
 
@@ -231,18 +246,19 @@ class Density:
 
     def _first_run(self) -> Any:
         """A trace with held parameters in place."""
-        trace = poutine.trace(Started()(self.model)).get_trace(**self.kwargs)
+        if not self.held:
+            return poutine.trace(Started()(self.model)).get_trace(**self.kwargs)
+        handler = Held(self.held)
+        poutine.block(handler(Started()(self.model)))(**self.kwargs)
+        if unknown := sorted(set(self.held) - handler.seen):
+            raise ValueError(f"no learned parameter is called {unknown}; the story has {sorted(handler.seen)}")
         store = pyro.get_param_store()
-        unknown = [n for n in self.held if n not in trace.nodes and n not in store]
-        if unknown:
-            raise ValueError(f"no learned parameter is called {unknown}; the story has {list(store.keys())}")
-        with torch.no_grad():
-            for name, value in self.held.items():
-                if "$$$" in name:  # of a network, which reads its own weights
-                    trace.nodes[name]["value"].copy_(value.to(trace.nodes[name]["value"]))
-                else:
-                    store[name] = value.to(trace.nodes[name]["value"])
-        return poutine.trace(Started()(self.model)).get_trace(**self.kwargs) if self.held else trace
+        store.clear()
+        trace = poutine.trace(Started()(self.model)).get_trace(**self.kwargs)
+        for name, value in self.held.items():
+            if "$$$" not in name:
+                store[name] = value.double()
+        return poutine.trace(Started()(self.model)).get_trace(**self.kwargs) if store.keys() else trace
 
     def _add_finite(self, name: str, fn: Any, value: Tensor) -> None:
         inner = fn

@@ -74,7 +74,8 @@ class Heights:
             others = [p.name for p in self.density.places.values() if p not in self.points]
             raise ValueError(
                 f"{others} are neither discrete nor Gaussian given {[p.name for p in self.points]}, and "
-                f"{max(map(len, groups))} of their coordinates stay together: a height would be an integral over all of them. Name some in points, too"
+                f"{max(map(len, groups))} of their coordinates stay together: a height would be an integral over all of them. "
+                f"Name some in points, too"
             )
         box = find_box(self.density, Plan(tuple(self.free), tuple(Group(tuple(g)) for g in groups)))
         found = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
@@ -15,6 +15,9 @@ from .density import Density
 from .integrate import Converged, integrate
 from .modes import Mode, find_mode
 from .plan import Plan, make_plans
+
+if TYPE_CHECKING:
+    from ..posterior import Posterior
 
 
 @dataclass(frozen=True, repr=False)
@@ -84,7 +87,7 @@ def solve(
     *,
     mode: str | None = None,
     points: tuple[str, ...] | None = None,
-    held: Mapping[str, Tensor] | None = None,
+    at: Posterior | Mapping[str, Tensor] | None = None,
 ) -> Oracle:
     """The exact posterior of a tiny story.
 
@@ -102,9 +105,8 @@ def solve(
         integrated out.
     points
         The sites that `mode` is about; by default the continuous latents that no plate of an observed site holds.
-    held
-        Values of learned parameters and networks by name, such as `posterior.draw(0)` of an SVI fit; by default those of the
-        story as it is.
+    at
+        Where learned parameters and networks stand: a fitted posterior, or values by name; by default the story as it is.
 
     Returns
     -------
@@ -126,12 +128,20 @@ def solve(
     if mode not in (None, "map", "mle"):
         raise ValueError(f"mode must be 'map', 'mle' or None, got {mode!r}")
     with told_plainly():
-        density = Density(story, data, held)
+        density = Density(*fitted(story, data, at))
         found = integrate(density, make_plans(density))
         oracle = describe(density, found)
         if mode is not None:
             oracle = replace(oracle, mode=find_mode(density, mode, points))
     return oracle
+
+
+def fitted(story: Any, data: Any, at: Any) -> tuple[Any, Any, dict[str, Tensor]]:
+    """The story that holds the learned networks, the data, and the learned parameters that are no network's."""
+    if at is None or isinstance(at, Mapping):
+        return story, data, dict(at or {})
+    sites = {s.name for s in at.structure.learned}
+    return at.problem.story, data, {n: v[0] for n, v in at.draws.items() if n in sites and "$$$" not in n}
 
 
 class told_plainly:

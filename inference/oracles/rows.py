@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro import poutine
 from torch import Tensor
 
 from .density import Density
-from .oracle import told_plainly
+from .oracle import fitted, told_plainly
+
+if TYPE_CHECKING:
+    from ..posterior import Posterior
 
 #: Nodes a column, by the number of columns, and the place of the outermost in units of the data's own spread.
 NODES, REACH = {1: 20_000, 2: 800}, 3000.0
 
 
-def mass(story: Any, data: Any, *, held: Mapping[str, Tensor] | None = None) -> tuple[float, float]:
+def mass(story: Any, data: Any, *, at: Posterior | Mapping[str, Tensor] | None = None) -> tuple[float, float]:
     """Integral of the density of one row over all real rows: 1, if it is a density.
 
     For stories whose rows have no latents, such as flows, with one or two columns. The nodes lie close where the data are and
@@ -26,7 +29,7 @@ def mass(story: Any, data: Any, *, held: Mapping[str, Tensor] | None = None) -> 
     ----------
     story, data
         As for `fit`; the data tell where to look.
-    held
+    at
         As for `solve`.
 
     Returns
@@ -39,9 +42,11 @@ def mass(story: Any, data: Any, *, held: Mapping[str, Tensor] | None = None) -> 
         The story has latents, more than two columns, or more than one table of rows.
     """
     with told_plainly():
-        density = Density(story, data, held)
+        density = Density(*fitted(story, data, at))
         if density.places or density.states:
-            raise ValueError(f"the story has latents {[*density.places, *density.states]}: use solve, which integrates them")
+            raise ValueError(
+                f"the story has latents {[*density.places, *density.states]}: use solve, which integrates them"
+            )
         tables = [n for n, v in density.kwargs.items() if isinstance(v, Tensor) and v.is_floating_point() and v.ndim]
         if len(tables) != 1 or density.kwargs[tables[0]].ndim > 2:
             raise ValueError(f"mass needs one table of rows (N,) or (N, D), got {tables or list(density.kwargs)}")

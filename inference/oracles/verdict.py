@@ -110,17 +110,13 @@ def verify(posterior: Posterior, oracle: Oracle, *, means: float = 0.5, sds: flo
         The posterior is of another story: it lacks the oracle's sites.
     """
     draws = {n: v.detach().double() for n, v in posterior.draws.items()}
-    learned = {n: v[0] for n, v in draws.items() if n in oracle.density.learned}
     latent = {n: v for n, v in draws.items() if n in oracle.density.places}
-    if draws and not latent and not learned:
+    if draws and not latent and not oracle.density.learned:
         raise ValueError(f"the posterior has {list(draws)} and the oracle {list(oracle.mean)}: another story?")
-    checks: list[Check] = []
     if oracle.density.learned:
-        with_fitted = solve(oracle.density.given_story, oracle.density.given_data, held=learned)
-        checks += _rows(posterior, with_fitted)
-        if posterior.kind == "variational":
-            checks += _local_draws(posterior, with_fitted, means, sds)
-        return Verdict(tuple(checks), posterior.kind)
+        there = solve(oracle.density.given_story, oracle.density.given_data, at=posterior)
+        return Verdict(tuple(_rows(posterior, there) + _local_draws(posterior, there, means, sds)), posterior.kind)
+    checks: list[Check] = []
     if posterior.kind == "point":
         return Verdict(
             tuple(_point(posterior, oracle, latent, nats) + _row_probabilities(posterior, oracle, latent)), "point"
@@ -260,11 +256,16 @@ def _discrete(oracle: Oracle, name: str, draws: Tensor, symmetry: Symmetries, ch
 
 
 def _approximation(
-    oracle: Oracle, draws: Mapping[str, Tensor], symmetry: Symmetries, means: float, sds: float
+    oracle: Oracle,
+    draws: Mapping[str, Tensor],
+    symmetry: Symmetries,
+    means: float,
+    sds: float,
+    kind: str = "variational",
 ) -> list[Check]:
     """Means and standard deviations of an approximation, as far off as was allowed."""
     checks = []
-    moved = [g(draws) for g in symmetry.orbit()]
+    moved = [g(draws) for g in symmetry.orbit()] if draws else []
     for name in draws:
         every = torch.cat([v[name] for v in moved])
         unit = oracle.sd[name].clamp_min(1e-12 * (1 + oracle.mean[name].abs()))
@@ -272,7 +273,7 @@ def _approximation(
         gap = ((every.mean(0) - oracle.mean[name]) / unit).abs().max()
         checks.append(Check(f"mean of {name}", float(gap), means + noise, "sd"))
         alive = oracle.sd[name] > 1e-9 * (1 + oracle.mean[name].abs())
-        if bool(alive.any()):
+        if bool(alive.any()) and kind != "point":
             ratio = (every.std(0) / unit)[alive].clamp_min(1e-12).log().abs().max().exp() - 1
             checks.append(Check(f"sd of {name}", float(ratio), sds + noise, "as a factor less 1"))
     return checks
@@ -333,12 +334,14 @@ def _row_probabilities(posterior: Posterior, oracle: Oracle, draws: Mapping[str,
         heights = Heights(oracle.density, "map", tuple(draws))
         each = torch.stack([heights.states_at({n: v[i] for n, v in draws.items()}).softmax(0) for i in which])
     weight = each.mean(0)
+    rough = heights.grids is not None  # other latents of the row are integrated by the method's approximation
     for name in rows:
         one_hot = torch.nn.functional.one_hot(oracle.density.states[name], len(oracle.density.levels[name])).double()
         exact = torch.einsum("s,s...->...", weight, one_hot)
         found = posterior.local(name, draws=ROW_DRAWS).detach().double()
         gap = 0.5 * (found.reshape(exact.shape) - exact).abs().sum(-1).max()
-        checks.append(Check(f"probabilities of {name}", float(gap), 1e-6, "total variation", "given the same draws"))
+        allowed = 0.1 if rough else 1e-6
+        checks.append(Check(f"probabilities of {name}", float(gap), allowed, "total variation", "given the same draws"))
     return checks
 
 
@@ -347,8 +350,7 @@ def _rows(posterior: Posterior, oracle: Oracle) -> list[Check]:
     if oracle.improper:
         return []
     score = posterior.score(draws=4000)
-    error = getattr(score, "error", None)
-    noise = 0.0 if error is None else float(torch.as_tensor(error).double().square().sum().sqrt())
+    noise = float(score.monte_carlo_error.double().square().sum().sqrt())
     gap = abs(float(score.rows.double().sum()) - oracle.evidence)
     allowed = ERRORS * noise + 1e-4 * (1 + abs(oracle.evidence))
     return [Check("log density of the rows", gap, allowed, "nats", f"log evidence {oracle.evidence:.4f}")]
@@ -359,4 +361,4 @@ def _local_draws(posterior: Posterior, oracle: Oracle, means: float, sds: float)
     names = [n for n in oracle.density.places if n in posterior.structure and posterior.structure[n].local]
     draws = {n: posterior.local(n).detach().double() for n in names}
     draws = {n: v.reshape(len(v), *oracle.mean[n].shape) for n, v in draws.items()}
-    return _approximation(oracle, draws, Symmetries({}, 1, ()), means, sds)
+    return _approximation(oracle, draws, Symmetries({}, 1, ()), means, sds, posterior.kind)
