@@ -204,7 +204,7 @@ def dtm(story, data):
 
 def linear_vae(story, data):
     W, b = story.decoder.map.weight.detach().double().numpy(), story.decoder.map.bias.detach().double().numpy()
-    noise = math.exp(2 * float(story.decoder.log_sigma))
+    noise = math.exp(2 * float(story.decoder.log_sigma.detach()))
     return stats.multivariate_normal(b, W @ W.T + noise * np.eye(2)).logpdf(data["x"].double().numpy()).sum()
 
 

@@ -2,7 +2,9 @@
 
 import itertools
 import math
-from functools import lru_cache
+import warnings
+from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 import pyro
@@ -13,7 +15,7 @@ from oracle_routes import ROUTES
 from scipy import integrate
 
 from inference import EM, NUTS, SVI, choose, fit, inspect, oracles
-from inference.oracles.density import Matrix
+from inference.oracles.coordinates import Matrix
 from inference.oracles.verdict import monte_carlo
 from zoo.catalog import catalog, get
 
@@ -21,6 +23,8 @@ NAMES = [entry.name for entry in catalog()]
 FLOWS = [entry.name for entry in catalog() if entry.chapter == "flows"]
 #: Four-dimensional grids, or many Gaussian coordinates at every node.
 DEAR = {"PPCA", "FactorAnalysis", "MixtureOfFactorAnalysers"}
+#: Stories whose instance takes a second or more to solve, or whose mode does to find.
+SLOW = DEAR | {"MixedMixture", "ConjugateGMM", "GMM", "GaussianHMM"}
 #: What a variational family is allowed on stories whose posterior has several modes or long tails: sds as a factor, nats.
 FAR = {
     "MixedMixture": (1.2, 1.0),
@@ -31,7 +35,7 @@ FAR = {
 FAR |= {"GMM": (2.0, 1.0), "ConjugateGMM": (1.0, 1.0), "PoissonMixture": (1.5, 1.0), "GaussianHMM": (1.5, 1.0)}
 
 
-@lru_cache(maxsize=None)
+@cache
 def solved(name):
     story, data = get(name).tiny()
     return oracles.solve(story, data)
@@ -44,37 +48,32 @@ def stories(names, quick):
 
 def verdict_of(name, method, **allowed):
     story, data = get(name).tiny()
-    with pytest.warns() if False else _quiet():
+    with _quiet():
         return oracles.verify(fit(story, data, method, seed=0, progress=False), solved(name), **allowed)
 
 
-class _quiet:
-    def __enter__(self):
-        import warnings
-
-        self.catch = warnings.catch_warnings()
-        self.catch.__enter__()
+@contextmanager
+def _quiet():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-
-    def __exit__(self, *error):
-        self.catch.__exit__(*error)
+        yield
 
 
-def admissible(method, names=NAMES):
+@cache
+def verdicts(name):
+    with _quiet():
+        return choose(inspect(*get(name).tiny())).verdicts
+
+
+def admissible(method):
     """Stories for which `choose` admits a method."""
-    found = []
-    for name in names:
-        story, data = get(name).tiny()
-        with _quiet():
-            if choose(inspect(story, data)).verdicts[method].applies:
-                found.append(name)
-    return found
+    return [name for name in NAMES if verdicts(name)[method].applies]
 
 
 # -- the oracle is right ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", stories(NAMES, set(NAMES) - DEAR))
+@pytest.mark.parametrize("name", stories(NAMES, set(NAMES) - SLOW))
 def test_every_story_ships_an_instance_that_the_oracle_solves(name, untouched):
     """A `tiny()` that has grown beyond an exact answer, or an answer that depends on the grid."""
     oracle = solved(name)
@@ -86,7 +85,7 @@ def test_every_story_ships_an_instance_that_the_oracle_solves(name, untouched):
     assert "log evidence" in repr(oracle)
 
 
-@pytest.mark.parametrize("name", stories(ROUTES, set(ROUTES) - DEAR))
+@pytest.mark.parametrize("name", stories(ROUTES, set(ROUTES) - SLOW - {"DTM"}))
 def test_evidence_by_a_second_route(name):
     """Conjugate formulas summed over all labels, scipy's quadrature, or algebra on paper: none of it runs the story."""
     story, data = get(name).tiny()
@@ -125,7 +124,7 @@ def test_a_flow_has_the_density_that_its_whole_jacobian_gives(name):
     total = 0.0
     for row in x:
         J = torch.autograd.functional.jacobian(to_noise, row.reshape(-1))
-        noise = to_noise(row.reshape(-1)).reshape(x.shape[1:])
+        noise = to_noise(row.reshape(-1)).detach().reshape(x.shape[1:])
         total += float(flow.noise().log_prob(noise) + torch.linalg.slogdet(J)[1])
     assert oracles.solve(flow, data).evidence == pytest.approx(total, abs=1e-8)
 
@@ -167,7 +166,7 @@ def test_a_hierarchy_equals_scipy(untouched):
         return tau**power * math.exp(log) * math.exp(-(tau**2) / 8) * math.sqrt(2 / math.pi) / 2
 
     z, first, second = (integrate.quad(density, 0, 40, args=(k,), epsabs=1e-13)[0] for k in range(3))
-    assert oracle.evidence == pytest.approx(math.log(z), abs=1e-7)
+    assert oracle.evidence == pytest.approx(math.log(z), abs=2 * oracle.error + 1e-8)
     assert float(oracle.mean["tau"]) == pytest.approx(first / z, abs=1e-6)
     assert float(oracle.sd["tau"]) == pytest.approx(math.sqrt(second / z - (first / z) ** 2), abs=1e-6)
     assert "Gaussian algebra in 4 coordinates" in oracle.how
@@ -224,7 +223,10 @@ def test_exact_hits(name):
     assert verdict.passed and any(c.what == "log evidence" for c in verdict.checks), verdict
 
 
-@pytest.mark.parametrize("name", stories(admissible("em"), set(NAMES) - DEAR - {"GMM", "MixedMixture", "ConjugateGMM"}))
+@pytest.mark.parametrize(
+    "name",
+    stories(admissible("em"), {"CellTable", "PoissonMixture", "KMeans", "MultinomialMixture", "CategoricalHMM", "LDA"}),
+)
 def test_em_climbs_to_the_highest_point(name):
     """A saddle, a wrong prior term, labels of rows that are the prior's: to 1e-4 nats, and 0.1 where EM climbs a bound."""
     verdict = verdict_of(name, EM(restarts=8, tol=1e-12, max_iter=5000), nats=0.1)
@@ -242,13 +244,12 @@ def test_nuts_hits(name):
 
 @pytest.mark.parametrize("name", admissible("gibbs"))
 def test_gibbs_hits(name):
+    """Topics by collapsed sampling: means and variances within five Monte Carlo errors."""
     verdict = verdict_of(name, "gibbs")
     assert verdict.passed, verdict
 
 
-@pytest.mark.parametrize(
-    "name", stories(admissible("svi"), {"CellTable", "LinearVAE", "MAF", "Autoencoder", "TokenLDA"})
-)
+@pytest.mark.parametrize("name", stories(admissible("svi"), {"CellTable", "LinearVAE", "MAF", "TokenLDA"}))
 def test_svi_comes_as_near_as_its_family_can(name):
     """A bound above the evidence, a density of rows that is not the decoder's, a guide that has not learned."""
     story, _ = get(name).tiny()
@@ -275,6 +276,9 @@ X = torch.tensor([1.0, 4.0, 2.0, 3.0], dtype=torch.float64)
 def right(n=4000):
     """Independent draws of the posterior of `counts`, a Gamma(12, 4.5)."""
     return torch.distributions.Gamma(torch.tensor(12.0).double(), 4.5).sample((n,))
+
+
+SOME = torch.linspace(1, 4, 30)
 
 
 FAULTS = {
@@ -350,8 +354,8 @@ def test_components_without_names_and_signs_are_found():
     from inference.oracles.symmetry import find_symmetries
 
     with told_plainly():
-        found = find_symmetries(solved("GaussianHMM").density)
-    assert found.size == 2 and found.axes == {"pi": (0,), "A": (0, 1), "mu": (0,), "tau": (0,)} and not found.signs
+        found = find_symmetries(solved("CategoricalHMM").density)
+    assert found.size == 2 and found.axes == {"pi": (0,), "A": (0, 1), "B": (0,)} and not found.signs
     with told_plainly():
         flips = find_symmetries(oracles.solve(schools, torch.tensor([1.0, 2.0])).density)
     assert flips.trivial
@@ -362,7 +366,7 @@ def test_components_without_names_and_signs_are_found():
 
 def test_a_story_that_is_too_big_is_refused_with_its_size():
     story, _ = get("PoissonMixture").tiny()
-    with pytest.raises(ValueError, match=r"2\^40 \('z'\) = 1.1e\+12 joint states .* fewer rows"):
+    with pytest.raises(ValueError, match=r"2\^40 \('z'\) = 1.1e\+12 joint states, .* fewer rows"):
         oracles.solve(story, torch.ones(40))
 
     def wide(x):
@@ -383,8 +387,8 @@ def test_a_story_that_is_too_big_is_refused_with_its_size():
             lambda: oracles.solve(lambda: pyro.sample("n", dist.Poisson(2.0)), {}),
             "'n' .Poisson. has states without end",
         ),
-        (lambda: oracles.verify_draws({"mu": right()}, oracles.solve(counts, X)), r"no site 'mu'; it knows \['rate'\]"),
-        (lambda: oracles.verify_draws({"rate": right(5)}, oracles.solve(counts, X)), "20 draws or more"),
+        (lambda: oracles.verify_draws({"mu": SOME}, oracles.solve(counts, X)), r"no site 'mu'; it knows \['rate'\]"),
+        (lambda: oracles.verify_draws({"rate": SOME[:5]}, oracles.solve(counts, X)), "20 draws or more"),
         (lambda: oracles.mass(counts, X), "latents .'rate'."),
         (lambda: oracles.solve(counts, X, at={"weight": X}), r"no learned parameter is called \['weight'\]"),
     ],

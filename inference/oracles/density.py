@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -19,84 +19,16 @@ import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
-from torch.distributions import biject_to, constraints
+from torch.distributions import biject_to
 
 from ..data import DataNotice, bind
 from ..structure import pair
+from .coordinates import Place, constrain, contrasts, free_shape, unconstrain
 
 #: Joint states of the discrete latents that are listed.
 MOST_STATES = 4096
 #: Numbers of one batch of evaluations, about.
 BATCH = 2**21
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a continuous latent lies in the vector of unconstrained coordinates, and in the vector of values.
-
-    `turned`: the coordinates are the level of the last axis and the contrasts along it (see `contrasts`).
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    free_shape: tuple[int, ...]
-    start: int
-    first: int
-    turned: bool = False
-
-    @property
-    def coordinates(self) -> range:
-        return range(self.start, self.start + math.prod(self.free_shape))
-
-    @property
-    def entries(self) -> slice:
-        return slice(self.first, self.first + math.prod(self.shape))
-
-
-class Matrix:
-    """Reals to a positive-definite matrix, by a Cholesky factor with the logarithm of its diagonal."""
-
-    @staticmethod
-    def matrix(free: Tensor, size: int) -> Tensor:
-        rows, columns = torch.tril_indices(size, size)
-        low = free.new_zeros((*free.shape[:-1], size * size))
-        L = low.index_copy(-1, rows * size + columns, free).unflatten(-1, (size, size))
-        L = L.tril(-1) + torch.diag_embed(L.diagonal(dim1=-2, dim2=-1).exp())
-        return L @ L.mT
-
-    @staticmethod
-    def log_det(free: Tensor, size: int) -> Tensor:
-        """log |d lower triangle of the matrix / d free| (Muirhead 1982, theorem 2.1.9; a test differentiates the map)."""
-        rows, columns = torch.tril_indices(size, size)
-        power = (size + 1 - torch.arange(size)).double()
-        diagonal = free[..., rows == columns]
-        return (diagonal * power + math.log(2)).sum()
-
-
-def constrain(free: Tensor, support: Any, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Value of a site and the log-determinant of the map to it."""
-    if support is constraints.positive_definite:
-        value = Matrix.matrix(free, shape[-1])
-        return value, Matrix.log_det(free, shape[-1])
-    way = biject_to(support)
-    value = way(free)
-    return value, way.log_abs_det_jacobian(free, value).sum()
-
-
-def contrasts(size: int) -> Tensor:
-    """Orthogonal matrix (size, size) whose first row is the level and whose others are contrasts (Helmert's)."""
-    rows = [torch.ones(size)]
-    for k in range(1, size):
-        rows.append(torch.cat([torch.ones(k), -torch.tensor([float(k)]), torch.zeros(size - k - 1)]))
-    return torch.stack([r / r.norm() for r in rows]).double()
-
-
-def free_shape(fn: Any, value: Tensor) -> tuple[int, ...]:
-    """Shape of the unconstrained coordinates of a site."""
-    if fn.support is constraints.positive_definite:
-        size = value.shape[-1]
-        return (*value.shape[:-2], size * (size + 1) // 2)
-    return tuple(biject_to(fn.support).inv(value).shape)
 
 
 class Started(Messenger):
@@ -214,6 +146,7 @@ class Density:
         self._read()
         self.anchor = self._find_anchor()
         self.known_steps: dict[tuple[int, ...], Tensor] = {}
+        self.sharpness, self.blurred = 1.0, False  # of Gaussian algebra near singularity: see `ranges.gaussian_batch`
 
     # -- what the story holds ----------------------------------------------------------------------------------------
 
@@ -310,7 +243,7 @@ class Density:
     def _coordinates(self, values: Mapping[str, Tensor], trace: Any) -> Tensor:
         parts = []
         for p in self.places.values():
-            free = self._free(trace.nodes[p.name]["fn"], values[p.name])
+            free = unconstrain(trace.nodes[p.name]["fn"], values[p.name])
             parts.append((free @ contrasts(p.shape[-1]).T if p.turned else free).reshape(-1))
         return torch.cat(parts).double() if parts else torch.zeros(0, dtype=torch.float64)
 
@@ -340,14 +273,6 @@ class Density:
                 "the story gives the data the density 0 at all 64 draws from its prior: is it their story?"
             )
         return where
-
-    @staticmethod
-    def _free(fn: Any, value: Tensor) -> Tensor:
-        if fn.support is constraints.positive_definite:
-            L = torch.linalg.cholesky(value)
-            rows, columns = torch.tril_indices(L.shape[-1], L.shape[-1])
-            return (L.tril(-1) + torch.diag_embed(L.diagonal(dim1=-2, dim2=-1).log()))[..., rows, columns]
-        return biject_to(fn.support).inv(value)
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 

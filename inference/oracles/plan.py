@@ -176,13 +176,14 @@ class Quadratic:
         for place in self.density.places.values():
             part = [i for i in place.coordinates if i in group and i in self.real]
             levels = [i for i in part if place.turned and (i - place.start) % place.shape[-1] == 0]
-            parts += [tuple(p) for p in (levels, [i for i in part if i not in levels]) if p]
+            others = [i for i in part if i not in levels]
+            parts += [tuple(some) for some in (levels, others) if some]
         best: tuple[int, ...] = ()
         for order in (sorted(parts, key=len, reverse=True), parts, parts[::-1]):
             chosen: tuple[int, ...] = ()
-            for part in order:
-                if self.holds(tuple(sorted((*chosen, *part)))):
-                    chosen = tuple(sorted((*chosen, *part)))
+            for more in order:
+                if self.holds(tuple(sorted((*chosen, *more)))):
+                    chosen = tuple(sorted((*chosen, *more)))
             best = chosen if len(chosen) > len(best) else best
         return best
 

@@ -16,10 +16,10 @@ from .plan import Group, Plan
 DEPTH = 36.0
 #: Nats below it at which nodes begin to lie further apart.
 CORE = 5.0
-#: Size of a log density beyond which its differences are lost in rounding: a noise without width, far from all mass.
-LOST = 1e9
-#: Points that wander through the region above that level, and how often each moves.
-WALKERS, MOVES, PUSHES = 64, 60, 30
+#: Size of numbers beyond which their differences are worth another round, and beyond which they are lost in rounding.
+FAR, LOST = 1e5, 1e13
+#: Points that wander through the region above that level, and how often its ends are pushed outwards.
+WALKERS, PUSHES = 64, 20
 
 
 def marginal(density: Density, plan: Plan, points: Tensor) -> Tensor:
@@ -28,45 +28,66 @@ def marginal(density: Density, plan: Plan, points: Tensor) -> Tensor:
     gaussian = tuple(sorted(i for g in plan.groups for i in g.gaussian))
     u = density.anchor.repeat(len(points), 1)
     u[:, grid] = points
-    if not gaussian:
-        found = density.log_joint(u)
-    else:
-        step = steps(density, gaussian)
-        found = density.batch(
-            lambda a, s: integrate_gaussian(density, a, s, gaussian, step)[0], u, width=2 + len(gaussian) ** 2
-        )
+    found = gaussian_batch(density, u, gaussian)[0] if gaussian else density.log_joint(u)
     return found.logsumexp(0).nan_to_num(-torch.inf, -torch.inf, -torch.inf)
 
 
+def gaussian_batch(density: Density, u: Tensor, gaussian: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Integrals over Gaussian coordinates at many points, for every state: log (S, B), two moments of all values (S, B, E).
+
+    Where the start lies so far from the mass that differences lose digits, they are taken again from the mean found.
+    """
+    step, width = steps(density, gaussian), 2 + len(gaussian) ** 2
+
+    def run(points: Tensor, rounds: int) -> tuple[Tensor, ...]:
+        return density.batch(
+            lambda a, s: integrate_gaussian(density, a, s, gaussian, step, rounds), points, width=width
+        )
+
+    total, first, second, size = run(u, 1)
+    again = (size > FAR).any(0).nonzero()[:, 0]
+    if len(again):
+        better = run(u[again], 3)
+        total[:, again], first[:, again], second[:, again], size[:, again] = better
+    unclear = ~(size < LOST * density.sharpness)
+    density.blurred = density.blurred or bool(unclear.any())
+    return total.masked_fill(unclear, -torch.inf), first, second
+
+
 def integrate_gaussian(
-    density: Density, u: Tensor, state: dict[str, Tensor], gaussian: tuple[int, ...], step: Tensor
+    density: Density, u: Tensor, state: dict[str, Tensor], gaussian: tuple[int, ...], step: Tensor, rounds: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Integral over coordinates in which the log density is quadratic, by its differences, which are exact for a parabola.
 
     Returns
     -------
-    log of the integral, and of the values of all latents, which are linear in these coordinates: the mean, the Jacobian
-    (entries, m) and the coordinates' covariance (m, m).
+    log of the integral; mean and second moment of the values of all latents, which are linear in these coordinates (E,); and
+    how much larger than 1 the numbers are whose differences were taken, times how nearly singular the curvature is.
     """
     k, index = len(gaussian), torch.tensor(gaussian)
-    one = torch.eye(k, dtype=torch.float64) * step
     i, j = torch.triu_indices(k, k, 1)
-    moves = torch.cat([torch.zeros(1, k, dtype=torch.float64), one, -one, one[i] + one[j]])
     start = u[index]
-    f, values = torch.func.vmap(lambda move: density.tell(u.index_copy(0, index, start + move), state))(moves)
-    level, up, down, across = f[0], f[1 : k + 1], f[k + 1 : 2 * k + 1], f[2 * k + 1 :]
-    slope = (up - down) / 2  # in steps
-    curve = torch.diag_embed(up - 2 * level + down)
-    mixed = across - up[i] - up[j] + level
-    curve = curve.index_put((torch.cat([i, j]), torch.cat([j, i])), torch.cat([mixed, mixed]))
-    covariance = torch.linalg.inv_ex(-curve)[0]
+    for left in reversed(range(rounds)):
+        one = torch.diag_embed(step)
+        moves = torch.cat([torch.zeros(1, k, dtype=torch.float64), one, -one, one[i] + one[j]])
+        f, values = torch.func.vmap(lambda move, s=start: density.tell(u.index_copy(0, index, s + move), state))(moves)
+        level, up, down, across = f[0], f[1 : k + 1], f[k + 1 : 2 * k + 1], f[2 * k + 1 :]
+        slope = (up - down) / 2  # in steps
+        bend = up - 2 * level + down
+        mixed = across - up[i] - up[j] + level
+        curve = torch.diag_embed(bend).index_put((torch.cat([i, j]), torch.cat([j, i])), torch.cat([mixed, mixed]))
+        covariance = torch.linalg.inv_ex(-curve)[0]
+        move = covariance @ slope
+        if left:
+            start = start + step * move
+            step = step * (-bend).clamp(1e-30, 1e30).rsqrt()
     sign, log_det = torch.linalg.slogdet(-curve)
-    move = covariance @ slope
-    total = level + 0.5 * slope @ move + 0.5 * k * math.log(2 * math.pi) + step.log().sum()
-    clear = (sign > 0) & (torch.maximum(level.abs(), (slope @ move).abs()) < LOST)
-    total = torch.where(clear, total - 0.5 * log_det, -torch.inf)
+    total = level + 0.5 * slope @ move + 0.5 * k * math.log(2 * math.pi) + step.log().sum() - 0.5 * log_det
     J = (values[1 : k + 1] - values[0]).T
-    return total, values[0] + J @ move, J, covariance
+    first = values[0] + J @ move
+    size = torch.maximum(level.abs(), (slope @ move).abs()) * (1 + covariance.diagonal().abs().amax())
+    size = torch.where(sign > 0, size, torch.inf)
+    return total, first, first.square() + ((J @ covariance) * J).sum(-1), size
 
 
 def steps(density: Density, gaussian: tuple[int, ...]) -> Tensor:
@@ -109,7 +130,8 @@ class Range:
         centre, scale = (self.core_low + self.core_high) / 2, max((self.core_high - self.core_low) / 2, 1e-300)
         pad = margin * (self.high - self.low)
         ends = torch.tensor([self.low - pad - centre, self.high + pad - centre], dtype=torch.float64) / scale
-        t = torch.linspace(*ends.asinh().tolist(), count, dtype=torch.float64)
+        first, last = ends.asinh().tolist()
+        t = torch.linspace(first, last, count, dtype=torch.float64)
         return centre + scale * t.sinh(), scale * t.cosh() * (t[1] - t[0])
 
 
@@ -142,7 +164,7 @@ def region(density: Density, plan: Plan, depth: float, home: Tensor) -> tuple[Te
     level = marginal(density, plan, x)
     lost = level < level.max() - depth
     x[lost], level[lost] = x[level.argmax()].clone(), level.max()
-    for _ in range(MOVES):
+    for _ in range(25 + 8 * m):
         a, b = (torch.randint(WALKERS, (WALKERS,), generator=generator) for _ in range(2))
         stretch = 0.3 + 2.2 * torch.rand(WALKERS, 1, generator=generator, dtype=torch.float64)
         tried = x + stretch * (x[a] - x[b]) * (

@@ -81,7 +81,7 @@ def find_symmetries(density: Density) -> Symmetries:
         return bool(values)
 
     axes, size = _components(density, same)
-    signs = []
+    signs: list[tuple[str, ...]] = []
     names = [p.name for p in density.places.values() if bool((entries[0][p.entries] < 0).any())] if entries else []
     for count in range(1, len(names) + 1):
         for chosen in itertools.combinations(names, count):

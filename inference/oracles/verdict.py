@@ -324,23 +324,37 @@ def _point(posterior: Posterior, oracle: Oracle, draws: Mapping[str, Tensor], na
 
 
 def _row_probabilities(posterior: Posterior, oracle: Oracle, draws: Mapping[str, Tensor]) -> list[Check]:
-    """p(discrete latent | the same draws, data), against listing every joint state."""
-    checks = []
+    """p(discrete latent | the same draws, data), against listing every joint state.
+
+    A method may condition on its draws of the rows' other latents, or integrate these out: both are right.
+    """
     rows = [s.name for s in posterior.structure.finite if s.local and s.name in oracle.density.states]
     if not rows or (not draws and oracle.density.places):
         return []
+    shared = {n: v for n, v in draws.items() if not posterior.structure[n].local}
+    found = {name: posterior.local(name, draws=ROW_DRAWS).detach().double() for name in rows}
+    best = _listed(posterior, oracle, draws, found)
+    if len(shared) < len(draws) and any(not c.passed for c in best):
+        others = _listed(posterior, oracle, shared, found)
+        best = [a if a.gap <= b.gap else b for a, b in zip(best, others)]
+    return best
+
+
+def _listed(
+    posterior: Posterior, oracle: Oracle, draws: Mapping[str, Tensor], found: Mapping[str, Tensor]
+) -> list[Check]:
+    """Row probabilities beside those of every joint state, given these draws."""
+    checks = []
     which = posterior.some_draws(ROW_DRAWS) if draws else [0]
     with told_plainly():
         heights = Heights(oracle.density, "map", tuple(draws))
         each = torch.stack([heights.states_at({n: v[i] for n, v in draws.items()}).softmax(0) for i in which])
-    weight = each.mean(0)
-    rough = heights.grids is not None  # other latents of the row are integrated by the method's approximation
-    for name in rows:
+    # Other latents of the row that are neither given nor Gaussian are integrated by the method's own approximation.
+    allowed = 1e-6 if heights.grids is None else 0.1
+    for name, answer in found.items():
         one_hot = torch.nn.functional.one_hot(oracle.density.states[name], len(oracle.density.levels[name])).double()
-        exact = torch.einsum("s,s...->...", weight, one_hot)
-        found = posterior.local(name, draws=ROW_DRAWS).detach().double()
-        gap = 0.5 * (found.reshape(exact.shape) - exact).abs().sum(-1).max()
-        allowed = 0.1 if rough else 1e-6
+        exact = torch.einsum("s,s...->...", each.mean(0), one_hot)
+        gap = 0.5 * (answer.reshape(exact.shape) - exact).abs().sum(-1).max()
         checks.append(Check(f"probabilities of {name}", float(gap), allowed, "total variation", "given the same draws"))
     return checks
 
