@@ -147,6 +147,13 @@ class LDA:
 
         return cls(num_topics=6, concentration=0.5, word_concentration=0.1), {"w": load("bars").x}
 
+    @classmethod
+    def tiny(cls) -> tuple[Self, dict[str, Tensor]]:
+        """Two documents over two words, few enough for an exact answer."""
+        return cls(num_topics=2, concentration=1.5, word_concentration=1.5), {
+            "w": torch.tensor([[3.0, 1.0], [1.0, 2.0]])
+        }
+
     def _prior(self) -> tuple[Tensor, Tensor]:
         """alpha (K,) and eta (): settings, or parameters to learn."""
         positive = constraints.positive
