@@ -36,6 +36,7 @@ def fit(
     memory: float | None = None,
     progress: bool | None = None,
     ranks: str = "split",
+    cross_check: bool | str | Method = False,
 ) -> Posterior:
     """Infer what a generative story leaves unsaid, given what was seen.
 
@@ -68,6 +69,9 @@ def fit(
         What the processes that `torchrun` started (if it did) are given, all of them calling this with the same other
         arguments. "split": each the whole table, of which it works on its share. "own": each rows of its own, as many as it
         has. "alone": each fits by itself. Every process gets the same answer.
+    cross_check
+        Run an independent second method on a small replica afterwards and say how far it ends from the first, as
+        `posterior.cross_check`: True chooses it, or a name or configured method. The answer itself stays the same to the bit.
 
     Returns
     -------
@@ -121,7 +125,22 @@ def fit(
     choice = others.together(lambda: decide(problem, method))
     if method == "auto":
         choice = others.first(choice)  # clocks differ
-    return run(problem, choice, time.perf_counter() - began, others, memory)
+    if cross_check is not False and cross_check is not True:
+        check_request(problem.structure, cross_check)
+    posterior = run(problem, choice, time.perf_counter() - began, others, memory)
+    return posterior if cross_check is False else seconded(posterior, cross_check, others, progress)
+
+
+def seconded(posterior: Posterior, second: bool | str | Method, ranks: Ranks, progress: bool) -> Posterior:
+    """With a cross-check; of several ranks the first one makes it, of the rows that it has."""
+    if not ranks.several:
+        return posterior.cross_checked(second, progress=progress)
+    alone = replace(posterior, problem=replace(posterior.problem, ranks=ALONE))
+    found = ranks.together(lambda: alone.cross_checked(second, progress=progress) if ranks.leads else None)
+    told = ranks.first(None if found is None else (found.cross_check, found.warnings, found.timings["cross_check"]))
+    check, warnings, seconds = told
+    timings = {**posterior.timings, "cross_check": seconds}
+    return replace(posterior, cross_check=check, warnings=warnings, timings=timings)
 
 
 def decide(problem: Problem, method: str | Method) -> Choice:

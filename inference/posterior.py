@@ -18,6 +18,7 @@ from .problem import Problem
 if TYPE_CHECKING:
     from .amortised import Recogniser
     from .choose import Choice
+    from .crosscheck import CrossCheck
     from .collapse import Units
     from .methods.base import Method
     from .predict import Imputation
@@ -54,6 +55,8 @@ class Posterior:
         Per-draw statistics of a sampler, (chains, draws).
     converged
         False where a budget, Ctrl-C or the iteration limit ended the run.
+    cross_check
+        How far an independent second method on a small replica ended from this one; None where nobody asked.
     """
 
     kind: str
@@ -69,6 +72,7 @@ class Posterior:
     converged: bool = True
     choice: Choice | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    cross_check: CrossCheck | None = None
 
     # -- what ran and why --------------------------------------------------------------------------------------------
 
@@ -102,8 +106,48 @@ class Posterior:
             return recogniser(self)
 
     def why(self) -> str:
-        """The method that ran, the rule that chose it, and every other method's verdict with its premise."""
-        return str(self.choice) if self.choice else f"{self.method.name}: called directly"
+        """The method that ran, the rule that chose it, every other method's verdict with its premise, and the cross-check."""
+        told = str(self.choice) if self.choice else f"{self.method.name}: called directly"
+        return f"{told}\n{self.second_opinion()}"
+
+    def second_opinion(self) -> str:
+        """What a second method found, in a line, or that none was asked and which line asks it."""
+        from .crosscheck import not_checked
+
+        return self.cross_check.line if self.cross_check else not_checked(self)
+
+    def cross_checked(self, method: str | Method | bool = True, *, progress: bool | None = None) -> Posterior:
+        """The same answer, held beside that of an independent second method on a small replica.
+
+        Both methods see the same rows (all, where they are few), story, priors and seed. Means are compared in posterior sd,
+        on what neither the numbering of components nor the rotation of factors changes. Under networks the weights are held
+        as fitted and the rows' latents are found a second time, without the guide.
+
+        Parameters
+        ----------
+        method
+            The second method: True chooses the strongest that is valid and quick, or a name or configured method.
+        progress
+            A progress bar; None shows it on a terminal.
+
+        Returns
+        -------
+        A copy with `cross_check` filled, and a warning in front where the two disagree.
+
+        Raises
+        ------
+        ValueError
+            `method` is not valid for the story, or is the one that answered.
+        """
+        import sys
+
+        from .crosscheck import cross_check
+
+        found = cross_check(self, method, progress=sys.stderr.isatty() if progress is None else progress)
+        old = self.cross_check.warnings if self.cross_check else []
+        kept = [w for w in self.warnings if w not in old]
+        timings = {**self.timings, "cross_check": found.seconds}
+        return replace(self, cross_check=found, warnings=[*found.warnings, *kept], timings=timings)
 
     def finished(self) -> Posterior:
         """Match exchangeable components across draws, then judge convergence on the matched draws."""

@@ -89,6 +89,7 @@ def summarise(posterior: Posterior) -> Summary:
     heading += [f"{name} is a network of {count:,} weights" for name, count in network_weights(posterior).items()]
     for name in sorted(local):
         heading.append(f"{name} is local: posterior.local({name!r})")
+    heading.append(posterior.second_opinion())
     return Summary(heading, list(posterior.warnings), pd.DataFrame(rows, index=names))
 
 
