@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,6 @@ from .agreement import agree
 if TYPE_CHECKING:
     from .methods.base import Method
     from .posterior import Posterior
-    from .problem import Problem
     from .replica import Second
 
 #: Posterior sd between two means beyond which answers disagree; and of a point, which is a mode and no mean.
@@ -32,6 +31,8 @@ ERRORS = 3.0
 SPREAD = 1.5
 #: Ratio of chains' spreads from which a sampler's draws decide nothing.
 SETTLED_RHAT = 1.05
+#: Seconds that a second opinion may take where nobody asked for it.
+CHEAP = 10.0
 #: Draws of the reference whose log joint a mode must beat.
 RIVALS = 50
 #: The more a kind promises, the earlier it stands.
@@ -107,7 +108,7 @@ class CrossCheck:
 
     @property
     def verdict(self) -> str:
-        """"agrees", "disagrees", "undecided" or "not made"."""
+        """ "agrees", "disagrees", "undecided" or "not made"."""
         if self.refused:
             return "not made"
         if self.doubts:
@@ -154,6 +155,11 @@ class CrossCheck:
         if self.rival > 0:
             text += f"; a draw of {self.second} lies {self.rival:.3g} nats above the mode of {self.first}"
         return text + "".join(f"; {d}" for d in self.doubts)
+
+    @property
+    def cell(self) -> str:
+        """In a table."""
+        return "not made" if self.refused else f"{self.verdict}, {self.gap:.2g} sd ({self.second})"
 
     def __repr__(self) -> str:
         if self.refused:
@@ -208,6 +214,44 @@ def by_refit(posterior: Posterior, partner: Second, progress: bool) -> CrossChec
     return held(kept, mine, theirs)
 
 
+def beside(posterior: Posterior, others: Iterable[Posterior]) -> CrossCheck | None:
+    """Another method's answer to the same data as the second opinion, where one promises as much and is to be trusted."""
+    if posterior.structure.admixture or not posterior.draws:
+        return None
+    strength = min(STRENGTH.index(posterior.kind), STRENGTH.index("variational"))
+    found = [
+        p
+        for p in others
+        if p.method.name != posterior.method.name
+        and p.draws
+        and STRENGTH.index(p.kind) <= strength
+        and not doubts_of(p, reference=True)
+    ]
+    if not found:
+        return None
+    best = min(found, key=lambda p: STRENGTH.index(p.kind))
+    rows = posterior.structure.num_rows if posterior.structure.row_arguments else None
+    kept = CrossCheck(posterior.method.name.upper(), best.method.name.upper(), "compared as well", rows, rows)
+    check = held(kept, posterior, best)
+    return None if check.refused else check
+
+
+def all_seconded(posteriors: dict[str, Posterior], always: bool, show: bool, several: bool) -> dict[str, Posterior]:
+    """Every answer with its cross-check, where one is to be had."""
+    from .replica import cheap
+
+    found = {}
+    for label, posterior in posteriors.items():
+        check = beside(posterior, posteriors.values())
+        if check is not None:
+            found[label] = posterior.with_check(check)
+        elif not several and (always or cheap(posterior, CHEAP)):
+            found[label] = posterior.cross_checked(progress=show)
+        else:
+            found[label] = posterior
+    return found
+
+
 def held(kept: CrossCheck, mine: Posterior, theirs: Posterior) -> CrossCheck:
     """Two posteriors of one problem, on quantities that neither labels nor rotations change."""
     mine_is = STRENGTH.index(mine.kind) if mine.kind in STRENGTH else len(STRENGTH)
@@ -231,7 +275,11 @@ def held(kept: CrossCheck, mine: Posterior, theirs: Posterior) -> CrossCheck:
 
 
 def side_by_side(
-    kept: CrossCheck, mine: tuple[dict[str, Tensor], float], theirs: tuple[dict[str, Tensor], float], what: str, doubts: list[str]
+    kept: CrossCheck,
+    mine: tuple[dict[str, Tensor], float],
+    theirs: tuple[dict[str, Tensor], float],
+    what: str,
+    doubts: list[str],
 ) -> CrossCheck:
     """Draws (S,) of invariant quantities and how many of them count, of either method; one draw is a point."""
     (ours, count), (reference, other_count) = mine, theirs
@@ -276,11 +324,11 @@ def settings_of(method: Any) -> Any:
 
     if not is_dataclass(method):
         return method
-    names = {f.name for f in fields(method)}
-    changes: dict[str, Any] = {n: None for n in ("checkpoint", "callback") if n in names}
-    if "start" in names and not isinstance(method.start, Mapping):
+    options = {f.name: getattr(method, f.name) for f in fields(method) if f.init}
+    changes: dict[str, Any] = {n: None for n in ("checkpoint", "callback") if n in options}
+    if "start" in options and not isinstance(options["start"], Mapping):
         changes["start"] = None
-    if "init" in names and not isinstance(method.init, str):
+    if "init" in options and not isinstance(options["init"], str):
         changes["init"] = "auto"
     return replace(method, **changes)  # type: ignore[type-var]
 

@@ -137,10 +137,8 @@ def seconded(posterior: Posterior, second: bool | str | Method, ranks: Ranks, pr
         return posterior.cross_checked(second, progress=progress)
     alone = replace(posterior, problem=replace(posterior.problem, ranks=ALONE))
     found = ranks.together(lambda: alone.cross_checked(second, progress=progress) if ranks.leads else None)
-    told = ranks.first(None if found is None else (found.cross_check, found.warnings, found.timings["cross_check"]))
-    check, warnings, seconds = told
-    timings = {**posterior.timings, "cross_check": seconds}
-    return replace(posterior, cross_check=check, warnings=warnings, timings=timings)
+    told = ranks.first(None if found is None else found.cross_check)
+    return posterior if told is None else posterior.with_check(told)
 
 
 def decide(problem: Problem, method: str | Method) -> Choice:

@@ -18,8 +18,8 @@ from .problem import Problem
 if TYPE_CHECKING:
     from .amortised import Recogniser
     from .choose import Choice
-    from .crosscheck import CrossCheck
     from .collapse import Units
+    from .crosscheck import CrossCheck
     from .methods.base import Method
     from .predict import Imputation
     from .refinement import Refinement
@@ -143,7 +143,12 @@ class Posterior:
 
         from .crosscheck import cross_check
 
-        found = cross_check(self, method, progress=sys.stderr.isatty() if progress is None else progress)
+        return self.with_check(
+            cross_check(self, method, progress=sys.stderr.isatty() if progress is None else progress)
+        )
+
+    def with_check(self, found: CrossCheck) -> Posterior:
+        """A copy with this cross-check, and what it warns of in front."""
         old = self.cross_check.warnings if self.cross_check else []
         kept = [w for w in self.warnings if w not in old]
         timings = {**self.timings, "cross_check": found.seconds}

@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from .structure import Structure
 
 #: Rows of a replica; of one whose rows have latents that are sampled; and documents.
-ROWS, WITH_LATENTS, DOCUMENTS = 200, 40, 30
+ROWS, WITH_LATENTS, DOCUMENTS = 200, 40, 100
 #: Seconds of sampling, by a timed gradient, from which a quarter of the rows is taken, and after which it ends.
 PATIENCE, LONGEST = 30.0, 120.0
+#: The captured program is at least so many times as fast as the story.
+CAPTURED = 8
 #: Draws of a row's latents, and words that are looked at in every document.
 ROW_DRAWS, WORDS = 400, 5
 
@@ -88,8 +90,6 @@ def chosen_second(posterior: Posterior, wanted: str | Method | bool = True) -> S
         return Second(method, "as asked")
     if structure.implicit:
         raise NoSecondError("the story has no density, and samples of a generator have no second method")
-    if not posterior.draws:
-        raise NoSecondError("nothing continuous is unknown: every latent is summed out exactly")
     networks = bool(posterior.extra.get("networks")) or structure.has_modules
     if networks and not (isinstance(getattr(posterior.method, "guide", None), Amortised) and not structure.has_modules):
         if posterior.recogniser is not None:
@@ -101,17 +101,31 @@ def chosen_second(posterior: Posterior, wanted: str | Method | bool = True) -> S
             )
         what = "the density is exact and " if structure.guideless else ""
         raise NoSecondError(f"{what}networks are learned as points, of which no other method gives a posterior")
-    reasons = []
+    if not posterior.draws:
+        raise NoSecondError("nothing continuous is unknown: every latent is summed out exactly")
+    reasons = {}
     for name, method in quick_methods().items():
         if name == first or (name == "hmc" and first in ("exact", "gibbs")):
             continue
         verdict = method.check(structure)
         if verdict.applies:
             return Second(method, REASONS[name])
-        reasons.append(f"{name}: {verdict.reason}")
+        reasons[name] = verdict.reason
     if posterior.recogniser is not None:
         return Second(None, "parameters are held as fitted; the rows' latents by normals fitted row by row", "rows")
-    raise NoSecondError("no second method is valid for this story (" + "; ".join(reasons) + ")")
+    why = reasons.get("nuts") or next(iter(reasons.values()))
+    raise NoSecondError(f"no second method is valid for this story ({why})")
+
+
+def cheap(posterior: Posterior, seconds: float) -> bool:
+    """Whether a second opinion is to be had in about that time."""
+    try:
+        partner = chosen_second(posterior)
+        if partner.route == "rows" or partner.method.name not in ("nuts", "hmc"):
+            return True
+        return cost(replica(posterior, partner)) <= seconds
+    except NoSecondError:
+        return True  # which says so at once
 
 
 # -- the replica ---------------------------------------------------------------------------------------------------------
@@ -177,7 +191,7 @@ def cost(problem: Problem) -> float:
     """Seconds that quick NUTS would take, by a few gradients of the story as it is."""
     from .fit import pilot
 
-    return pilot(problem)[0] / 2
+    return pilot(problem)[0] / 2 / CAPTURED
 
 
 def answered(problem: Problem, method: Any, progress: bool, seconds: float | None = None) -> Posterior:
@@ -219,7 +233,10 @@ def word_chances(
         places += [(d, int(v)) for v in documents.words[own][often]]
     tables = []
     for posterior in (mine, theirs):
-        theta, phi = shares(posterior), posterior.draws[form.topics].double().reshape(-1, form.num_topics, form.num_words)
+        theta, phi = (
+            shares(posterior),
+            posterior.draws[form.topics].double().reshape(-1, form.num_topics, form.num_words),
+        )
         steps = np.linspace(0, len(phi) - 1, min(len(phi), len(theta))).round().astype(int)
         if len(phi) == 1:
             theta, steps = theta.mean(0, keepdim=True), np.array([0])
@@ -272,7 +289,9 @@ def guided_rows(
         values = [fitted.rows.log_rows(f)[1] for f in free]
         by_normal = {n: torch.stack([v[n] for v in values]).flatten(2) for n in values[0]}
     khat = [float(np.median([pareto_khat(w.double().numpy()) for w in table.T])) for table in (weights, own)]
-    doubts = [f"the median k-hat of the rows is {max(khat):.2f}: their weights decide nothing"] if max(khat) > 0.7 else []
+    doubts = (
+        [f"the median k-hat of the rows is {max(khat):.2f}: their weights decide nothing"] if max(khat) > 0.7 else []
+    )
     gaps, errors, ratios = {}, {}, {}
     for name in by_normal:
         mean, sd, ess = weighted(by_normal[name], own)
