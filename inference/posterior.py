@@ -168,12 +168,16 @@ class Posterior:
             diagnostics["rotating"] = turning
         if self.kind == "samples":
             from .diagnostics import rhat_ess, rhat_warnings
+            from .restarts import of_chains
 
             fixed = invariants(draws, turning, {b.name for b in self.joint.blocks if b.local})
             by_chain = {n: d.reshape(self.chains, -1, *d.shape[1:]).cpu().numpy() for n, d in fixed.items()}
             convergence = rhat_ess(by_chain)
             diagnostics.update(convergence)
             warnings = rhat_warnings(by_chain, convergence) + warnings
+            if self.chains > 1 and by_chain:
+                stats = self.sample_stats
+                diagnostics["restarts"] = of_chains(by_chain, stats.get("lp", stats.get("log_likelihood")))
         notes = [n for n in self.problem.structure.notes if n not in warnings]
         return replace(self, draws=draws, diagnostics=diagnostics, warnings=warnings + notes)
 

@@ -137,12 +137,20 @@ def run_em(problem: Problem, em: EM) -> Posterior:
             "iterations": len(end.history),
             "leave_one_out": end.history[-1] / tokens,
             "validation_perplexity": end.validation,
+            **several("restarts", "log-likelihood", end.trials),
         },
         warnings=warnings + want_notes(problem),
         timings=meter.timings,
         converged=end.converged,
         extra={"topics": {"theta.concentration": (state.n + state.alpha).double()}, "keep_labels": True},
     )
+
+
+def several(what: str, objective: str, trials: list[list[float]]) -> dict[str, Any]:
+    """What short climbs say about each other, where there were several."""
+    from ..restarts import of_trials
+
+    return {"restarts": of_trials(what, objective, trials, len(trials[0]))} if len(trials) > 1 else {}
 
 
 def want_notes(problem: Problem) -> list[str]:
@@ -184,6 +192,7 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
             if svi.batch_size is not None:
                 run.stochastic_pass()
             histories.append([run.sweep() for _ in range(min(trial, svi.steps))])
+        trials = [list(h) for h in histories]
         best = max(range(len(runs)), key=lambda r: histories[r][-1])
         run, history, warnings, converged = runs[best], histories[best], [], False
         bar = tqdm(total=svi.steps, desc="SVI", disable=not problem.progress, leave=False)
@@ -223,6 +232,7 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
             "steps": len(history),
             "elbo": bound,
             "elbo_error": 0.0,
+            **several("starts", "ELBO", trials),
         },
         warnings=warnings,
         timings=meter.timings,
@@ -290,6 +300,7 @@ def run_gibbs(problem: Problem, gibbs: Gibbs) -> Posterior:
             )  # fmt: skip
         meter.mark("run")
     draws: dict[str, Any] = {form.topics: phi.flatten(0, 1), form.theta: form.site_theta(theta.flatten(0, 1))}
+    height = heights(documents, phi, theta)
     warnings = [over.reason] if late else []
     if late and phi.shape[1] == 1:
         warnings.append(
@@ -304,5 +315,14 @@ def run_gibbs(problem: Problem, gibbs: Gibbs) -> Posterior:
         diagnostics={"sampler": "partially collapsed Gibbs", "draws": phi.shape[1]},
         warnings=warnings,
         timings=meter.timings,
+        sample_stats={"log_likelihood": height},
         converged=not late,
     )
+
+
+def heights(documents: Any, phi: Tensor, theta: Tensor) -> np.ndarray:
+    """log p(words | topics, shares) of every draw: phi (C, S, K, V) and theta (C, S, D, K) -> (C, S)."""
+    owner = torch.from_numpy(np.repeat(np.arange(len(documents)), np.diff(documents.starts)))
+    words, counts = torch.from_numpy(documents.words).long(), torch.from_numpy(documents.counts).to(phi.dtype)
+    found = [[float(counts @ (t[owner] * p[:, words].T).sum(-1).log()) for p, t in zip(a, b)] for a, b in zip(phi, theta)]
+    return np.array(found)
