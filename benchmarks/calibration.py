@@ -175,8 +175,8 @@ def main() -> int:
         verdict = "even" if not result["wrong"] else f"uneven in {', '.join(result['wrong'][:3])}"
         print(
             f"{case.name:<40} {result['simulations']} simulations, {result['quantities']} quantities: smallest adjusted p "
-            f"{result['smallest adjusted p']:.2g} ({result['of']}), log likelihood p {result['log likelihood p']:.2g}; {verdict}"
-            f"{'' if result['as it should be'] else '  <- NOT AS IT SHOULD BE'}  ({result['seconds']:.0f} s)",
+            f"{result['smallest adjusted p']:.2g} ({result['of']}), log likelihood p {result['log likelihood p']:.2g}; "
+            f"{verdict}{'' if result['as it should be'] else '  <- NOT AS IT SHOULD BE'}  ({result['seconds']:.0f} s)",
             flush=True,
         )
     right = sum(r["as it should be"] for r in results)

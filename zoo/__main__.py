@@ -260,7 +260,7 @@ def calibrate(
     story
         Name, or file.py:name.
     method
-        auto, exact, nuts or svi.
+        auto, exact, nuts or svi; of svi also whether and which way it is biased.
     simulations
         Data sets of the given size to draw and answer.
     plot
