@@ -181,6 +181,10 @@ def compare(
     for label in refused:
         rows[label] = {"kind": "n/a (no density)" if problem.structure.implicit else "n/a (refused)"}
     table = others.first(pd.DataFrame.from_dict(rows, orient="index").reindex(list(chosen)))
+    if problem.structure.continuous_locals and not problem.structure.linear_gaussian:
+        notes.append(
+            "ELPD-LOO is that of rows given their drawn latents: it flatters, compare held-out densities instead"
+        )
     pairwise = paired(heldout)
     verdict = judge(posteriors, reference, agreements, heldout)
     return Comparison(
