@@ -314,3 +314,15 @@ def test_a_dynamic_model_foretells_better_than_a_static_one_where_words_drift():
     dynamic = fit(DTM(2, concentration=0.5), parts[0], EM(), seed=0)
     static = fit(LDA(2, 0.5), parts[0]["w"], EM(), seed=0)
     assert tm.perplexity(dynamic, parts[1]).value < 0.95 * tm.perplexity(static, parts[1]["w"]).value
+
+
+def test_variational_topics_are_weighed():
+    """Importance weights of a one-topic corpus, where the guide is the posterior itself, are equal; of two topics they are not.
+
+    Catches a prior or guide density with the wrong concentration: then no weights would be equal.
+    """
+    counts = torch.tensor([[3, 1, 0, 2], [1, 4, 2, 0]])
+    one = fit(LDA(1, 0.5, 0.7), {"w": counts}, SVI(), seed=0)
+    assert one.diagnostics["khat"] < 0.1 and one.diagnostics["weight_ess"] > 0.99 and not one.warnings
+    two = fit(LDA(2, 0.5, 0.7), {"w": counts}, SVI(), seed=0)
+    assert two.diagnostics["khat"] > 0.7 and "k-hat" in two.warnings[0] and "Gibbs()" in two.warnings[0]
