@@ -233,15 +233,13 @@ def word_chances(
         places += [(d, int(v)) for v in documents.words[own][often]]
     tables = []
     for posterior in (mine, theirs):
-        theta, phi = (
-            shares(posterior),
-            posterior.draws[form.topics].double().reshape(-1, form.num_topics, form.num_words),
-        )
-        steps = np.linspace(0, len(phi) - 1, min(len(phi), len(theta))).round().astype(int)
-        if len(phi) == 1:
-            theta, steps = theta.mean(0, keepdim=True), np.array([0])
-        picked = theta[: len(steps)]
-        chance = torch.stack([(picked[:, d] * phi[steps, :, v]).sum(-1) for d, v in places], -1)
+        theta, beta = shares(posterior), posterior.draws[form.topics].double()
+        steps = np.linspace(0, len(beta) - 1, min(len(beta), len(theta))).round().astype(int)
+        # A drifting model keeps the logarithms of its topics, slice by slice.
+        phi = beta[steps].softmax(-1) if form.walk else beta[steps].reshape(len(steps), form.num_topics, 1, form.num_words)
+        picked = theta.mean(0, keepdim=True) if len(beta) == 1 else theta[: len(steps)]
+        when = documents.times if form.walk else np.zeros(len(documents), dtype=int)
+        chance = torch.stack([(picked[:, d] * phi[:, :, int(when[d]), v]).sum(-1) for d, v in places], -1)
         tables.append({f"p(word {v} | document {d})": chance[:, i] for i, (d, v) in enumerate(places)})
     by_chain = torch.stack(list(tables[1].values()), -1).reshape(theirs.chains, -1, len(places)).numpy()
     found = rhat_ess({"p": by_chain})

@@ -33,10 +33,10 @@ def work(method: str, folder: Path, checkpoint: bool) -> None:
     if method == "saves":
         data = x.reshape(-1, 2)
         answers = [fit(gaussian_mixture, data, EM(restarts=1, max_iter=n), seed=0) for n in (2, 30)]
-        (folder / "begun").touch()
         while True:
             for answer in answers:
                 answer.save(folder / "answer")
+                (folder / "begun").touch()  # from here on there is a file to lose
     if method == "em":
         options = EM(restarts=2, tol=0.0, max_iter=60, checkpoint=path)
     elif method == "nuts":
@@ -110,9 +110,8 @@ def saves_killed(kills: int, seed: int = 0) -> tuple[int, int, list[str]]:
             process.kill()
             process.join()
             met += 1
-            if (folder / "answer").exists():
-                tensors, card = read(folder / "answer")  # raises where the file is not whole
-                seen.setdefault(len(card["history"]), []).append(float(tensors["draws/mu"].sum()))
+            tensors, card = read(folder / "answer")  # raises where the file is lost or not whole
+            seen.setdefault(len(card["history"]), []).append(float(tensors["draws/mu"].sum()))
     mixed = [f"answer of {n} iterations" for n, values in seen.items() if len(set(values)) > 1 or len(seen) > 2]
     return met, sum(map(len, seen.values())), mixed
 
