@@ -8,6 +8,7 @@ priors) is evidence for the method, and their disagreement tells which number to
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -177,11 +178,12 @@ class CrossCheck:
         return asdict(self)
 
 
-def cross_check(posterior: Posterior, second: str | Method | bool = True, *, progress: bool = False) -> CrossCheck:
+def cross_check(posterior: Posterior, second: str | Method | bool = True, progress: bool | None = None) -> CrossCheck:
     """Run a second method beside the one that answered, on a small replica; see `Posterior.cross_checked`."""
     from .replica import NoSecondError, chosen_second
 
     began = time.perf_counter()
+    progress = sys.stderr.isatty() if progress is None else progress
     first = posterior.method.name.upper()
     try:
         partner = chosen_second(posterior, second)
@@ -362,7 +364,7 @@ def rival(mine: Posterior, theirs: Posterior) -> float:
 
     if mine.kind != "point" or getattr(mine.method, "estimate", "") != "map" or mine.problem.admixture is not None:
         return 0.0
-    if mine.structure.learned or theirs.num_draws < 2:
+    if mine.structure.learned or theirs.num_draws < 2 or theirs.draws.keys() < mine.draws.keys():
         return 0.0
     with mine.problem.scope(mine.seed), torch.no_grad():
         joint = density_of_globals(mine.problem)

@@ -198,7 +198,8 @@ def run(
         posterior = posterior.finished()
         if ranks.several:
             posterior = agreed(posterior, ranks)
-    found = {"device": f"{problem.device}{chosen_alone(problem)}"}
+    threads = 1 if problem.small else torch.get_num_threads()  # sums over more are grouped otherwise
+    found = {"device": f"{problem.device}{chosen_alone(problem)}", "threads": threads}
     posterior = replace(posterior, diagnostics={**posterior.diagnostics, **found})
     timings = dict(posterior.timings)
     timings["setup"] = timings.get("setup", 0.0) + setup

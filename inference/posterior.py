@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -107,8 +108,7 @@ class Posterior:
 
     def why(self) -> str:
         """The method that ran, the rule that chose it, every other method's verdict with its premise, and the cross-check."""
-        told = str(self.choice) if self.choice else f"{self.method.name}: called directly"
-        return f"{told}\n{self.second_opinion()}"
+        return f"{self.choice or self.method.name + ': called directly'}\n{self.second_opinion()}"
 
     def second_opinion(self) -> str:
         """What a second method found, in a line, or that none was asked and which line asks it."""
@@ -146,6 +146,18 @@ class Posterior:
         return self.with_check(
             cross_check(self, method, progress=sys.stderr.isatty() if progress is None else progress)
         )
+
+    def against(self, reference: Posterior | Mapping[str, Any]) -> CrossCheck:
+        """How far this answer lies from one that is known to be right, in its posterior sd.
+
+        Parameters
+        ----------
+        reference
+            Another answer to the same data, or independent draws: site -> (draws, ...shape), some sites or all.
+        """
+        from .reference import against
+
+        return against(self, reference)
 
     def with_check(self, found: CrossCheck) -> Posterior:
         """A copy with this cross-check, and what it warns of in front."""

@@ -236,7 +236,11 @@ def word_chances(
         theta, beta = shares(posterior), posterior.draws[form.topics].double()
         steps = np.linspace(0, len(beta) - 1, min(len(beta), len(theta))).round().astype(int)
         # A drifting model keeps the logarithms of its topics, slice by slice.
-        phi = beta[steps].softmax(-1) if form.walk else beta[steps].reshape(len(steps), form.num_topics, 1, form.num_words)
+        phi = (
+            beta[steps].softmax(-1)
+            if form.walk
+            else beta[steps].reshape(len(steps), form.num_topics, 1, form.num_words)
+        )
         picked = theta.mean(0, keepdim=True) if len(beta) == 1 else theta[: len(steps)]
         when = documents.times if form.walk else np.zeros(len(documents), dtype=int)
         chance = torch.stack([(picked[:, d] * phi[:, :, int(when[d]), v]).sum(-1) for d, v in places], -1)

@@ -150,6 +150,25 @@ def test_what_nobody_asked_is_said_with_the_line_that_asks():
     assert posterior.cross_checked("nuts").cross_check.second == "NUTS"
 
 
+def test_against_a_reference_of_ones_own():
+    """Draws from the formula, as a mapping: a right answer agrees, a shifted one is off by its shift."""
+    precision = 1 / 100 + len(X)
+    known = {"mu": X.sum() / precision + seeded(4000, seed=5) / precision**0.5}
+    assert fit(normal, X, NUTS(chains=2, warmup=200, draws=500), seed=0).against(known).verdict == "agrees"
+    moved = fit(normal, X, Planted(shift=1.0), seed=0)
+    assert abs(moved.against(known).gap - 1) < 0.1 and moved.against(known).verdict == "disagrees"
+    assert moved.against(fit(normal, X, "exact", seed=1)).second == "EXACT (reference)"
+    for wrong, text in (
+        ({"nu": [1.0, 2.0]}, "'nu'"),
+        ({"mu": torch.zeros(9, 2)}, r"\(9, 2\)"),
+        ({}, "shares? no|share no"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            moved.against(wrong)
+    with pytest.raises(TypeError, match="mapping"):
+        moved.against([1.0])
+
+
 def test_where_no_second_method_exists_it_says_why():
     check = fit(*Box.example(), seed=0, cross_check=True).cross_check
     assert (
