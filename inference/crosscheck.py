@@ -150,7 +150,8 @@ class CrossCheck:
         text = f"cross-check: {self.first} and {self.second} {word} on {self.where}"
         if self.gaps:
             error = self.errors.get(self.worst, 0.0)
-            text += f": {self.what or 'means'} within {self.gap:.2g} ± {error:.1g} posterior sd (most in {self.worst})"
+            gap = f"{self.gap:.2g} ± {error:.1g} posterior sd"
+            text += f": {self.what or 'means'} at most {gap} apart (in {self.worst})"
         if self.ratios:
             text += f", sds {self.ratio:.2f} times as large"
         if self.rival > 0:
@@ -216,17 +217,20 @@ def by_refit(posterior: Posterior, partner: Second, progress: bool) -> CrossChec
     return held(kept, mine, theirs)
 
 
-def beside(posterior: Posterior, others: Iterable[Posterior]) -> CrossCheck | None:
-    """Another method's answer to the same data as the second opinion, where one promises as much and is to be trusted."""
+def beside(posterior: Posterior, others: Iterable[Posterior], always: bool) -> CrossCheck | None:
+    """Another method's answer to the same data as the second opinion, where one is to be trusted.
+
+    It has to promise as much; where it promises less its agreement is good enough, unless `always` asks for more.
+    """
     if posterior.structure.admixture or not posterior.draws:
         return None
-    strength = min(STRENGTH.index(posterior.kind), STRENGTH.index("variational"))
+    strength, weakest = STRENGTH.index(posterior.kind), STRENGTH.index("variational")
     found = [
         p
         for p in others
         if p.method.name != posterior.method.name
         and p.draws
-        and STRENGTH.index(p.kind) <= strength
+        and STRENGTH.index(p.kind) <= (min(strength, weakest) if always else weakest)
         and not doubts_of(p, reference=True)
     ]
     if not found:
@@ -235,7 +239,8 @@ def beside(posterior: Posterior, others: Iterable[Posterior]) -> CrossCheck | No
     rows = posterior.structure.num_rows if posterior.structure.row_arguments else None
     kept = CrossCheck(posterior.method.name.upper(), best.method.name.upper(), "compared as well", rows, rows)
     check = held(kept, posterior, best)
-    return None if check.refused else check
+    dissent = STRENGTH.index(best.kind) > strength and check.verdict != "agrees"
+    return None if check.refused or dissent else check
 
 
 def all_seconded(posteriors: dict[str, Posterior], always: bool, show: bool, several: bool) -> dict[str, Posterior]:
@@ -244,7 +249,7 @@ def all_seconded(posteriors: dict[str, Posterior], always: bool, show: bool, sev
 
     found = {}
     for label, posterior in posteriors.items():
-        check = beside(posterior, posteriors.values())
+        check = beside(posterior, posteriors.values(), always)
         if check is not None:
             found[label] = posterior.with_check(check)
         elif not several and (always or cheap(posterior, CHEAP)):

@@ -215,6 +215,8 @@ def test_compare_holds_answers_beside_each_other():
     assert abs(found.posteriors["wrong"].cross_check.gap - 1.5) < 0.15 and "with EXACT, wrong lies" in found.verdict
     assert found.table.loc["wrong", "cross-check"].startswith("disagrees")
     assert found.posteriors["right"].cross_check.second == "NUTS"  # a weaker promise is no measure of a stronger one
+    good = compare(normal, X, {"right": Exact(), "also": Planted()}, seed=0)
+    assert good.posteriors["right"].cross_check.second == "PLANTED"  # where it agrees, it will do
     alone = compare(normal, X, ["exact"], seed=0)
     assert alone.table.loc["exact", "cross-check"].startswith("agrees") and "not cross-checked" not in alone.verdict
     never = compare(normal, X, ["exact"], seed=0, cross_check=False)
