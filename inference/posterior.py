@@ -107,8 +107,10 @@ class Posterior:
             return recogniser(self)
 
     def why(self) -> str:
-        """The method that ran, the rule that chose it, every other method's verdict with its premise, and the cross-check."""
-        return f"{self.choice or self.method.name + ': called directly'}\n{self.second_opinion()}"
+        """The method that ran, the rule that chose it, the other methods' verdicts with their premises, device, cross-check."""
+        device = [f"device: {self.diagnostics['device']}"] if "device" in self.diagnostics else []
+        told = str(self.choice or f"{self.method.name}: called directly")
+        return "\n".join([told, *device, self.second_opinion()])
 
     def second_opinion(self) -> str:
         """What a second method found, in a line, or that none was asked and which line asks it."""
@@ -139,13 +141,9 @@ class Posterior:
         ValueError
             `method` is not valid for the story, or is the one that answered.
         """
-        import sys
-
         from .crosscheck import cross_check
 
-        return self.with_check(
-            cross_check(self, method, progress=sys.stderr.isatty() if progress is None else progress)
-        )
+        return self.with_check(cross_check(self, method, progress))
 
     def against(self, reference: Posterior | Mapping[str, Any]) -> CrossCheck:
         """How far this answer lies from one that is known to be right, in its posterior sd.

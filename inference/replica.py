@@ -260,6 +260,8 @@ def shares(posterior: Posterior) -> Tensor:
     if form.theta in posterior.draws:
         theta = posterior.draws[form.theta].double()
         return theta.reshape(len(theta), -1, form.num_topics)
+    if "theta.concentration" not in posterior.extra.get("topics", {}):
+        raise NoSecondError("documents were read piece by piece, and their shares are not kept")
     concentration = posterior.extra["topics"]["theta.concentration"].double()
     if posterior.num_draws == 1:
         return (concentration / concentration.sum(-1, keepdim=True))[None]
