@@ -366,3 +366,15 @@ def test_batches_of_sparse_documents_are_recorded():
     assert fit(LDA(3), data, guide, seed=0).diagnostics["mode"] == "graph"
     with pytest.raises(ValueError, match="word id 9"):
         fit(LDA(3), {**data, "words": words.clone().fill_(9)}, guide, seed=0)
+
+
+def test_variational_topics_are_weighed():
+    """Importance weights of a one-topic corpus, where the guide is the posterior itself, are equal; of two topics they are not.
+
+    Catches a prior or guide density with the wrong concentration: then no weights would be equal.
+    """
+    counts = torch.tensor([[3, 1, 0, 2], [1, 4, 2, 0]])
+    one = fit(LDA(1, 0.5, 0.7), {"w": counts}, SVI(), seed=0)
+    assert one.diagnostics["khat"] < 0.1 and one.diagnostics["weight_ess"] > 0.99 and not one.warnings
+    two = fit(LDA(2, 0.5, 0.7), {"w": counts}, SVI(), seed=0)
+    assert two.diagnostics["khat"] > 0.7 and "k-hat" in two.warnings[0] and "Gibbs()" in two.warnings[0]

@@ -280,7 +280,10 @@ def run_svi(problem: Problem, svi: Any) -> Posterior:
             "steps": len(climb.history),
             "drift": climb.walks.step,
         },
-        warnings=[*notes, "the guide is a Laplace approximation: bands are those of a Gaussian around the mode"],
+        warnings=[
+            *notes,
+            "the guide is a Laplace approximation: bands are those of a Gaussian around the mode, and k-hat is not known",
+        ],
         timings=meter.timings,
         converged=converged,
         extra=extra_of(climb),
