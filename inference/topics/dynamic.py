@@ -46,8 +46,9 @@ STATIC, INNER = 15, 5
 DRIFTS, SHORT, ENOUGH = (0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5), 5, 2000
 #: EM's tolerance, for one word of a document.
 TOL = 10 * WORD_TOL
-#: Share of the variance that counts in forecasts: chosen on slices before the last of speeches of two centuries.
-MEAN = 0.4
+#: Share of the variance that counts in forecasts, weight of a slice relative to the one after it, and slices that count: chosen
+#: on slices before the last of speeches of two centuries.
+MEAN, FADES, RECENT = 0.4, 0.2, 8
 #: Iterations before sigma and alpha are learned.
 BURN = 2
 
@@ -299,8 +300,9 @@ def forecast(posterior: Posterior, steps: int = 1, draws: int = 0, seed: int = 0
         Of a dynamic topic model.
     draws, seed
         0: the mean topics, where a word's weight is :math:`e^{m + c v / 2}` of a log-normal with the last mode m and the
-        variance v of mode and steps; c is `MEAN`, as Laplace variances of words that are hardly seen err upwards.  Otherwise
-        draws of the last slice and of the steps after it, whose spread shows how little is known.
+        variance v of mode and steps; c is `MEAN`, as Laplace variances of words that are hardly seen err upwards.  Slices
+        before the last count by powers of `FADES`: what was talked of then may come back.  Otherwise draws of the last slice and
+        of the steps after it, whose spread shows how little is known.
 
     Raises
     ------
@@ -315,11 +317,13 @@ def forecast(posterior: Posterior, steps: int = 1, draws: int = 0, seed: int = 0
     if steps < 1:
         raise ValueError(f"steps must be a whole number from 1, got {steps!r}")
     kept = posterior.extra["topics"]
-    last = posterior.draws[form.topics].mean(0)[:, -1]
-    variance = kept["beta.sd"][:, -1].square() + steps * kept["step"] ** 2
+    recent = posterior.draws[form.topics].mean(0)[:, -RECENT:]
+    variance = kept["beta.sd"][:, -RECENT:].square() + steps * kept["step"] ** 2
     if draws < 1:
-        return (last + MEAN * variance / 2).softmax(-1)
-    sd = variance.sqrt()
+        weights = FADES ** torch.arange(recent.shape[1]).flip(0).to(recent)
+        topics = (recent + MEAN * variance / 2).softmax(-1)
+        return (topics * (weights / weights.sum())[:, None]).sum(1)
+    last, sd = recent[:, -1], variance[:, -1].sqrt()
     noise = torch.empty(draws, *last.shape, dtype=last.dtype).normal_(generator=torch.Generator().manual_seed(seed))
     return (last + sd * noise).softmax(-1)
 
