@@ -13,10 +13,12 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import oracles
     from .calibration import Calibration, check
     from .checkpoint import CheckpointError, load
     from .choose import Choice, NoMethodError, choose
     from .compare import Comparison, compare
+    from .crosscheck import CrossCheck
     from .data import DataNotice
     from .errors import DivergenceError, RankError
     from .fit import fit
@@ -40,6 +42,7 @@ _HOME = {
     "choose": "choose",
     "Comparison": "compare",
     "compare": "compare",
+    "CrossCheck": "crosscheck",
     "DataNotice": "data",
     "DivergenceError": "errors",
     "RankError": "errors",
@@ -77,6 +80,7 @@ __all__ = [
     "CheckpointError",
     "Choice",
     "Comparison",
+    "CrossCheck",
     "DataNotice",
     "DivergenceError",
     "Exact",
@@ -95,6 +99,7 @@ __all__ = [
     "fit",
     "inspect",
     "load",
+    "oracles",
     "simulate",
     "story_density",
     "story_latex",
@@ -119,6 +124,8 @@ sys.modules[__name__].__class__ = _Package
 
 def __getattr__(name: str) -> Any:
     """Public names load their module on first use: `import inference` costs nothing."""
+    if name == "oracles":
+        return importlib.import_module(".oracles", __name__)
     if name not in _HOME:
         raise AttributeError(f"module 'inference' has no attribute {name!r}; it offers {', '.join(__all__)}")
     value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)

@@ -145,6 +145,7 @@ def describe(posterior: Posterior, tensors: dict[str, Tensor]) -> dict[str, Any]
         "warnings": posterior.warnings,
         "timings": plain(posterior.timings),
         "why": posterior.why(),
+        "cross_check": plain(posterior.cross_check.card()) if posterior.cross_check else None,
         "data_sha256": fingerprint({n: v for n, v in tensors.items() if n.startswith("data/")}),
         "versions": versions(),
     }
@@ -282,6 +283,7 @@ def load(path: str | Path, story: Any, *, guide: Any = None) -> Posterior:
         There is no such file.
     """
     from .choose import Choice
+    from .crosscheck import CrossCheck
     from .methods import METHODS
     from .posterior import Posterior
     from .problem import prepare
@@ -328,6 +330,7 @@ def load(path: str | Path, story: Any, *, guide: Any = None) -> Posterior:
             converged=card["converged"],
             choice=Choice(method, card["why"].splitlines()[0].partition(": ")[2]),
             extra=extra,
+            cross_check=CrossCheck(**revive(told)) if (told := card.get("cross_check")) else None,
         )
 
 

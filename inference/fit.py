@@ -38,6 +38,7 @@ def fit(
     memory: float | None = None,
     progress: bool | None = None,
     ranks: str = "split",
+    cross_check: bool | str | Method = False,
 ) -> Posterior:
     """Infer what a generative story leaves unsaid, given what was seen.
 
@@ -71,6 +72,9 @@ def fit(
         What the processes that `torchrun` started (if it did) are given, all of them calling this with the same other
         arguments. "split": each the whole table, of which it works on its share. "own": each rows of its own, as many as it
         has. "alone": each fits by itself. Every process gets the same answer.
+    cross_check
+        Run an independent second method on a small replica afterwards and say how far it ends from the first, as
+        `posterior.cross_check`: True chooses it, or a name or configured method. The answer itself stays the same to the bit.
 
     Returns
     -------
@@ -126,14 +130,26 @@ def fit(
     choice = others.together(lambda: decide(problem, method))
     if method == "auto":
         choice = others.first(choice)  # clocks differ
+    if cross_check is not False and cross_check is not True:
+        check_request(problem.structure, cross_check)
     place = None
     if device == "auto":
         problem, place = on_a_device(problem, choice, on, others)
     posterior = run(problem, choice, time.perf_counter() - began, others, memory)
-    if place is None:
-        return posterior
-    told = {**posterior.diagnostics, "device": str(place)}
-    return replace(posterior, diagnostics=told, timings={**posterior.timings, **place.timings})
+    if place is not None:
+        told = {**posterior.diagnostics, "device": str(place)}
+        posterior = replace(posterior, diagnostics=told, timings={**posterior.timings, **place.timings})
+    return posterior if cross_check is False else seconded(posterior, cross_check, others, progress)
+
+
+def seconded(posterior: Posterior, second: bool | str | Method, ranks: Ranks, progress: bool) -> Posterior:
+    """With a cross-check; of several ranks the first one makes it, of the rows that it has."""
+    if not ranks.several:
+        return posterior.cross_checked(second, progress=progress)
+    alone = replace(posterior, problem=replace(posterior.problem, ranks=ALONE))
+    found = ranks.together(lambda: alone.cross_checked(second, progress=progress) if ranks.leads else None)
+    told = ranks.first(None if found is None else found.cross_check)
+    return posterior if told is None else posterior.with_check(told)
 
 
 def on_a_device(
@@ -210,7 +226,8 @@ def run(
         posterior = posterior.finished()
         if ranks.several:
             posterior = agreed(posterior, ranks)
-    found = {"device": str(problem.device)}
+    threads = 1 if problem.small else torch.get_num_threads()  # sums over more are grouped otherwise
+    found = {"device": str(problem.device), "threads": threads}
     posterior = replace(posterior, diagnostics={**posterior.diagnostics, **found})
     timings = dict(posterior.timings)
     timings["setup"] = timings.get("setup", 0.0) + setup

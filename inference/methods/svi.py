@@ -309,6 +309,7 @@ class SVI:
                 "steps": len(ascent.history),
                 "elbo_slope": ascent.slope,
                 "elbo_noise": ascent.noise,
+                **climbs.several(),
                 **found,
             },
             warnings=self.notes(problem) + warnings + doubts,

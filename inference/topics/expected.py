@@ -249,13 +249,14 @@ def eta_factor(N: Tensor, eta: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Climbed:
-    """The end of a climb: its state, the log-likelihood of every pass, whether it converged, and why it stopped."""
+    """The end of a climb: its state, the log-likelihood of every pass, whether it converged, why it stopped, and the trials."""
 
     state: Counts
     history: list[float]
     converged: bool
     stopped: str = ""
     validation: list[float] = field(default_factory=list)
+    trials: list[list[float]] = field(default_factory=list)
 
 
 def climb(
@@ -292,11 +293,13 @@ def climb(
     aside, rest = set_aside(documents, seed) if learn else (None, documents)
     best: ExpectedCounts | WordByWord | None = None
     highest, history = -np.inf, []
+    trials: list[list[float]] = []
     for r in range(restarts):
         # far apart: the restarts of neighbouring seeds are not each other's
         run = kind(rest, alpha, eta, learn_alpha, learn_eta, 1000 * seed + r, tied)
         run.begin()
         value = [run.sweep() for _ in range(min(run.trial, max_iter) if restarts > 1 else 1)]
+        trials.append(list(value))
         if best is None or value[-1] > highest:
             best, highest, history = run, value[-1], value
     assert best is not None
@@ -316,14 +319,14 @@ def climb(
             stopped = "the budget is used up: the best state so far is returned"
             break
     if aside is None:
-        return Climbed(best.state, history, converged, stopped)
+        return Climbed(best.state, history, converged, stopped, trials=trials)
     best = watch.join(documents, seed)
     best.calm()
     for _ in range(LAST):
         history.append(best.sweep())
         if abs(history[-1] - history[-2]) < tol * tokens:
             break
-    return Climbed(best.state, history, converged or watch.ended, stopped, watch.seen)
+    return Climbed(best.state, history, converged or watch.ended, stopped, watch.seen, trials)
 
 
 def still(history: list[float], window: int, least: float) -> bool:
