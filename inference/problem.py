@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .data import DataNotice, bind, first_index, has_nan
 from .distributed import ALONE, Ranks
 from .handlers import supports_missing
+from .lazy_rows import has_lazy
 from .rehearsal import FEW_ROWS, check_covariates, run_checked
 from .session import fresh_seed, isolated
 from .shapes import Record, check_supports, without_values
@@ -80,6 +81,8 @@ class Problem:
         """Arguments that are enough to learn the story's form: a few rows, or all where rows are latents of their own."""
         n = self.structure.num_rows
         by_row = self.structure.continuous_locals or any(s.local or n in s.shape for s in self.structure.learned)
+        if has_lazy(self.kwargs):
+            return self.few or self.kwargs
         return self.kwargs if by_row or not self.few else self.few
 
     @property

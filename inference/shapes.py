@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .data import first_index
 from .handlers import FlatStart, unwrap
+from .lazy_rows import LazyRows
 from .mending import MISTAKES, retold
 
 #: Rows that are checked at once.
@@ -274,7 +275,10 @@ def check_supports(records: Mapping[str, Record], moving: frozenset[str]) -> Non
         value = r.value
         if value.ndim and len(value) > PIECE_ROWS and all_inside(r, value):
             continue
-        good = inside(r, value)
+        if isinstance(value, LazyRows):
+            good = torch.cat([inside(r, part) for part in value.split(PIECE_ROWS)])
+        else:
+            good = inside(r, value)
         if bool(good.all()):
             continue
         where = first_index(~good)

@@ -75,8 +75,8 @@ class Log:
         self.seen = []
 
     def __getattr__(self, name):
-        def call(*args):
-            self.seen.append(name)
+        def call(*args, **kwargs):
+            self.seen.append(f"{name}({', '.join(kwargs)})" if kwargs else name)
             return self
 
         return call
@@ -95,7 +95,7 @@ def test_work_is_warmed_up_beside_the_main_stream_and_then_recorded_once():
     text = " ".join(cuda.seen)
     assert text == (
         "device Stream current_stream wait_stream stream work work work end current_stream wait_stream synchronize "
-        "CUDAGraph graph work end end"
+        "CUDAGraph graph(stream) work end end"
     )
     launch()
     assert cuda.seen[-1] == "replay"

@@ -128,10 +128,10 @@ def test_what_runs_on_the_processor_is_not_tried_elsewhere(monkeypatch):
 def test_one_processor_says_so_and_times_nothing(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     posterior = fit(GMM(2), X, EM(restarts=1, max_iter=3), seed=0)
-    assert available() == ["cpu"] and posterior.why().endswith('device: cpu ("auto": no CUDA device was found)')
+    assert available() == ["cpu"] and 'device: cpu ("auto": no CUDA device was found)' in posterior.why().splitlines()
     assert not [n for n in posterior.timings if n.startswith("step_")]
     named = fit(GMM(2), X, EM(restarts=1, max_iter=3), seed=0, device="cpu")
-    assert named.why().endswith("device: cpu")
+    assert "device: cpu" in named.why().splitlines()
     assert all(torch.equal(posterior.draws[n], named.draws[n]) for n in named.draws)
 
 
@@ -145,7 +145,7 @@ def test_the_option_of_the_tests_moves_every_fit_that_names_no_device(monkeypatc
     assert problem.choose_device("auto").type == "meta" and problem.choose_device("cpu").type == "cpu"
     assert step_of(prepare(story, X, seed=1, device="cpu"), EM())() is not None
     posterior = fit(story, X, SVI(steps=3, starts=1, mode="eager"), seed=0, device="cpu")
-    assert posterior.why().endswith("device: cpu")
+    assert "device: cpu" in posterior.why().splitlines()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")

@@ -289,13 +289,17 @@ def test_natural_gradients_of_documents_on_disk(corpus, on_disk):
 
 
 def test_shares_are_written_piece_by_piece(corpus, on_disk, few_rows, tmp_path, monkeypatch):
-    """Those that are answered at once; and local answers for part of the corpus."""
+    """Those that are answered at once; and local answers for part of the corpus. No table of all documents is ever made."""
+    monkeypatch.setattr(lazy_rows, "CELLS", 5000)
+    monkeypatch.setattr(lazy_rows, "LEAST", 60)
     posterior = fit(LDA(4), on_disk, EM(restarts=1, max_iter=5), seed=0)
     whole = shares(posterior)
     monkeypatch.setattr("inference.topics.answers.WRITTEN", 97)
     written = shares(posterior, path=tmp_path / "theta.npy")
     np.testing.assert_allclose(np.load(tmp_path / "theta.npy"), whole.numpy(), atol=1e-4)
     assert written.shape == (502, 4)
+    assert posterior.local("theta").shape[1:] == (502, 4) and posterior.log_prob().shape == (502,)
+    assert "502 rows" in str(posterior.summary())
     np.testing.assert_allclose(shares(posterior, corpus[100:120]), whole[100:120], atol=1e-5)
 
 

@@ -73,7 +73,7 @@ class OnCard:
             cuda.current_stream(self.device).wait_stream(side)
             cuda.synchronize(self.device)
             graph = cuda.CUDAGraph()
-            with cuda.graph(graph):
+            with cuda.graph(graph, stream=side):  # where libraries have made their handles in the warm-up
                 work()
         return graph.replay
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Dirichlet
 
-from .documents import Documents, blocks
+from .documents import Documents, blocks, in_parts
 from .variational import mean_log, shares_given
 
 if TYPE_CHECKING:
@@ -212,19 +212,21 @@ def importance(
     wide = alpha + 0.3 * (gamma - alpha)
     values = torch.zeros(len(documents), dtype=phi.dtype)
     errors = torch.zeros_like(values)
-    for block in blocks(documents, phi.dtype, cells=4096):
-        q = [Dirichlet(g[block.rows], validate_args=False) for g in (gamma, wide)]
+    numbered = ((first, block) for first, part in in_parts(documents) for block in blocks(part, phi.dtype, cells=4096))
+    for first, block in numbered:
+        rows = first + block.rows
+        q = [Dirichlet(g[rows], validate_args=False) for g in (gamma, wide)]
         theta = torch.cat([f.sample((proposals // 2,)) for f in q]).clamp_min(1e-300)
         log_q = torch.logaddexp(q[0].log_prob(theta), q[1].log_prob(theta)) - math.log(2.0)
         prior = Dirichlet(alpha, validate_args=False).log_prob(theta)
         if phi.ndim == 2:
             W = phi[:, block.words].movedim(0, -1)
         else:
-            times = torch.from_numpy(np.asarray(documents.times))[block.rows]
+            times = torch.from_numpy(np.asarray(documents.times))[rows]
             W = phi[:, times[:, None], block.words].movedim(0, -1)
         p = (W @ theta.permute(1, 2, 0)).clamp_min(1e-300)  # (B, L, S)
         log_w = (p.log() * block.counts.unsqueeze(2)).sum(1).T + prior - log_q
         value = log_w.logsumexp(0) - math.log(len(log_w))
-        values[block.rows] = value
-        errors[block.rows] = (log_w - value).exp().var(0) / len(log_w)
+        values[rows] = value
+        errors[rows] = (log_w - value).exp().var(0) / len(log_w)
     return values, errors
