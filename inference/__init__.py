@@ -13,6 +13,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import oracles
     from .calibration import Calibration, check
     from .checkpoint import CheckpointError, load
     from .choose import Choice, NoMethodError, choose
@@ -98,6 +99,7 @@ __all__ = [
     "fit",
     "inspect",
     "load",
+    "oracles",
     "simulate",
     "story_density",
     "story_latex",
@@ -122,6 +124,8 @@ sys.modules[__name__].__class__ = _Package
 
 def __getattr__(name: str) -> Any:
     """Public names load their module on first use: `import inference` costs nothing."""
+    if name == "oracles":
+        return importlib.import_module(".oracles", __name__)
     if name not in _HOME:
         raise AttributeError(f"module 'inference' has no attribute {name!r}; it offers {', '.join(__all__)}")
     value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)

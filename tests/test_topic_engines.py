@@ -13,7 +13,7 @@ from scipy.optimize import minimize
 from scipy.special import gammaln
 from sklearn.decomposition import LatentDirichletAllocation
 
-from inference import EM, SVI, Gibbs, fit, inspect
+from inference import EM, SVI, Amortised, Gibbs, fit, inspect
 from inference import topics as tm
 from inference.topics.documents import Documents, blocks
 from inference.topics.expected import concentration_terms
@@ -335,6 +335,37 @@ def test_a_dynamic_model_foretells_better_than_a_static_one_where_words_drift():
     dynamic = fit(DTM(2, concentration=0.5), parts[0], EM(), seed=0)
     static = fit(LDA(2, 0.5), parts[0]["w"], EM(), seed=0)
     assert tm.perplexity(dynamic, parts[1]).value < 0.95 * tm.perplexity(static, parts[1]["w"]).value
+
+
+def test_a_network_that_reads_documents_bounds_the_evidence_and_finds_the_topics():
+    """An amortised logistic normal: its density integrates to one, its bound lies above that of factors which guess the topic
+    of every word too, and by little; new documents are answered."""
+    from zoo.topics.amortised import LogisticNormal
+
+    corpus = load_data("bars").x
+    story = LDA(6, 0.5, 0.1)
+    posterior = fit(story, corpus, SVI(guide=Amortised((40,)), steps=1500, lr=0.05, batch_size=None), seed=0)
+    free = fit(story, corpus, SVI(), seed=0).diagnostics["elbo"]
+    assert free < posterior.diagnostics["elbo"] < free + 0.015 * abs(free)
+    found = posterior.local("theta", corpus[:7])
+    assert found.shape[1:] == (7, 6) and torch.allclose(found.sum(-1), torch.ones(found.shape[:2]).to(found), atol=1e-5)
+    q = LogisticNormal(torch.tensor([0.3, -1.0]).double(), torch.tensor([0.5, 1.2]).double())
+    grid = (torch.arange(400).double() + 0.5) / 400
+    first, second = torch.meshgrid(grid, grid, indexing="ij")
+    rest = 1 - first - second
+    inside = rest > 1e-9
+    shares = torch.stack([first, second, rest], -1)[inside]
+    assert q.log_prob(shares).exp().sum() / 400**2 == pytest.approx(1.0, abs=0.01)
+
+
+def test_batches_of_sparse_documents_are_recorded():
+    """A look at word ids in every step, which keeps a step from being recorded."""
+    words, counts = torch.randint(9, (300, 5)), torch.ones(300, 5)
+    guide = SVI(guide=Amortised((8,)), steps=30, batch_size=50, mode="graph")
+    data = {"w": counts, "words": words, "num_words": 9}
+    assert fit(LDA(3), data, guide, seed=0).diagnostics["mode"] == "graph"
+    with pytest.raises(ValueError, match="word id 9"):
+        fit(LDA(3), {**data, "words": words.clone().fill_(9)}, guide, seed=0)
 
 
 def test_variational_topics_are_weighed():

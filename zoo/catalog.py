@@ -44,6 +44,10 @@ class Entry:
         """A story with settings that suit it, and data by argument that it can explain."""
         return self.story.example()  # type: ignore[attr-defined]
 
+    def tiny(self) -> tuple[Any, Mapping[str, Any]]:
+        """The story and data of an instance that is small enough for an exact answer (`inference.oracles.solve`)."""
+        return self.story.tiny()  # type: ignore[attr-defined]
+
 
 _ENTRIES = (
     Entry(

@@ -265,11 +265,14 @@ def run_svi(problem: Problem, svi: Any) -> Posterior:
     for i in range(count):
         beta[i] = (climb.walks.beta + chains.sample().view_as(climb.walks.beta)).transpose(0, 1)
     notes = [stopped] if stopped else []
+    points = parts_of(problem, climb, count)
+    if points:
+        notes.append(f"{', '.join(points)} stay at their mode: the bands leave out their uncertainty, and what follows from it")
     return Posterior(
         kind="variational",
         method=svi,
         problem=problem,
-        draws={form.topics: beta, **parts_of(problem, climb, count)},
+        draws={form.topics: beta, **points},
         history=climb.history,
         diagnostics={
             "guide": "gaussian chain over time",

@@ -21,6 +21,7 @@ from .form import Admixture
 from .gibbs import sample
 from .streamed import StreamedBayes
 from .variational import VariationalBayes, mean_log
+from .words import library
 
 if TYPE_CHECKING:
     from ..methods.em import EM
@@ -52,6 +53,8 @@ def plan(form: Admixture) -> str:
     lines += [f"  {form.z:<12} probabilities for every distinct word of every document"] if form.z else []
     params = (form.alpha_param, form.eta_param, form.walk.step_param if form.walk else None)
     lines += [f"  {name:<12} learned on expected counts, stopped by documents set aside" for name in params if name]
+    way = "word by word, in machine code" if library() else "blocks of documents at once (there is no C compiler)"
+    lines.append(f"  {'passes':<12} {way}")
     return "\n".join(lines)
 
 

@@ -24,6 +24,7 @@ from typing import Self
 
 import pyro
 import pyro.distributions as dist
+import torch
 from torch import Tensor
 
 from ..mixtures import Setting, filled, num_columns, setting
@@ -85,3 +86,8 @@ class Box:
         from ..data import load
 
         return cls(), {"x": load("rectangle").x}
+
+    @classmethod
+    def tiny(cls) -> tuple[Self, dict[str, Tensor]]:
+        """Four numbers in an interval, few enough for an exact answer."""
+        return cls(), {"x": torch.tensor([[0.2], [0.9], [-1.1], [1.4]])}

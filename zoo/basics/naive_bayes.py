@@ -122,3 +122,9 @@ class NaiveBayes:
         from ..data.faces import SIZES
 
         return cls(sizes=SIZES), {"x": load("faces").x.long()}
+
+    @classmethod
+    def tiny(cls) -> tuple[Self, dict[str, Tensor]]:
+        """Four rows of two features whose class is hidden, few enough for an exact answer."""
+        x = torch.tensor([[0, 1], [1, 1], [1, 0], [0, 1]])
+        return cls(sizes=(2, 2), num_classes=2, concentration=2.0, pseudo_count=2.0), {"x": x}

@@ -113,3 +113,8 @@ class Autoencoder(nn.Module):
         from ..data import load
 
         return cls(num_features=64, num_codes=10, hidden=(128,)), {"x": load("digits").x / 16}
+
+    @classmethod
+    def tiny(cls) -> tuple[Self, dict[str, Tensor]]:
+        """Three rows of two columns and one code by linear maps: squared error is a Gaussian."""
+        return cls(num_features=2, num_codes=1, hidden=()), {"x": torch.tensor([[0.5, 0.3], [-0.9, -0.2], [0.4, -1.0]])}

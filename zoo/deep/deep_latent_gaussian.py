@@ -141,6 +141,12 @@ class DeepLatentGaussian(nn.Module):
 
         return cls(num_features=64, num_codes=(10, 4), hidden=100), {"x": load("binary_digits").x}
 
+    @classmethod
+    def tiny(cls) -> tuple[Self, dict[str, Tensor]]:
+        """Two rows of two pixels and a code in each of two layers: the integral is a quadrature."""
+        x = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+        return cls(num_features=2, num_codes=(1, 1), hidden=3, activation="tanh"), {"x": x}
+
 
 def normal_of(out: Tensor) -> Any:
     """Normals over codes (..., K) from network outputs (..., 2 K)."""

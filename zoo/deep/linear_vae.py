@@ -119,3 +119,8 @@ class LinearVAE(nn.Module):
 
         x = load("wine").x
         return cls(num_features=13, num_codes=2), {"x": (x - x.mean(0)) / x.std(0)}
+
+    @classmethod
+    def tiny(cls) -> tuple[Self, dict[str, Tensor]]:
+        """Three rows of two columns and one code: everything is Gaussian."""
+        return cls(num_features=2, num_codes=1), {"x": torch.tensor([[0.5, 0.3], [-0.9, -0.2], [0.4, -1.0]])}

@@ -220,6 +220,12 @@ class VAE(nn.Module):
 
         return cls(num_features=64, num_codes=10, hidden=(128,)), {"x": load("binary_digits").x}
 
+    @classmethod
+    def tiny(cls) -> tuple[Self, dict[str, Tensor]]:
+        """Three rows of two pixels and one code: its integral is a quadrature."""
+        x = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
+        return cls(num_features=2, num_codes=1, hidden=(3,), activation="tanh"), {"x": x}
+
 
 def check_rows(x: Tensor | None, num_features: int) -> None:
     """Refuse rows of another width than the networks'.

@@ -103,3 +103,8 @@ class FactorAnalysis:
         from ..data import load
 
         return cls(num_factors=2), {"x": load("two_factors").x}
+
+    @classmethod
+    def tiny(cls) -> tuple[Self, dict[str, Tensor]]:
+        """Two rows of two columns, few enough for an exact answer."""
+        return cls(num_factors=1), {"x": torch.tensor([[0.5, 0.3], [-0.9, -0.2]])}

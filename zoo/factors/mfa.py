@@ -108,3 +108,8 @@ class MixtureOfFactorAnalysers:
         from ..data import load
 
         return cls(num_components=2, num_factors=1, scale=2.0), {"x": load("two_rods").x}
+
+    @classmethod
+    def tiny(cls) -> tuple[Self, dict[str, Tensor]]:
+        """Two rows of one column, few enough for an exact answer."""
+        return cls(num_components=2, num_factors=1), {"x": torch.tensor([[0.5], [-0.9]])}

@@ -296,3 +296,9 @@ class Glow(FlowStory):
         noise = torch.rand(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
         story = cls((1, 8, 8), num_steps=2, hidden=32, loc=0.5, scale=0.36)
         return story, {"x": ((x + noise) / 17).view(-1, 1, 8, 8)}
+
+    @classmethod
+    def tiny(cls) -> tuple[Self, dict[str, Tensor]]:
+        """Two images of two by two pixels: small enough for the whole Jacobian."""
+        x = torch.tensor([[0.3, -0.5, 1.2, 0.4], [-0.7, 0.1, 0.2, 0.9]]).view(-1, 1, 2, 2)
+        return cls((1, 2, 2), num_levels=1, num_steps=2, hidden=3), {"x": x}

@@ -20,7 +20,7 @@ Rezende & Mohamed, *Variational inference with normalizing flows* (ICML 2015), s
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +122,7 @@ class PlanarFlow(FlowStory):
     """
 
     direction: ClassVar[str] = "to_data"
+    tiny_settings: ClassVar[dict[str, Any]] = {"num_layers": 2}
 
     def __init__(
         self,

@@ -41,6 +41,8 @@ class FlowStory(nn.Module):
     """
 
     direction: ClassVar[str] = "to_noise"
+    #: Settings of a story that is small enough for exact answers.
+    tiny_settings: ClassVar[dict[str, Any]] = {"num_layers": 2, "hidden": (4,)}
     origin: Tensor
 
     def __init__(
@@ -132,6 +134,12 @@ class FlowStory(nn.Module):
         from ..data import load
 
         return cls(2), {"x": load("two_moons").x}  # type: ignore[arg-type, call-arg]
+
+    @classmethod
+    def tiny(cls) -> tuple[Self, dict[str, Tensor]]:
+        """Three rows of two columns under small networks: the density over the plane can be integrated."""
+        x = torch.tensor([[0.3, -0.5], [1.2, 0.4], [-0.7, 0.1]])
+        return cls(2, **cls.tiny_settings), {"x": x}  # type: ignore[arg-type, call-arg]
 
 
 def columns(name: str, value: Setting, shape: tuple[int, ...]) -> Tensor:

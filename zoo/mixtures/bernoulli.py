@@ -106,3 +106,10 @@ class BernoulliMixture:
         from ..data import load
 
         return cls(num_components=2), {"x": load("answers").x}
+
+    @classmethod
+    def tiny(cls) -> tuple[Self, dict[str, Tensor]]:
+        """Four rows of two answers, few enough for an exact answer."""
+        return cls(num_components=2, pseudo_count=2.0), {
+            "x": torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
+        }

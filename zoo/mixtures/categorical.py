@@ -103,3 +103,9 @@ class CategoricalMixture:
         from ..data import load
 
         return cls(num_components=2, num_levels=3), {"x": load("survey").x.long()}
+
+    @classmethod
+    def tiny(cls) -> tuple[Self, dict[str, Tensor]]:
+        """Four rows of two features with two levels, few enough for an exact answer."""
+        x = torch.tensor([[0, 1], [1, 1], [1, 0], [0, 1]])
+        return cls(num_components=2, num_levels=2, level_concentration=2.0), {"x": x}

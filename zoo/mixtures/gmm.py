@@ -145,6 +145,11 @@ class GMM:
 
         return cls(num_components=3, scale=2.0), {"x": load("three_clusters").x}
 
+    @classmethod
+    def tiny(cls) -> tuple[Self, dict[str, Tensor]]:
+        """Four numbers in two clusters, few enough for an exact answer."""
+        return cls(num_components=2), {"x": torch.tensor([[-0.8], [-1.1], [0.9], [0.7]])}
+
     def _prior(self, x: Tensor | None, num_features: int) -> tuple[Tensor, Tensor, Tensor]:
         """a (K,), m (D,) and s (D,)."""
         D = num_columns(x, num_features, loc=self.loc, scale=self.scale)

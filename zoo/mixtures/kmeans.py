@@ -24,6 +24,7 @@ from typing import Self
 
 import pyro
 import pyro.distributions as dist
+import torch
 from torch import Tensor
 
 from . import Setting, count_setting, filled, num_columns, pseudo_count, setting
@@ -93,3 +94,8 @@ class KMeans:
         from ..data import load
 
         return cls(num_components=3), {"x": load("three_clusters").x}
+
+    @classmethod
+    def tiny(cls) -> tuple[Self, dict[str, Tensor]]:
+        """Four numbers in two clusters that overlap, few enough for an exact answer."""
+        return cls(num_components=2, spread=0.2), {"x": torch.tensor([[-0.8], [-1.1], [0.9], [0.7]])}

@@ -138,3 +138,14 @@ class MixedMixture:
         x = load("patients").x
         data = {"real": x[:, :2], "counts": x[:, 2:3], "binary": x[:, 3:4], "categories": x[:, 4:5].long()}
         return cls(num_components=2, num_levels=3, rate=4.0), data
+
+    @classmethod
+    def tiny(cls) -> tuple[Self, dict[str, Tensor]]:
+        """Three rows with a column of each kind, few enough for an exact answer."""
+        data = {
+            "real": torch.tensor([[-0.6], [0.8], [1.0]]),
+            "counts": torch.tensor([[0.0], [3.0], [2.0]]),
+            "binary": torch.tensor([[0.0], [1.0], [1.0]]),
+            "categories": torch.tensor([[0], [1], [0]]),
+        }
+        return cls(num_components=2, num_levels=2, rate=2.0), data

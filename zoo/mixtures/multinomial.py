@@ -106,3 +106,9 @@ class MultinomialMixture:
         from ..data import load
 
         return cls(num_components=3), {"x": load("bags_of_words").x}
+
+    @classmethod
+    def tiny(cls) -> tuple[Self, dict[str, Tensor]]:
+        """Four documents over two words, few enough for an exact answer."""
+        x = torch.tensor([[4.0, 1.0], [3.0, 0.0], [1.0, 3.0], [0.0, 2.0]])
+        return cls(num_components=2, word_concentration=2.0), {"x": x}

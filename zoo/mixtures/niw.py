@@ -26,6 +26,7 @@ from typing import Self
 
 import pyro
 import pyro.distributions as dist
+import torch
 from torch import Tensor
 
 from . import Setting, Wishart, count_setting, filled, num_columns, pseudo_count, setting
@@ -101,3 +102,8 @@ class ConjugateGMM:
         from ..data import load
 
         return cls(num_components=3, scale=2.0), {"x": load("three_clusters").x}
+
+    @classmethod
+    def tiny(cls) -> tuple[Self, dict[str, Tensor]]:
+        """Four numbers in two clusters, few enough for an exact answer."""
+        return cls(num_components=2, strength=0.5), {"x": torch.tensor([[-0.8], [-1.1], [0.9], [0.7]])}

@@ -24,6 +24,7 @@ from typing import Self
 
 import pyro
 import pyro.distributions as dist
+import torch
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -124,6 +125,11 @@ class PoissonMixture:
         from ..data import load
 
         return cls(num_components=3), {"x": load("poisson_counts").x}
+
+    @classmethod
+    def tiny(cls) -> tuple[Self, dict[str, Tensor]]:
+        """Four counts of two rates, few enough for an exact answer."""
+        return cls(num_components=2), {"x": torch.tensor([1.0, 2.0, 9.0, 12.0])}
 
     def _prior(self, x: Tensor | None, num_features: int | None) -> tuple[Tensor, Tensor, Tensor]:
         """a (K,), and shape and rate of the gamma prior: () for single counts, (D,) for rows of counts."""

@@ -131,3 +131,9 @@ class CategoricalHMM:
         from ..data import load
 
         return cls(num_states=2, num_symbols=3), {"x": load("weather").x.long()}
+
+    @classmethod
+    def tiny(cls) -> tuple[Self, dict[str, Tensor]]:
+        """Two sequences of three symbols, few enough for an exact answer."""
+        x = torch.tensor([[0, 0, 1], [1, 1, 1]])
+        return cls(num_states=2, num_symbols=2, concentration=2.0, symbol_concentration=2.0), {"x": x}

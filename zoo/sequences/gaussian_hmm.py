@@ -152,6 +152,11 @@ class GaussianHMM:
 
         return cls(num_states=3, scale=3.0), {"x": load("regimes").x}
 
+    @classmethod
+    def tiny(cls) -> tuple[Self, dict[str, Tensor]]:
+        """One sequence of four numbers, few enough for an exact answer."""
+        return cls(num_states=2, concentration=2.0), {"x": torch.tensor([[-0.8, -1.1, 0.9, 0.7]])}
+
     def _sizes(self, x: Tensor | None, num_data: int, num_steps: int) -> tuple[int, int]:
         if x is None:
             return num_data, num_steps

@@ -159,6 +159,12 @@ class DTM:
             "num_slices": 6,
         }
 
+    @classmethod
+    def tiny(cls) -> tuple[Self, dict[str, Tensor | int]]:
+        """Two documents over two words in two slices, few enough for an exact answer."""
+        w, times = torch.tensor([[3.0, 1.0], [1.0, 2.0]]), torch.tensor([0, 1])
+        return cls(num_topics=1, drift=0.5), {"w": w, "times": times, "num_slices": 2}
+
     def _learned(self) -> tuple[Tensor, Tensor]:
         """alpha (K,) and sigma (): settings, or parameters to learn."""
         positive = constraints.positive

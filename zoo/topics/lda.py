@@ -24,7 +24,7 @@ Blei, Ng & Jordan, *Latent Dirichlet Allocation* (JMLR 3, 2003).
 """
 
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
 import pyro
 import pyro.distributions as dist
@@ -34,6 +34,9 @@ from torch.distributions import constraints
 
 from ..mixtures import count_setting, pseudo_count
 from . import BagOfWords, check_words, topic_counts, word_shares
+
+if TYPE_CHECKING:
+    from .amortised import AmortisedTopics
 
 
 @dataclass(frozen=True)
@@ -129,12 +132,27 @@ class LDA:
         with pyro.plate("documents", D):
             pyro.sample("theta", dist.Dirichlet(theta))
 
+    def amortised(
+        self, encoder: Any, w: Tensor, words: Tensor | None = None, num_words: int = 12, **_: Any
+    ) -> "AmortisedTopics":
+        """The guide that `Amortised(encoder)` stands for: a network reads a document and guesses its topics."""
+        from .amortised import AmortisedTopics
+
+        return AmortisedTopics(self, check_words(words, w, num_words), encoder)
+
     @classmethod
     def example(cls) -> tuple[Self, dict[str, Tensor]]:
         """Documents over nine words whose topics are the bars of a three by three grid."""
         from ..data import load
 
         return cls(num_topics=6, concentration=0.5, word_concentration=0.1), {"w": load("bars").x}
+
+    @classmethod
+    def tiny(cls) -> tuple[Self, dict[str, Tensor]]:
+        """Two documents over two words, few enough for an exact answer."""
+        return cls(num_topics=2, concentration=1.5, word_concentration=1.5), {
+            "w": torch.tensor([[3.0, 1.0], [1.0, 2.0]])
+        }
 
     def _prior(self) -> tuple[Tensor, Tensor]:
         """alpha (K,) and eta (): settings, or parameters to learn."""

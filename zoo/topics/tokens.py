@@ -118,6 +118,12 @@ class TokenLDA:
             row[: int(c.sum())] = torch.arange(len(c)).repeat_interleave(c)
         return cls(num_topics=6, concentration=0.5, word_concentration=0.1), {"w": w, "num_words": counts.shape[1]}
 
+    @classmethod
+    def tiny(cls) -> tuple[Self, dict[str, Tensor | int]]:
+        """Two documents of two words, few enough for an exact answer."""
+        story = cls(num_topics=2, concentration=1.5, word_concentration=1.5)
+        return story, {"w": torch.tensor([[0, 0], [1, 0]]), "num_words": 2}
+
     def _sizes(self, w: Tensor | None, num_words: int, num_documents: int, length: int) -> tuple[int, int]:
         """D and N."""
         if w is None:

@@ -138,9 +138,12 @@ class LinearGaussian:
         unit = ((x - self.mean) / self.variance.sqrt().clamp_min(1e-12)).cpu()
         labels = nearest(unit, lloyd(unit, plus_plus(unit, self.form.states, 1, generator)))[0].to(x.device)
         for k in range(self.form.states):
-            rows = x[labels == k] if int((labels == k).sum()) > self.form.width else x
+            mine = x[labels == k]
+            rows = mine if len(mine) > self.form.width else x
             gap = rows - rows.mean(0)
-            yield rows.mean(0), gap.T @ gap / len(rows), len(rows)
+            # A cluster of few rows has no axes of its own, but a place: components that start alike stay alike.
+            centre = mine.mean(0) if len(mine) else x[int(torch.randint(len(x), (), generator=generator))]
+            yield centre, gap.T @ gap / len(rows), len(mine)
 
     # -- one iteration -----------------------------------------------------------------------------------------------
 
