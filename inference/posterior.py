@@ -110,7 +110,7 @@ class Posterior:
         """The method that ran, the rule that chose it, the other methods' verdicts with their premises, device, cross-check."""
         device = [f"device: {self.diagnostics['device']}"] if "device" in self.diagnostics else []
         told = str(self.choice or f"{self.method.name}: called directly")
-        return "\n".join([told, *device, self.second_opinion()])
+        return "\n".join([told, self.second_opinion(), *device])
 
     def second_opinion(self) -> str:
         """What a second method found, in a line, or that none was asked and which line asks it."""
