@@ -1,11 +1,12 @@
-"""EM and SVI on a table that stays on disk, in a process that may not hold it: rate per row, and memory.
+"""EM and SVI on a table or a corpus that stays on disk, in a process that may not hold it: rate per row, and memory.
 
-The table is a memory-mapped .npy file.  The process under test may allocate `--limit` MB and no more (RLIMIT_DATA: pages of
-the file are not counted, the kernel takes them back when it needs them); before every pass the file's pages are dropped, so
-that each pass reads the disk.  The in-memory rate is that of the same fit on the first rows as an array, in a process
-without a limit.
+The table is a memory-mapped .npy file, the corpus a folder of them (compressed rows: words and counts).  The process under
+test may allocate `--limit` MB and no more (RLIMIT_DATA: pages of the file are not counted, the kernel takes them back when it
+needs them); before every pass over a table the file's pages are dropped, so that each pass reads the disk.  The in-memory
+rate is that of the same fit on the first rows as an array (of a corpus: on its first documents), in a process without a limit.
 
     python benchmarks/beyond_memory.py [--gib 1] [--limit 1536] [--method em] [--warm]
+    python benchmarks/beyond_memory.py --corpus lda [--gib 1] [--limit 1024]     # or: --corpus documents
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.sparse as sp
 
 COLUMNS, COMPONENTS = 16, 8
 #: Rows of the fit in memory.
 SOME = 1_000_000
 PASSES = 6
+#: Words of the corpus's vocabulary, topics, tokens of a document, documents that are written at once.
+WORDS, TOPICS, TOKENS, PART = 2000, 10, 100, 20_000
 
 
 def make_table(path: Path, gib: float) -> int:
@@ -43,6 +47,57 @@ def make_table(path: Path, gib: float) -> int:
         table[a:b] = centres[z] + random.standard_normal((b - a, COLUMNS))
     table.flush()
     return rows
+
+
+def make_corpus(folder: Path, gib: float) -> int:
+    """Write documents of two topics each, part by part; returns how many."""
+    from zoo import store_corpus
+
+    random = np.random.default_rng(0)
+    shares = random.dirichlet(np.full(WORDS, 0.05), TOPICS).cumsum(1)
+    entries = gib * 2**30 / 8
+
+    def parts() -> Any:
+        written = 0
+        while written < entries:
+            topic = random.integers(TOPICS, size=(PART, 2))[:, :, None].repeat(TOKENS // 2, 2).reshape(PART, TOKENS)
+            u, words = random.random((PART, TOKENS)), np.empty((PART, TOKENS), np.int64)
+            for k in range(TOPICS):
+                words[topic == k] = np.searchsorted(shares[k], u[topic == k]).clip(max=WORDS - 1)
+            rows = np.repeat(np.arange(PART), TOKENS)
+            part = sp.csr_matrix((np.ones(rows.size, np.int64), (rows, words.ravel())), shape=(PART, WORDS))
+            part.sum_duplicates()
+            written += part.nnz
+            yield part
+
+    return len(store_corpus(folder, parts(), name="made up"))
+
+
+def measure_corpus(path: str, where: str, method: str, limit: int) -> dict[str, Any]:
+    """Seconds a document and pass, and the most memory; in a process of its own."""
+    import torch
+
+    from inference import EM, fit
+    from zoo import LDA, MultinomialMixture, open_corpus
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    corpus = open_corpus(path)
+    some = corpus[:3000]
+    story: Any = LDA(TOPICS) if method == "lda" else MultinomialMixture(TOPICS)
+    driver = "stepwise" if method == "lda" else "auto"
+    fit(story, some, EM(restarts=1, max_iter=2, driver=driver), seed=0, progress=False)  # imports, first calls
+    given = corpus[: PART * 2] if where == "memory" else corpus
+    if where == "disk":
+        resource.setrlimit(resource.RLIMIT_DATA, (limit << 20, limit << 20))
+    marks: list[float] = []
+    chosen = EM(restarts=1, max_iter=3, tol=0.0, driver=driver, callback=lambda *_: marks.append(time.perf_counter()))
+    with Anonymous() as memory:
+        start = time.perf_counter()
+        posterior = fit(story, given, chosen, seed=0, progress=False)
+        total = time.perf_counter() - start
+    seconds = (marks[-1] - marks[0]) / (len(marks) - 1) / len(given)
+    found = {"rows": len(given), "seconds_a_row": seconds, "anonymous_mb": memory.peak, "total_s": total}
+    return found | {n: posterior.history[i] / len(given) for n, i in (("first", 0), ("last", -1))}
 
 
 class Anonymous:
@@ -132,19 +187,24 @@ def main() -> None:
     parser.add_argument("--method", choices=("em", "svi"), default="em")
     parser.add_argument("--warm", action="store_true", help="leave the file in the kernel's cache between passes")
     parser.add_argument("--folder", help="where the table is written")
+    parser.add_argument("--corpus", choices=("lda", "documents"), help="a corpus: LDA, or a mixture of multinomials")
     parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         path, where, method, limit, warm = args.child
-        print(json.dumps(measure(path, where, method, int(limit), warm == "True")))
+        if method in ("lda", "documents"):
+            print(json.dumps(measure_corpus(path, where, method, int(limit))))
+        else:
+            print(json.dumps(measure(path, where, method, int(limit), warm == "True")))
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        path = str(Path(folder) / "table.npy")
-        rows = make_table(Path(path), args.gib)
-        words = (args.method, str(args.limit), str(args.warm))
+        path = str(Path(folder) / ("corpus" if args.corpus else "table.npy"))
+        rows = (make_corpus if args.corpus else make_table)(Path(path), args.gib)
+        words = (args.corpus or args.method, str(args.limit), str(args.warm))
         disk, memory = child(path, "disk", *words), child(path, "memory", *words)
     rate = memory["seconds_a_row"] / disk["seconds_a_row"]
-    print(f"{args.method} of {rows:,} rows x {COLUMNS} float32 ({args.gib:g} GiB) on disk, limit {args.limit} MB")
+    what = f"documents over {WORDS:,} words" if args.corpus else f"rows x {COLUMNS} float32"
+    print(f"{args.corpus or args.method} of {rows:,} {what} ({args.gib:g} GiB) on disk, limit {args.limit} MB")
     for name, found in (("disk", disk), ("memory", memory)):
         print(
             f"  {name:<7}{found['rows']:>12,} rows {1 / found['seconds_a_row'] / 1e6:8.2f} million rows/s "

@@ -34,7 +34,7 @@ def our_lda(train: Any, topics: int, setting: tuple[float, int], seed: int) -> t
 def perplexities(options: Any, report: Report, train: Any, validation: Any, test: Any, topics: int) -> None:
     """Every side at its best setting."""
     iterations = 50 if options.quick else 1000
-    passes = (20,) if options.quick else (25, 60)
+    passes = (20,) if options.quick else (60, 120)
     sides: dict[str, tuple[Any, list[Any]]] = {
         OURS: (lambda s, seed: our_lda(train, topics, s, seed), [(e, p) for e in ETAS for p in passes])
     }

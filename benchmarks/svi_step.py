@@ -9,6 +9,7 @@ step's ELBO and gradient must equal the program's under one seed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -128,11 +129,16 @@ def main() -> int:
         x = (torch.rand(max(1000, 2 * batch), PIXELS) < 0.3).float()
         with report.case(f"VAE 784-400-20, batch {batch}", unit=f"{BLOCK} steps") as case:
             target, step = ours(x, batch, "graph")
+            compiled, quick = ours(x, batch, "inductor")
             case.check(
                 "largest relative difference of value and gradients, graph and program", gap(target, batch), 1e-4
             )
+            case.check(
+                "the same of the compiled step", gap(compiled, batch) if compiled.mode == "inductor" else math.inf, 1e-4
+            )
             sides = {
                 OURS: step,
+                "ours, compiled by Inductor": quick,
                 "PyTorch by hand": by_hand(x, batch, True),
                 "PyTorch by hand, default Adam": by_hand(x, batch, None),
                 "pyro SVI.step": by_pyro(x, batch),
@@ -143,6 +149,7 @@ def main() -> int:
             case.times = interleaved(blocks, options.repeats)
             case.faster("PyTorch by hand", goal)
             case.faster("pyro SVI.step", 2.0 if batch == 128 else 1.0)
+            case.faster("pyro SVI.step", 2.0 if batch == 128 else 1.0, "ours, compiled by Inductor")
     steps = 300 if options.quick else 3000
     x = load("binary_digits").x.float()
     svi = SVI(steps=steps, batch_size=128, particles=1, starts=1, schedule="constant", lr=4 * RATE, mode="graph")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .checkpoint import CheckpointError, load
     from .choose import Choice, NoMethodError, choose
     from .compare import Comparison, compare
+    from .crosscheck import CrossCheck
     from .data import DataNotice
     from .errors import DivergenceError, RankError
     from .fit import fit
@@ -41,6 +42,7 @@ _HOME = {
     "choose": "choose",
     "Comparison": "compare",
     "compare": "compare",
+    "CrossCheck": "crosscheck",
     "DataNotice": "data",
     "DivergenceError": "errors",
     "RankError": "errors",
@@ -78,6 +80,7 @@ __all__ = [
     "CheckpointError",
     "Choice",
     "Comparison",
+    "CrossCheck",
     "DataNotice",
     "DivergenceError",
     "Exact",

@@ -8,7 +8,7 @@ guesses are corrected where a density is asked for: log p(x_n) by importance sam
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pyro
@@ -121,12 +121,11 @@ class GuideRows:
         names = joint.structure.row_arguments
         self.n = len(kwargs[names[0]])
 
-    def pieces(self) -> list[dict[str, Any]]:
+    def pieces(self) -> Iterator[dict[str, Any]]:
         """The rows in pieces."""
         names = self.joint.structure.row_arguments
-        return [
-            {n: v[a : a + ROWS] if n in names else v for n, v in self.kwargs.items()} for a in range(0, self.n, ROWS)
-        ]
+        for a in range(0, self.n, ROWS):
+            yield {n: v[a : a + ROWS] if n in names else v for n, v in self.kwargs.items()}
 
     def log_weights(self) -> Tensor:
         """log p(x_n, z) - log q(z | x_n) at draws z of the guide, (S, N)."""

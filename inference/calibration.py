@@ -6,6 +6,10 @@ uniform, whatever the story (Talts et al., *Validating Bayesian inference algori
 (Modrák et al., *SBC with data-dependent test quantities*, Bayesian Analysis 2023). Uniformity is judged on the whole
 empirical distribution of the ranks (Säilynoja, Bürkner and Vehtari, *Graphical test for discrete uniformity*, Statistics and
 Computing 2022), and over all quantities after Holm (1979).
+
+A variational answer is rarely even: it need not be, to be of use. What matters first is whether it is off to one side, which
+shows as ranks that are not symmetric (Yao, Vehtari, Simpson and Gelman, *Yes, but did it work?: evaluating variational
+inference*, ICML 2018).
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ if TYPE_CHECKING:
 
 #: Simulations of uniform ranks that tell how far an empirical distribution may stray.
 NULL = 20_000
+#: Adjusted probability of symmetric ranks below which a quantity counts as biased, and random mirrorings that tell it.
+BIAS_LEVEL, FLIPS = 1e-2, 5_000
 
 
 @dataclass(frozen=True, repr=False)
@@ -47,6 +53,10 @@ class Calibration:
         How it came about, and what to keep in mind.
     level
         Below this adjusted probability a quantity counts as wrong.
+    kind
+        What the answers were: "exact", "samples" or "variational".
+    asymmetry
+        Unknown -> adjusted probability of ranks as lopsided as these where the answer is off to neither side.
     """
 
     method: Method
@@ -56,6 +66,8 @@ class Calibration:
     adjusted: dict[str, float]
     notes: list[str] = field(default_factory=list)
     level: float = 1e-3
+    kind: str = "samples"
+    asymmetry: dict[str, float] = field(default_factory=dict)
 
     @property
     def simulations(self) -> int:
@@ -72,9 +84,33 @@ class Calibration:
         """Whether every quantity's ranks may be uniform."""
         return not self.wrong
 
+    def shares(self, name: str) -> NDArray:
+        """Share of the answer's mass below the truth, in every simulation: (S,)."""
+        return (self.ranks[name] + 0.5) / (self.draws + 1)
+
+    @property
+    def biased(self) -> list[str]:
+        """Quantities that are off to one side."""
+        return [name for name, p in self.asymmetry.items() if p < BIAS_LEVEL]
+
+    def bias(self, name: str) -> str:
+        """ "overestimated", "underestimated", or nothing where neither shows."""
+        if name not in self.biased:
+            return ""
+        return "underestimated" if self.shares(name).mean() > 0.5 else "overestimated"
+
+    def width(self, name: str) -> str:
+        """ "too narrow", "too wide", or nothing where neither shows."""
+        u = self.shares(name)
+        # Of a uniform variable (u - 1/2)^2 has mean 1/12 and variance 1/180; a shift is no width.
+        z = ((u - u.mean()) ** 2).mean() - 1 / 12
+        if abs(z) < 3 / math.sqrt(180 * len(u)):
+            return ""
+        return "too narrow" if z > 0 else "too wide"
+
     def shape(self, name: str) -> str:
         """What the ranks of one quantity look like, in words."""
-        u = (self.ranks[name] + 0.5) / (self.draws + 1)
+        u = self.shares(name)
         error = 4 / math.sqrt(12 * len(u))
         if abs(u.mean() - 0.5) > error:
             return "draws lie too low" if u.mean() > 0.5 else "draws lie too high"
@@ -98,13 +134,29 @@ class Calibration:
             lines.append(f"passed: no quantity is uneven at {self.level:g} after Holm's correction")
         else:
             lines.append(f"FAILED: {', '.join(self.wrong)}; the draws are not from the posterior")
+        if self.kind == "variational":
+            lines += self.lean()
         return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
 
-    def plot(self, most: int = 12) -> Figure:
-        """Empirical distribution of the ranks less the uniform one, with the band that a right method keeps to."""
-        from .plots import calibration_figure
+    def lean(self) -> list[str]:
+        """Where a variational answer is off, and which way."""
+        width = max(len("quantity"), *map(len, self.ranks))
+        lines = [f"  {'quantity':<{width}}  symmetric  off"]
+        for name in self.asymmetry:
+            off = ", ".join(filter(None, [self.bias(name), self.width(name)])) or "nothing shows"
+            lines.append(f"  {name:<{width}}  {self.asymmetry[name]:>9.2g}  {off}")
+        biased = [f"{self.bias(n)}: {n}" for n in self.biased]
+        lines.append("biased: " + "; ".join(biased) if biased else "no bias shows: centres are right on average")
+        return lines
 
-        return calibration_figure(self, most)
+    def plot(self, most: int = 12) -> Figure:
+        """Empirical distribution of the ranks less the uniform one, with the band that a right method keeps to.
+
+        Of a variational method: the ranks against their mirror image, which a method that is off to neither side repeats.
+        """
+        from .plots import calibration_figure, symmetry_figure
+
+        return symmetry_figure(self, most) if self.kind == "variational" else calibration_figure(self, most)
 
 
 def check(
@@ -166,12 +218,13 @@ def check(
     if chosen.name == "em":
         raise ValueError("check needs draws, and EM gives points; use method='nuts', 'svi' or 'exact'")
     found: dict[str, list[float]] = {}
-    unsettled = 0
+    unsettled, kind = 0, "samples"
     shown = sys.stderr.isatty() if progress is None else progress
     for s in tqdm(range(simulations), desc="calibration", unit="fit", disable=not shown, leave=False):
         with problem.scope(seed + 1 + s):
             kwargs, truth = dreamed(problem)
         posterior = fit(story, kwargs, chosen, seed=seed + 1 + s, progress=False)
+        kind = posterior.kind
         unsettled += any("R-hat" in w or "k-hat" in w or "diverged" in w for w in posterior.warnings)
         rng = np.random.default_rng([seed, s])
         for name, rank in quantities(posterior, truth, draws, rng).items():
@@ -184,7 +237,12 @@ def check(
         smallest = min(floor.values())
         if smallest > Calibration.level:
             notes.append(f"with {len(ranks)} quantities no adjusted probability can fall below {smallest:.2g}")
-    return Calibration(chosen, ranks, draws, p, holm(p), notes, max(Calibration.level, 1.01 * smallest if ranks else 0))
+    # A guide of the wrong width is off in the likelihood on one side: only the unknowns themselves can be biased.
+    sites = {n: n.partition("[")[0].removesuffix("^T").split()[0] for n in ranks if " = " not in n}
+    unknown = {n: ranks[n] for n, site in sites.items() if site in truth}
+    lopsided = holm({n: asymmetry(r, draws, seed) for n, r in unknown.items()})
+    level = max(Calibration.level, 1.01 * smallest if ranks else 0)
+    return Calibration(chosen, ranks, draws, p, holm(p), notes, level, kind, lopsided)
 
 
 def evenness(ranks: NDArray, draws: int) -> NDArray:
@@ -201,6 +259,23 @@ def evenness(ranks: NDArray, draws: int) -> NDArray:
         )
         least = np.minimum(least, 2 * table[below])
     return least
+
+
+def asymmetry(ranks: NDArray, draws: int, seed: int = 0) -> float:
+    """Probability of ranks (S,) as lopsided as these where the share of mass below the truth, u, and 1 - u are alike.
+
+    The distance is that of Kolmogorov and Smirnov between the two; its distribution is that over random mirrorings of single
+    simulations, since the two samples are one.
+    """
+    gap = 2 * np.asarray(ranks, dtype=np.float64) - draws
+    size, sign = np.abs(gap), np.sign(gap)
+    order = np.argsort(-size, kind="stable")
+    size, sign = size[order], sign[order]
+    ends = np.append(size[1:] != size[:-1], True)  # ties are passed together
+    found = np.abs(np.cumsum(sign))[ends].max()
+    flips = np.random.default_rng(seed).choice([-1.0, 1.0], (FLIPS, len(sign)))
+    null = np.abs(np.cumsum(flips * (sign != 0), 1))[:, ends].max(1)
+    return float((1 + (null >= found).sum()) / (FLIPS + 1))
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

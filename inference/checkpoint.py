@@ -22,11 +22,16 @@ import pyro
 import torch
 from torch import Tensor
 
+from .data import take_rows
+from .lazy_rows import has_lazy
+
 if TYPE_CHECKING:
     from .posterior import Posterior
     from .problem import Problem
 
 FORMAT = "pyro-model-zoo posterior 2"
+#: Rows that are saved of tables that are kept elsewhere.
+KEPT_ROWS = 1000
 
 
 class CheckpointError(ValueError):
@@ -95,12 +100,20 @@ def write_atomically(path: Path, payload: bytes) -> None:
 def gather(posterior: Posterior) -> dict[str, Tensor]:
     """All tensors of an answer under prefixed names."""
     tensors = {f"draws/{n}": v[:1] if n in repeated(posterior) else v for n, v in posterior.draws.items()}
-    tensors |= {f"data/{n}": v for n, v in posterior.problem.kwargs.items() if isinstance(v, Tensor)}
+    tensors |= {f"data/{n}": v for n, v in kept_data(posterior).items() if isinstance(v, Tensor)}
     tensors |= {f"stats/{n}": torch.from_numpy(np.ascontiguousarray(v)) for n, v in posterior.sample_stats.items()}
     for group, value in posterior.extra.items():
         if isinstance(value, dict):
             tensors |= {f"extra/{group}/{n}": v for n, v in value.items() if isinstance(v, Tensor)}
     return {n: v.detach().cpu().contiguous().clone() for n, v in tensors.items()}
+
+
+def kept_data(posterior: Posterior) -> dict[str, Any]:
+    """Arguments that are saved: all, or the first rows of tables that are kept elsewhere, such as a corpus on disk."""
+    kwargs = posterior.problem.kwargs
+    if not has_lazy(kwargs):
+        return kwargs
+    return take_rows(kwargs, posterior.structure.row_arguments, slice(0, KEPT_ROWS))
 
 
 def repeated(posterior: Posterior) -> dict[str, int]:
@@ -126,11 +139,13 @@ def describe(posterior: Posterior, tensors: dict[str, Tensor]) -> dict[str, Any]
         "device": str(problem.device),
         "want": problem.want,
         "arguments": {n: v for n, v in problem.kwargs.items() if not isinstance(v, Tensor)},
+        "elsewhere": posterior.structure.num_rows if has_lazy(problem.kwargs) else 0,
         "history": plain(posterior.history),
         "diagnostics": plain(posterior.diagnostics),
         "warnings": posterior.warnings,
         "timings": plain(posterior.timings),
         "why": posterior.why(),
+        "cross_check": plain(posterior.cross_check.card()) if posterior.cross_check else None,
         "data_sha256": fingerprint({n: v for n, v in tensors.items() if n.startswith("data/")}),
         "versions": versions(),
     }
@@ -146,6 +161,15 @@ def other_versions(saved: dict[str, str]) -> list[str]:
     here = versions()
     other = [f"{n} {v} (here {here.get(n, 'none')})" for n, v in saved.items() if here.get(n) != v]
     return [f"saved under {', '.join(other)}: last digits of what is computed anew may differ"] if other else []
+
+
+def other_rows(count: int) -> list[str]:
+    """A note where the rows of the fit were too many to be saved."""
+    if not count:
+        return []
+    return [
+        f"the {count:,} rows of the fit were not saved: what asks for no data is answered for the first {KEPT_ROWS:,}"
+    ]
 
 
 def options_of(method: Any) -> dict[str, Any]:
@@ -259,6 +283,7 @@ def load(path: str | Path, story: Any, *, guide: Any = None) -> Posterior:
         There is no such file.
     """
     from .choose import Choice
+    from .crosscheck import CrossCheck
     from .methods import METHODS
     from .posterior import Posterior
     from .problem import prepare
@@ -299,12 +324,13 @@ def load(path: str | Path, story: Any, *, guide: Any = None) -> Posterior:
             chains=card["chains"],
             history=revive(card["history"]),
             diagnostics=revive(card["diagnostics"]),
-            warnings=card["warnings"] + other_versions(card["versions"]),
+            warnings=card["warnings"] + other_versions(card["versions"]) + other_rows(card.get("elsewhere", 0)),
             timings=revive(card["timings"]),
             sample_stats={n.removeprefix("stats/"): v.numpy() for n, v in tensors.items() if n.startswith("stats/")},
             converged=card["converged"],
             choice=Choice(method, card["why"].splitlines()[0].partition(": ")[2]),
             extra=extra,
+            cross_check=CrossCheck(**revive(told)) if (told := card.get("cross_check")) else None,
         )
 
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from .agreement import Agreement, agree
 from .choose import check_request
+from .crosscheck import STRENGTH, all_seconded
 from .data import take_rows
 from .distributed import start
 from .errors import DivergenceError
@@ -29,9 +30,6 @@ from .problem import prepare
 from .score import without_density
 from .session import fresh_seed
 from .structure import Structure
-
-#: The more a kind promises, the earlier it stands.
-STRENGTH = ("exact", "samples", "variational", "point")
 
 
 @dataclass(frozen=True, repr=False)
@@ -126,6 +124,7 @@ def compare(
     device: str = "auto",
     budget: float | None = None,
     progress: bool | None = None,
+    cross_check: bool | str = "auto",
 ) -> Comparison:
     """Fit one story with several methods on the same rows and hold the answers side by side.
 
@@ -145,6 +144,9 @@ def compare(
         Seconds for each method.
     progress
         Progress bars; None shows them on a terminal.
+    cross_check
+        Hold every answer beside an independent method (`posterior.cross_check`): one of the others, where it gives draws to
+        be trusted, else one on a small replica. "auto": the replica only where it takes seconds; True: always; False: never.
 
     Returns
     -------
@@ -158,10 +160,14 @@ def compare(
     others = start("split")
     seed = others.first(fresh_seed()) if seed is None else seed
     chosen = labelled(methods)
+    if cross_check not in (True, False, "auto"):
+        raise ValueError(f"compare(cross_check={cross_check!r}): cross_check must be True, False or 'auto'")
     problem = prepare(story, data, guide=guide, device=device, seed=seed)
     train, held, notes = split(problem, data, test, seed)
     show = (sys.stderr.isatty() if progress is None else progress) and others.leads
     posteriors, refused = answers(problem, story, train, chosen, guide, seed, device, budget, show)
+    if cross_check is not False:
+        posteriors = all_seconded(posteriors, cross_check is True, show, others.several)
     reference = strongest(posteriors)
     agreements = {n: agree(p, posteriors[reference]) for n, p in posteriors.items() if n != reference}
     rows, heldout = {}, {}
@@ -175,6 +181,10 @@ def compare(
     for label in refused:
         rows[label] = {"kind": "n/a (no density)" if problem.structure.implicit else "n/a (refused)"}
     table = others.first(pd.DataFrame.from_dict(rows, orient="index").reindex(list(chosen)))
+    if problem.structure.continuous_locals and not problem.structure.linear_gaussian:
+        notes.append(
+            "ELPD-LOO is that of rows given their drawn latents: it flatters, compare held-out densities instead"
+        )
     pairwise = paired(heldout)
     verdict = judge(posteriors, reference, agreements, heldout)
     return Comparison(
@@ -299,6 +309,7 @@ def table_row(
         "k-hat": d.get("khat", math.nan),
         "gap (sd)": "reference" if is_reference else (agreement.worst if agreement else math.nan),
         "sd ratio": 1.0 if is_reference else (agreement.ratio if agreement else math.nan),
+        "cross-check": posterior.cross_check.cell if posterior.cross_check else "not made",
         "set-up s": t.get("setup", math.nan),
         "warm-up s": t.get("warmup", 0.0),
         "run s": t.get("run", math.nan),
@@ -361,6 +372,14 @@ def judge(
             )
         else:
             said.append("held-out log densities do not differ beyond 2 standard errors")
+    for label, p in posteriors.items():
+        check = p.cross_check
+        if check is None or check.refused:
+            said.append(f"{label} is not cross-checked" + (f" ({check.refused})" if check else ""))
+        elif check.verdict == "disagrees":
+            said.append(
+                f"cross-checked with {check.second}, {label} lies {check.gap:.2g} posterior sd away in {check.worst}"
+            )
     fastest = min(posteriors, key=lambda n: posteriors[n].timings.get("total", math.inf))
     said.append(f"fastest: {fastest}, {posteriors[fastest].timings.get('total', math.nan):.2g} s")
     return ". ".join(s[0].upper() + s[1:] if not s.startswith(tuple(posteriors)) else s for s in said) + "."

@@ -10,6 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .lazy_rows import HostTable, LazyRows
+from .sparse_rows import is_sparse_matrix, stored_counts
+from .streaming import stays
+
 #: Beyond this, squares overflow float32 and sums of squares lose every digit in float64.
 LARGEST = 1e15
 #: Rows up to which a list of all row numbers is nothing beside the data.
@@ -109,8 +113,8 @@ def to_value(name: str, value: Any, dtype: torch.dtype, device: torch.device | s
         tensor = value.detach()
         if tensor.layout != torch.strided:
             raise TypeError(f"{name} is a sparse tensor ({tensor.layout}); pass {name}.to_dense()")
-    elif hasattr(value, "toarray") and hasattr(value, "nnz"):
-        raise TypeError(f"{name} is a sparse matrix ({type(value).__name__}); pass {name}.toarray()")
+    elif is_sparse_matrix(value):
+        tensor = stored_counts(name, value)
     else:
         tensor = _from_array(name, value)
     if tensor.dtype == torch.bool:
@@ -120,6 +124,9 @@ def to_value(name: str, value: Any, dtype: torch.dtype, device: torch.device | s
     kind = dtype if tensor.is_floating_point() else torch.long
     if tensor.dtype == torch.float32 and tensor.numel() >= KEEP_SINGLE:
         kind = tensor.dtype  # twice the memory would hold no more digits; sums over it are made in float64
+    if not stays([tensor], torch.device(device)) and tensor.ndim:
+        check_values(name, tensor, new)
+        return LazyRows(HostTable(tensor), kind, device)
     tensor = tensor.to(device=device, dtype=kind)
     check_values(name, tensor, new)
     return tensor

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from .choose import WANTS, Choice, check_request, choose
+from .devices import DeviceChoice, settled
 from .distributed import ALONE, SHARES, Ranks, own_device, start
 from .guard import MemoryGuard, frees_memory
+from .lazy_rows import has_lazy, resident
 from .mending import MISTAKES, known, retold
 from .methods import resolve
 from .methods.base import Method, one_of, positive_float, positive_int
@@ -36,6 +38,7 @@ def fit(
     memory: float | None = None,
     progress: bool | None = None,
     ranks: str = "split",
+    cross_check: bool | str | Method = False,
 ) -> Posterior:
     """Infer what a generative story leaves unsaid, given what was seen.
 
@@ -57,7 +60,8 @@ def fit(
         Of every random choice: the same seed gives the same numbers, bit by bit. None draws one from the operating
         system and records it as `posterior.seed`.
     device
-        "auto", "cpu" or "cuda".
+        "auto", "cpu" or "cuda". "auto" times a few steps on each device that is there, and says in `posterior.why()` what it
+        took and why.
     budget
         Seconds that the run may take; the best answer so far is returned, marked as not converged.
     memory
@@ -68,6 +72,9 @@ def fit(
         What the processes that `torchrun` started (if it did) are given, all of them calling this with the same other
         arguments. "split": each the whole table, of which it works on its share. "own": each rows of its own, as many as it
         has. "alone": each fits by itself. Every process gets the same answer.
+    cross_check
+        Run an independent second method on a small replica afterwards and say how far it ends from the first, as
+        `posterior.cross_check`: True chooses it, or a name or configured method. The answer itself stays the same to the bit.
 
     Returns
     -------
@@ -104,30 +111,66 @@ def fit(
     others = start(ranks)
     if progress is None:
         progress = sys.stderr.isatty()
-    problem = others.together(
-        lambda: prepare(
+
+    def on(place: str | torch.device) -> Problem:
+        return prepare(
             story,
             data,
             guide=guide,
-            device=own_device(device) if others.several else device,
+            device=own_device(place) if others.several else place,
             seed=seed,
             budget=budget,
             want=want,
             progress=progress and others.leads,
         )
-    )
+
+    problem = others.together(lambda: on(device))
     if others.several:
         problem = replace(problem, seed=others.first(problem.seed))
     choice = others.together(lambda: decide(problem, method))
     if method == "auto":
         choice = others.first(choice)  # clocks differ
-    return run(problem, choice, time.perf_counter() - began, others, memory)
+    if cross_check is not False and cross_check is not True:
+        check_request(problem.structure, cross_check)
+    place = None
+    if device == "auto":
+        problem, place = on_a_device(problem, choice, on, others)
+    posterior = run(problem, choice, time.perf_counter() - began, others, memory)
+    if place is not None:
+        told = {**posterior.diagnostics, "device": str(place)}
+        posterior = replace(posterior, diagnostics=told, timings={**posterior.timings, **place.timings})
+    return posterior if cross_check is False else seconded(posterior, cross_check, others, progress)
+
+
+def seconded(posterior: Posterior, second: bool | str | Method, ranks: Ranks, progress: bool) -> Posterior:
+    """With a cross-check; of several ranks the first one makes it, of the rows that it has."""
+    if not ranks.several:
+        return posterior.cross_checked(second, progress=progress)
+    alone = replace(posterior, problem=replace(posterior.problem, ranks=ALONE))
+    found = ranks.together(lambda: alone.cross_checked(second, progress=progress) if ranks.leads else None)
+    told = ranks.first(None if found is None else found.cross_check)
+    return posterior if told is None else posterior.with_check(told)
+
+
+def on_a_device(
+    problem: Problem, choice: Choice, on: Callable[[str], Problem], others: Ranks
+) -> tuple[Problem, DeviceChoice]:
+    """The problem where its method runs fastest; of several ranks the first decides, as its clock is not the others'."""
+    if not others.several:
+        return settled(problem, choice.method, lambda place: replace(on(place), seed=problem.seed))
+    place = others.first(settled(problem, choice.method, on)[1] if others.leads else DeviceChoice("cpu"))
+    if place.device == "cpu":
+        return problem, place
+    return others.together(lambda: replace(on(place.device), seed=problem.seed, asked="auto")), place
 
 
 def decide(problem: Problem, method: str | Method) -> Choice:
     """The user's method, or the first rule that holds; NUTS is timed before `auto` takes it."""
     if method != "auto":
         return check_request(problem.structure, method)
+    if has_lazy(problem.kwargs):
+        elsewhere = "it sees all rows at once, and these are read piece by piece"
+        return choose(problem.structure, problem.want, slow={"nuts": elsewhere})
     choice = choose(problem.structure, problem.want)
     if choice.method.name == "nuts" and choice.verdicts["svi"].applies:
         seconds, text = pilot(problem)
@@ -163,6 +206,8 @@ def run(
     """Run the chosen method in a scope of its own and complete the answer."""
     start = time.perf_counter()
     shared = shared_out(problem, ranks, choice.method)
+    if getattr(choice.method, "spreads", "nothing") != "rows":
+        shared = resident(shared, choice.method.name)
     with problem.scope(problem.seed):
         try:
             with MemoryGuard(memory) as guard:
@@ -181,19 +226,13 @@ def run(
         posterior = posterior.finished()
         if ranks.several:
             posterior = agreed(posterior, ranks)
-    found = {"device": f"{problem.device}{chosen_alone(problem)}"}
+    threads = 1 if problem.small else torch.get_num_threads()  # sums over more are grouped otherwise
+    found = {"device": str(problem.device), "threads": threads}
     posterior = replace(posterior, diagnostics={**posterior.diagnostics, **found})
     timings = dict(posterior.timings)
     timings["setup"] = timings.get("setup", 0.0) + setup
     timings["total"] = setup + time.perf_counter() - start
     return replace(posterior, timings=timings)
-
-
-def chosen_alone(problem: Problem) -> str:
-    """Why "auto" took the processor."""
-    if problem.device.type != "cpu" or problem.asked != "auto":
-        return ""
-    return ' ("auto"; device="cuda" is there)' if torch.cuda.is_available() else ' ("auto": no CUDA device was found)'
 
 
 def agreed(posterior: Posterior, ranks: Ranks) -> Posterior:

@@ -6,6 +6,7 @@ import _thread
 import functools
 import inspect as signatures
 import math
+import re
 import signal
 import threading
 import time
@@ -48,7 +49,8 @@ def frees_memory(function: F) -> F:
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-        raise MemoryError(f"{text}; {smaller(bound.get('method'), bound.get('data'))}. What the fit held is released")
+        advice = smaller(bound.get("method"), bound.get("data"), room(text))
+        raise MemoryError(f"{text}; {advice}. What the fit held is released")
 
     return wrapped  # type: ignore[return-value]
 
@@ -68,14 +70,25 @@ def out_of_memory(error: BaseException | None) -> str | None:
     return None
 
 
-def smaller(method: Any, data: Any) -> str:
-    """What to try with less memory."""
+def room(text: str) -> float:
+    """Share of a step that has a chance: a quarter, or half of what was free beside what was asked for."""
+    units = {"B": 1.0, "bytes": 1.0, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}
+    number = r"([\d.]+) (KiB|MiB|GiB|bytes|B)"
+    asked, free = re.search(f"allocate {number}", text), re.search(f"{number} is free", text)
+    if asked is None or free is None:
+        return 0.25
+    want, left = (float(m[1]) * units[m[2]] for m in (asked, free))
+    return min(0.25, 0.5 * left / max(want, 1.0))
+
+
+def smaller(method: Any, data: Any, share: float = 0.25) -> str:
+    """What to try with less memory: a batch of this share of the rows."""
     values = data.values() if isinstance(data, Mapping) else data if isinstance(data, tuple) else (data,)
     rows = max((len(v) for v in values if hasattr(v, "__len__") and not isinstance(v, str)), default=1)
     size = getattr(method, "batch_size", None)
     batch = min(size, rows) if isinstance(size, int) else rows
     name = method if isinstance(method, str) else getattr(method, "name", "the method")
-    less = max(1, batch // 4)
+    less = max(1, int(share * batch))
     advice = (
         f"SVI(batch_size={less})" if name in ("auto", "svi") else f"fewer chains or rows, or SVI(batch_size={less})"
     )

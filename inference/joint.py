@@ -20,9 +20,9 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import transform_to
 
-from .data import take_rows
 from .enumeration import LogFactor, align, sum_out
 from .handlers import FlatStart, MissingCells, Substitute
+from .lazy_rows import affordable, loaded, pieces_of
 from .problem import Problem
 from .transforms import log_jacobian, unconstrain_to
 
@@ -149,7 +149,7 @@ class LogJoint:
         self, values: Mapping[str, Tensor] | Messenger, kwargs: Mapping[str, Any] | None = None
     ) -> tuple[Any, dict[str, str]]:
         """One enumerated run, and the names (latents, plates) of the symbols of its dimensions."""
-        kwargs = self.problem.kwargs if kwargs is None else kwargs
+        kwargs = loaded(self.problem.kwargs if kwargs is None else kwargs)
         given = values if isinstance(values, Messenger) else Substitute(values)
         model = MissingCells(self.holes)(given(self.model))
         model = poutine.enum(model, first_available_dim=-1 - self.structure.max_plate_nesting)
@@ -224,14 +224,15 @@ class LogJoint:
         """The same arguments in pieces of rows whose tables stay small; whole where rows have latents of their own."""
         names, rows = self.structure.row_arguments, self.structure.num_rows
         given = next((len(kwargs[n]) for n in names if n in kwargs), 0)
-        if not rows or given <= PIECE_ROWS or self.structure.continuous_locals:
+        most = affordable(kwargs, PIECE_ROWS)
+        if not rows or given <= most or self.structure.continuous_locals:
             return [kwargs]
         if any(not self.structure[n].local for n in self.finite):
             return [kwargs]
         events = max((math.prod(s.event_shape) for s in self.structure.observed), default=1)
         width = max(1.0, self.structure.enumeration_elements() / rows) * events
-        step = max(PIECE_ROWS, int(PIECE_ELEMENTS / width))
-        return [take_rows(kwargs, names, slice(a, a + step)) for a in range(0, given, step)]
+        step = affordable(kwargs, max(PIECE_ROWS, int(PIECE_ELEMENTS / width)))
+        return list(pieces_of(kwargs, names, given, step))
 
     @property
     def _keep(self) -> frozenset[str]:

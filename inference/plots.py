@@ -167,3 +167,28 @@ def calibration_figure(found: Calibration, most: int) -> Any:
     figure.supxlabel("rank of the truth among posterior draws", fontsize=8)
     figure.supylabel("share of ranks below, less uniform", fontsize=8)
     return figure
+
+
+def symmetry_figure(found: Calibration, most: int) -> Any:
+    """One panel a quantity: how much of the answer lies below the truth, and the mirror image of that."""
+    from matplotlib.figure import Figure
+
+    names = sorted(found.asymmetry, key=lambda n: found.asymmetry[n])[:most]
+    columns = min(4, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(2.6 * columns, 2.0 * rows + 0.6), layout="constrained")
+    edges = np.linspace(0, 1, 11)
+    for ax, name in zip(figure.subplots(rows, columns, squeeze=False, sharex=True).flat, names):
+        height = np.histogram(found.shares(name), edges)[0] / found.simulations * (len(edges) - 1)
+        colour = PALETTE[5] if name in found.biased else ACCENT
+        ax.stairs(height, edges, fill=True, color=colour, alpha=0.35)
+        ax.stairs(height[::-1], edges, color=INK, lw=1.0, ls="--")
+        ax.axhline(1, color=INK, lw=0.5)
+        said = ", ".join(filter(None, [found.bias(name), found.width(name)]))
+        ax.set_title(f"{name}{': ' + said if said else ''}", fontsize=8, color=colour if said else INK)
+        tidy(ax)
+    for ax in figure.axes[len(names) :]:
+        ax.set_visible(False)
+    figure.supxlabel("mass of the guide below the truth (dashed: mirrored)", fontsize=8)
+    figure.supylabel("density over simulations", fontsize=8)
+    return figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from .amortised import Recogniser
     from .choose import Choice
     from .collapse import Units
+    from .crosscheck import CrossCheck
     from .methods.base import Method
     from .predict import Imputation
     from .refinement import Refinement
@@ -54,6 +56,8 @@ class Posterior:
         Per-draw statistics of a sampler, (chains, draws).
     converged
         False where a budget, Ctrl-C or the iteration limit ended the run.
+    cross_check
+        How far an independent second method on a small replica ended from this one; None where nobody asked.
     """
 
     kind: str
@@ -69,6 +73,7 @@ class Posterior:
     converged: bool = True
     choice: Choice | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    cross_check: CrossCheck | None = None
 
     # -- what ran and why --------------------------------------------------------------------------------------------
 
@@ -102,8 +107,62 @@ class Posterior:
             return recogniser(self)
 
     def why(self) -> str:
-        """The method that ran, the rule that chose it, and every other method's verdict with its premise."""
-        return str(self.choice) if self.choice else f"{self.method.name}: called directly"
+        """The method that ran, the rule that chose it, the other methods' verdicts with their premises, device, cross-check."""
+        device = [f"device: {self.diagnostics['device']}"] if "device" in self.diagnostics else []
+        told = str(self.choice or f"{self.method.name}: called directly")
+        return "\n".join([told, *device, self.second_opinion()])
+
+    def second_opinion(self) -> str:
+        """What a second method found, in a line, or that none was asked and which line asks it."""
+        from .crosscheck import not_checked
+
+        return self.cross_check.line if self.cross_check else not_checked(self)
+
+    def cross_checked(self, method: str | Method | bool = True, *, progress: bool | None = None) -> Posterior:
+        """The same answer, held beside that of an independent second method on a small replica.
+
+        Both methods see the same rows (all, where they are few), story, priors and seed. Means are compared in posterior sd,
+        on what neither the numbering of components nor the rotation of factors changes. Under networks the weights are held
+        as fitted and the rows' latents are found a second time, without the guide.
+
+        Parameters
+        ----------
+        method
+            The second method: True chooses the strongest that is valid and quick, or a name or configured method.
+        progress
+            A progress bar; None shows it on a terminal.
+
+        Returns
+        -------
+        A copy with `cross_check` filled, and a warning in front where the two disagree.
+
+        Raises
+        ------
+        ValueError
+            `method` is not valid for the story, or is the one that answered.
+        """
+        from .crosscheck import cross_check
+
+        return self.with_check(cross_check(self, method, progress))
+
+    def against(self, reference: Posterior | Mapping[str, Any]) -> CrossCheck:
+        """How far this answer lies from one that is known to be right, in its posterior sd.
+
+        Parameters
+        ----------
+        reference
+            Another answer to the same data, or independent draws: site -> (draws, ...shape), some sites or all.
+        """
+        from .reference import against
+
+        return against(self, reference)
+
+    def with_check(self, found: CrossCheck) -> Posterior:
+        """A copy with this cross-check, and what it warns of in front."""
+        old = self.cross_check.warnings if self.cross_check else []
+        kept = [w for w in self.warnings if w not in old]
+        timings = {**self.timings, "cross_check": found.seconds}
+        return replace(self, cross_check=found, warnings=[*found.warnings, *kept], timings=timings)
 
     def finished(self) -> Posterior:
         """Match exchangeable components across draws, then judge convergence on the matched draws."""
@@ -119,12 +178,16 @@ class Posterior:
             diagnostics["rotating"] = turning
         if self.kind == "samples":
             from .diagnostics import rhat_ess, rhat_warnings
+            from .restarts import of_chains
 
             fixed = invariants(draws, turning, {b.name for b in self.joint.blocks if b.local})
             by_chain = {n: d.reshape(self.chains, -1, *d.shape[1:]).cpu().numpy() for n, d in fixed.items()}
             convergence = rhat_ess(by_chain)
             diagnostics.update(convergence)
             warnings = rhat_warnings(by_chain, convergence) + warnings
+            if self.chains > 1 and by_chain:
+                stats = self.sample_stats
+                diagnostics["restarts"] = of_chains(by_chain, stats.get("lp", stats.get("log_likelihood")))
         notes = [n for n in self.problem.structure.notes if n not in warnings]
         return replace(self, draws=draws, diagnostics=diagnostics, warnings=warnings + notes)
 

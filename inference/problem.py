@@ -138,18 +138,29 @@ class Problem:
         return kwargs
 
 
+def networks_of(story: Any) -> list[nn.Module]:
+    """Networks that a story owns, or is."""
+    modules = [story] if isinstance(story, nn.Module) else []
+    return modules + [v for v in getattr(story, "__dict__", {}).values() if isinstance(v, nn.Module)]
+
+
+def settle(story: Any, device: torch.device) -> None:
+    """Take a private copy's networks to the device of the data."""
+    if device.type != "cpu":
+        for module in networks_of(story):
+            module.to(device)
+
+
 def story_dtype(story: Any) -> torch.dtype:
     """float64, unless the story owns networks: then theirs."""
-    modules = [story] if isinstance(story, nn.Module) else []
-    modules += [v for v in getattr(story, "__dict__", {}).values() if isinstance(v, nn.Module)]
-    for module in modules:
+    for module in networks_of(story):
         for parameter in module.parameters():
             return parameter.dtype
     return torch.float64
 
 
-def choose_device(device: str | torch.device) -> tuple[torch.device, str | None]:
-    """The device, and a note where "auto" had to decide.
+def choose_device(device: str | torch.device) -> torch.device:
+    """The device that a name means; "auto" begins on the processor.
 
     Raises
     ------
@@ -157,14 +168,14 @@ def choose_device(device: str | torch.device) -> tuple[torch.device, str | None]
         CUDA was asked for and there is none, or the name means nothing to PyTorch.
     """
     if device == "auto":
-        return torch.device("cpu"), None
+        return torch.device("cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError:
         raise ValueError(f"device={device!r} is unknown; use 'auto', 'cpu', 'cuda' or 'cuda:0'") from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}: no CUDA device was found; use device='cpu' or device='auto'")
-    return chosen, None
+    return chosen
 
 
 def prepare(
@@ -192,8 +203,9 @@ def prepare(
     if guide is not None and not callable(guide) and derived is None:
         raise TypeError(f"guide must be a Pyro program (a callable) or Amortised(...), got {type(guide).__name__}")
     guide = guide or own_guide
-    where, note = choose_device(device)
-    notes = [note] if note else []
+    where = choose_device(device)
+    settle(story, where)
+    notes: list[str] = []
     dtype = story_dtype(story)
     kwargs = bind(model, data, dtype, where)
     check_covariates(model, kwargs, dtype)

@@ -11,7 +11,7 @@ import pyro
 import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 aten = torch.ops.aten
 
@@ -30,7 +30,7 @@ class _Written(Exception):
 
 def pure_graph(
     fn: Callable[..., Any], example: tuple[Tensor, ...], *, random: bool = False, differentiable: bool = False
-) -> Callable[..., Any]:
+) -> PureGraph:
     """`fn` as a graph of aten operations; what does not depend on the inputs has been computed once.
 
     Parameters
@@ -189,7 +189,7 @@ class _Recorder(TorchDispatchMode):
             if part.is_floating_point():
                 self._nodes[id(part)] = self.graph.call_function(nan_unless_ok, (self._name(part), self._name(info)))
 
-    def finish(self, out: Any, random: bool, differentiable: bool) -> Callable[..., Any]:
+    def finish(self, out: Any, random: bool, differentiable: bool) -> PureGraph:
         """The recorded graph as a function of the inputs."""
         self.graph.output(tree_map(self._name, out))
         if not differentiable:
@@ -198,6 +198,7 @@ class _Recorder(TorchDispatchMode):
                     node.replace_all_uses_with(node.args[0])
                 elif node.target is aten.t.default and getattr(node.args[0], "target", None) is aten.t.default:
                     node.replace_all_uses_with(node.args[0].args[0])  # derivatives of matrix products turn twice
+        merge_repeats(self.graph)
         self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
         drawn = [n for n in self.graph.nodes if n.op == "call_function" and _draws(n.target, n.args, n.kwargs)]
         if drawn and not random:
@@ -218,6 +219,21 @@ class PureGraph:
             return self.module.forward(*args, *self.constants)
         with torch.no_grad():
             return self.module.forward(*args, *self.constants)
+
+
+def merge_repeats(graph: fx.Graph) -> None:
+    """Let every operation on the same operands run once; draws stay as many as they are."""
+    seen: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or _draws(node.target, node.args, node.kwargs):
+            continue
+        leaves, shape = tree_flatten((node.args, node.kwargs))
+        # 1, 1.0 and True are equal and no replacement for each other
+        key = (node.target, str(shape), tuple((type(leaf), leaf) for leaf in leaves))
+        first = seen.setdefault(key, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
@@ -242,6 +258,8 @@ def _geometry(tensor: Tensor) -> tuple[Any, ...]:
 
 def _draws(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether an operation draws random numbers; dropout in evaluation and the like are tagged so, yet do not."""
+    if func in (normal_like, uniform_like):
+        return True
     if torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ()):
         return False
     given = {**dict(zip((a.name for a in func._schema.arguments), args)), **kwargs}

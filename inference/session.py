@@ -12,6 +12,8 @@ import pyro
 import torch
 from pyro.poutine.runtime import _PYRO_STACK
 
+from .devices import full_precision
+
 # Pyro's handler stack and torch's default dtype belong to the process, not to a thread.
 _LOCK = threading.RLock()
 
@@ -59,7 +61,7 @@ def isolated(seed: int | None = None, dtype: torch.dtype | None = None, threads:
     old_threads = torch.get_num_threads()
     old_dtype, depth = torch.get_default_dtype(), len(_PYRO_STACK)
     try:
-        with pyro.get_param_store().scope(), warnings.catch_warnings():
+        with pyro.get_param_store().scope(), warnings.catch_warnings(), full_precision():
             # torch's Wishart takes rounding in large draws for singularity and resamples: nothing to act on.
             warnings.filterwarnings("ignore", message="Singular sample detected")
             if dtype is not None:

@@ -37,7 +37,7 @@ def shared_out(problem: Problem, ranks: Ranks, method: Method) -> Problem:
     if not ranks.several:
         return problem
     ranks = replace(ranks, device=problem.device)
-    against = unshareable(problem, method)
+    against = unshareable(problem, method, ranks.share)
     if ranks.share == "own":
         if against:
             raise ValueError(
@@ -76,7 +76,7 @@ def fewer_rows(site: Site, structure: Structure, rows: int) -> Site:
     return replace(site, shape=(*batch, *site.shape[len(batch) :]))
 
 
-def unshareable(problem: Problem, method: Method) -> str:
+def unshareable(problem: Problem, method: Method, share: str = "split") -> str:
     """Why ranks cannot hold rows apart; empty where they can."""
     structure = problem.structure
     if getattr(method, "spreads", "nothing") != "rows":
@@ -92,9 +92,22 @@ def unshareable(problem: Problem, method: Method) -> str:
         return f"site {outside[0]!r} is seen outside the rows"
     if by_row := [s.name for s in structure.learned if s.local]:
         return f"the parameter {by_row[0]!r} has a value a row"
-    if problem.admixture is not None:
+    if problem.admixture is not None and not shares_documents(problem, method, share):
         return "topic models are fitted on the expected counts of all documents"
     return ""
+
+
+def shares_documents(problem: Problem, method: Method, share: str) -> bool:
+    """Whether documents are let go after every visit, so that each rank may visit its own.
+
+    So it is where the ranks brought their own, where a corpus lies on disk, and where EM is asked for it by its driver.
+    """
+    if problem.admixture.walk is not None or method.name not in ("em", "svi"):
+        return False
+    driver = getattr(method, "driver", "auto")
+    if driver != "auto":
+        return driver in ("batch", "stepwise")
+    return share == "own" or problem.admixture.documents(problem.kwargs).on_disk
 
 
 def own_rows(problem: Problem, ranks: Ranks) -> Problem:

@@ -113,6 +113,8 @@ def identified(
     from .rotations import invariants
 
     axes = {n: tuple(a) for n, a in posterior.diagnostics.get("exchangeable", {}).items() if n in draws}
+    if posterior.problem.admixture is not None:
+        axes = {posterior.problem.admixture.topics: (0,)}
     both = []
     for values in (draws, truth):
         values = {n: v for n, v in values.items() if n not in local}

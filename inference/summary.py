@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from .restarts import restarts_line
+
 if TYPE_CHECKING:
     from .posterior import Posterior
 
@@ -89,6 +91,9 @@ def summarise(posterior: Posterior) -> Summary:
     heading += [f"{name} is a network of {count:,} weights" for name, count in network_weights(posterior).items()]
     for name in sorted(local):
         heading.append(f"{name} is local: posterior.local({name!r})")
+    if several := posterior.diagnostics.get("restarts"):
+        heading.append(restarts_line(several))
+    heading.append(posterior.second_opinion())
     return Summary(heading, list(posterior.warnings), pd.DataFrame(rows, index=names))
 
 

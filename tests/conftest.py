@@ -1,6 +1,7 @@
 """Shared fixtures: quiet plots, and proof that a test leaves nothing behind."""
 
 import random
+import sys
 from pathlib import Path
 
 import fault_table
@@ -13,12 +14,21 @@ import torch
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device", default="cpu", choices=["cpu", "cuda"], help="where every fit that names no device runs"
+    )
+
+
 def pytest_configure(config):
     fault_table.configure(config)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     fault_table.tag(items)
+    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
+        for item in items:
+            item.add_marker(pytest.mark.skip(reason="--device cuda: no CUDA device was found"))
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -33,6 +43,25 @@ def fixed_seed():
     random.seed(0)
     pyro.clear_param_store()
     yield
+
+
+@pytest.fixture(autouse=True)
+def on_the_device(request, monkeypatch):
+    """With `--device cuda` every fit runs there that names no device; what it answers is compared as ever."""
+    if request.config.getoption("--device") != "cpu":
+        everything_on(request.config.getoption("--device"), monkeypatch)
+
+
+def everything_on(device, monkeypatch):
+    """Let "auto" mean a device, without a trial of steps."""
+    from inference import devices, fit, problem
+
+    chosen = problem.choose_device
+    monkeypatch.setattr(problem, "choose_device", lambda name: chosen(device if name == "auto" else name))
+    front = sys.modules[fit.__module__]
+    monkeypatch.setattr(
+        front, "settled", lambda found, method, on: (found, devices.DeviceChoice(device, (), "--device"))
+    )
 
 
 @pytest.fixture

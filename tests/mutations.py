@@ -104,6 +104,27 @@ MUTATIONS = (
         "        if False:\n",
         "tests/faults/test_faults_files.py::test_a_damaged_state_is_refused_and_the_one_before_offered",
     ),
+    Mutation(
+        "a second opinion that is never asked",
+        "inference/crosscheck.py",
+        "    theirs = answered(problem, partner.method, progress, partner.seconds)\n",
+        "    theirs = mine\n",
+        "tests/test_cross_check.py::test_a_shift_is_measured_in_posterior_sd[0.8]",
+    ),
+    Mutation(
+        "components compared in the order they came",
+        "inference/agreement.py",
+        "        ours = matched(ours, theirs, axes)\n",
+        "        pass\n",
+        "tests/test_cross_check.py::test_numbering_of_components_is_no_disagreement",
+    ),
+    Mutation(
+        "bias with the wrong sign",
+        "inference/calibration.py",
+        'return "underestimated" if self.shares(name).mean() > 0.5',
+        'return "underestimated" if self.shares(name).mean() < 0.5',
+        "tests/test_vsbc.py::test_the_direction_is_named[high]",
+    ),
 )
 
 

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import stories
 
 from inference import EM, HMC, NUTS, SVI, fit
-from zoo import GMM, PPCA, FactorAnalysis, GaussianHMM, MixtureOfFactorAnalysers
+from zoo import GMM, LDA, PPCA, FactorAnalysis, GaussianHMM, MixtureOfFactorAnalysers, load_corpus
 
 #: Rows of every rank, by how many there are.
 CUTS = {1: [2000], 2: [700, 1300], 3: [300, 700, 1000]}
@@ -155,6 +156,27 @@ def mfa() -> dict[str, Tensor]:
     return result(fit(story, own(clusters(d=4)), EM(restarts=2, max_iter=40), seed=1, ranks="own"))
 
 
+@piece
+def topics() -> dict[str, Tensor]:
+    """Expected counts of the documents of all ranks; concentrations learned on them."""
+    data = {"w": torch.from_numpy(load_corpus().pruned(most=100).counts.toarray()).double()}
+    found = {}
+    for driver in ("batch", "stepwise"):
+        posterior = fit(LDA(4, None, None), data, EM(restarts=1, max_iter=6, driver=driver), seed=1)
+        found |= {f"{driver}/{n}": v for n, v in result(posterior).items()}
+        found[f"{driver}/theta"] = posterior.local("theta").mean(0)
+    return found
+
+
+@piece
+def topics_own() -> dict[str, Tensor]:
+    """Variational Bayes of documents that each rank brought itself."""
+    w = torch.from_numpy(load_corpus().pruned(most=100).counts.toarray()).double()
+    cut = {1: [502], 2: [180, 322], 3: [80, 180, 242]}[SIZE]
+    posterior = fit(LDA(4), {"w": w.split(cut)[RANK]}, SVI(steps=15, starts=1, draws=30), seed=1, ranks="own")
+    return {"elbo": torch.tensor(posterior.diagnostics["elbo"], dtype=torch.float64)}
+
+
 # -- SVI -------------------------------------------------------------------------------------------------------------
 
 
@@ -279,6 +301,92 @@ def lasting() -> dict[str, Tensor]:
     return result(fit(GMM(num_components=3), clusters(), method, seed=1))
 
 
+class Stop(Exception):
+    """Stands for a machine that goes down."""
+
+
+def svi_fits() -> dict[str, Callable[[Path | None], object]]:
+    """Fits on full batches: shared latents with two starts, and a parameter for every row with its moments."""
+    x, rows = clusters(d=1)[:, 0], factors()[:, 0] * 3
+
+    def shared(path: Path | None) -> object:
+        method = SVI(steps=60, starts=2, particles=2, guide="mean_field", mode="eager", draws=50, checkpoint=path)
+        return fit(stories.normal_mixture, x, method, seed=1)
+
+    def by_rows(path: Path | None) -> object:
+        return fit(by_row, rows, SVI(steps=80, starts=1, mode="eager", checkpoint=path), guide=by_row_guide, seed=1)
+
+    return {"shared": shared, "rows": by_rows}
+
+
+def stopped_at(step: int, call: Callable[[], object]) -> None:
+    """Run a fit until its checkpoint has been written for the `step`-th time, on every rank."""
+    from inference.methods.climb_file import ClimbFile
+
+    write, every, seen = ClimbFile.write, ClimbFile.every, []
+
+    def once(self: object, *args: object, **kwargs: object) -> None:
+        write(self, *args, **kwargs)
+        seen.append(1)
+        if len(seen) == step:
+            raise Stop
+
+    ClimbFile.every, ClimbFile.write = 0.0, once
+    try:
+        call()
+    except Stop:
+        pass
+    finally:
+        ClimbFile.every, ClimbFile.write = every, write
+
+
+@piece
+def svi_goes_on() -> dict[str, Tensor]:
+    """From where one process stopped; afterwards these ranks stop by themselves, and leave their files."""
+    folder, found = Path(os.environ["RANKS_FOLDER"]), {}
+    for name, call in svi_fits().items():
+        path = folder / f"{name}.{SIZE}"
+        if SIZE == 1:
+            stopped_at(33, lambda call=call, path=path: call(path))
+            found |= {f"{name}/{k}": v for k, v in result(call(None)).items()}
+            continue
+        before = folder / f"{name}.1"
+        if RANK == 0:
+            path.write_bytes(before.read_bytes())
+        time.sleep(0.5)
+        found |= {f"{name}/{k}": v for k, v in result(call(path)).items()}
+        assert not path.exists()
+        time.sleep(0.5)
+        stopped_at(41, lambda call=call, path=path: call(path))
+        again = result(call(folder / f"{name}.{SIZE}"))  # as many ranks as before, from their own file
+        stopped_at(41, lambda call=call, path=path: call(path))
+        assert all(torch.allclose(again[k], found[f"{name}/{k}"], rtol=1e-8, atol=1e-8) for k in again), name
+    return found
+
+
+@piece
+def lasting_svi() -> dict[str, Tensor]:
+    """SVI that takes its time, with a checkpoint on the way."""
+    from inference.methods import ascent, climb_file
+
+    folder = Path(os.environ["RANKS_FOLDER"])
+    (folder / f"{RANK}.pid").write_text(str(os.getpid()))
+    climb_file.ClimbFile.every = 0.0
+    step = ascent.Ascent.step
+
+    def slow(self: object) -> None:
+        step(self)
+        time.sleep(float(os.environ.get("RANKS_PAUSE", "0")))
+        (folder / "iteration").write_text(str(len(self.history)))
+
+    ascent.Ascent.step = slow
+    try:
+        method = SVI(steps=60, starts=1, particles=2, guide="mean_field", mode="eager", checkpoint=folder / "state")
+        return result(fit(stories.normal_mixture, clusters(d=1)[:, 0], method, seed=1))
+    finally:
+        ascent.Ascent.step = step
+
+
 # -- chains ------------------------------------------------------------------------------------------------------
 
 
@@ -298,6 +406,49 @@ def nuts() -> dict[str, Tensor]:
 def hmc() -> dict[str, Tensor]:
     """Chains that learn from each other, also across ranks."""
     return chains_of(HMC(chains=5, warmup=100, draws=50))
+
+
+@piece
+def hmc_goes_on() -> dict[str, Tensor]:
+    """Chains that move together, from where one process stopped in the warm-up, and among the draws."""
+    folder, found = Path(os.environ["RANKS_FOLDER"]), {}
+    from inference.methods import hmc_file
+
+    hmc_file.EVERY = 0.0
+    for count in (60, 110):
+        path = folder / f"hmc{count}.{SIZE}"
+        method = HMC(chains=5, warmup=100, draws=50, backend="graph")
+        kept = replace(method, checkpoint=path)
+        if SIZE == 1:
+            stopped_hmc(count, lambda kept=kept: chains_of(kept))
+            found |= {f"{count}/{k}": v for k, v in chains_of(method).items()}
+            continue
+        if RANK == 0:
+            path.write_bytes((folder / f"hmc{count}.1").read_bytes())
+        time.sleep(0.5)
+        found |= {f"{count}/{k}": v for k, v in chains_of(kept).items()}
+        assert not path.exists()
+    return found
+
+
+def stopped_hmc(iteration: int, call: Callable[[], object]) -> None:
+    """Until that iteration has been kept."""
+    from inference.methods.hmc_file import MoveFile
+
+    write = MoveFile.write
+
+    def once(self: object, moves: object, now: bool = False) -> None:
+        write(self, moves, now)
+        if moves.done >= iteration:
+            raise Stop
+
+    MoveFile.write = once
+    try:
+        call()
+    except Stop:
+        pass
+    finally:
+        MoveFile.write = write
 
 
 @piece

@@ -28,7 +28,11 @@ def table(tmp_path):
 
 @pytest.mark.parametrize(
     "method",
-    [EM(restarts=2), EM(restarts=2, driver="incremental"), SVI(steps=60, batch_size=100, starts=1, mode="eager", draws=50)],
+    [
+        EM(restarts=2),
+        EM(restarts=2, driver="incremental"),
+        SVI(steps=60, batch_size=100, starts=1, mode="eager", draws=50),
+    ],
     ids=["batch", "incremental", "svi"],
 )
 def test_a_table_on_disk_gives_the_answer_of_the_table_in_memory(table, method):

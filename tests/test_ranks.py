@@ -30,7 +30,20 @@ EM_PIECES = [
 ]
 SVI_PIECES = ["svi_derived", "svi_params", "svi_rows"]
 CHAINS = ["nuts", "hmc"]
-QUICK = [*EM_PIECES, *CHAINS, "alike", "faults", "gmm_incremental", *SVI_PIECES, "svi_batches", "svi_network"]
+TOPICS = ["topics", "topics_own"]
+RESUMED = ["svi_goes_on", "hmc_goes_on"]
+QUICK = [
+    *EM_PIECES,
+    *CHAINS,
+    "alike",
+    "faults",
+    "gmm_incremental",
+    *SVI_PIECES,
+    "svi_batches",
+    "svi_network",
+    *RESUMED,
+    *TOPICS,
+]
 
 
 def environment() -> dict[str, str]:
@@ -55,14 +68,23 @@ def together(size: int, folder: Path, names: list[str]) -> list[dict[str, np.nda
 
 
 @pytest.fixture(scope="module")
-def alone():
+def folder(tmp_path_factory):
+    """Where pieces leave their files."""
+    with pytest.MonkeyPatch.context() as patch:
+        found = tmp_path_factory.mktemp("files")
+        patch.setenv("RANKS_FOLDER", str(found))
+        yield found
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
     """Results of one process: this one."""
     found = ranks_work.work(QUICK)
     return {f"{name}/{key}": np.asarray(v) for name, part in found.items() for key, v in part.items()}
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, alone):
     """Results of two ranks (all pieces in one run), or of three (those that are asked for)."""
     kept: dict[tuple, list[dict[str, np.ndarray]]] = {}
 
@@ -142,6 +164,38 @@ def test_chains_draw_the_same_wherever_they_run(alone, ranks, piece):
         np.testing.assert_allclose(found[name], wanted[name], rtol=1e-9, atol=1e-9, err_msg=name)
 
 
+@pytest.mark.parametrize("piece", RESUMED)
+def test_ranks_go_on_from_where_one_process_stopped(alone, ranks, piece):
+    """The answer of the run that nobody disturbed: lost moments, rows of another rank, another random stream would show."""
+    wanted, found = parts(alone, piece), parts(ranks[0], piece)
+    assert wanted.keys() == found.keys()
+    for name in wanted:
+        np.testing.assert_allclose(found[name], wanted[name], rtol=1e-8, atol=1e-8, err_msg=name)
+
+
+def test_one_process_goes_on_from_where_ranks_stopped(alone, ranks, folder):
+    """The file of several ranks holds the rows of all."""
+    for name, call in ranks_work.svi_fits().items():
+        path = folder / f"{name}.{len(ranks)}"
+        assert path.exists()
+        found = ranks_work.result(call(path))
+        for key, value in found.items():
+            wanted = parts(alone, "svi_goes_on")[f"{name}/{key}"]
+            np.testing.assert_allclose(value, wanted, rtol=1e-8, atol=1e-8, err_msg=f"{name} {key}")
+
+
+def test_topics_of_documents_held_apart(alone, ranks):
+    """Full passes are those of one process, but for rounding in single precision; runs side by side end as high."""
+    wanted, found = parts(alone, "topics"), parts(ranks[0], "topics")
+    for name in ("phi", "alpha", "eta", "theta"):
+        np.testing.assert_allclose(found[f"batch/{name}"], wanted[f"batch/{name}"], rtol=1e-3, atol=1e-4, err_msg=name)
+    np.testing.assert_allclose(found["batch/history"], wanted["batch/history"], rtol=1e-6)
+    assert found["stepwise/theta"].shape == (502, 4)
+    assert found["stepwise/history"][-1] > wanted["stepwise/history"][-1] - 0.002 * abs(wanted["stepwise/history"][-1])
+    bound, own = (float(parts(r, "topics_own")["elbo"]) for r in (alone, ranks[0]))
+    assert abs(own / bound - 1) < 0.01, (own, bound)
+
+
 def test_what_cannot_be_shared_is_done_by_all(alone, ranks):
     """Not half of the rows by each."""
     for name, value in parts(alone, "alike").items():
@@ -195,11 +249,11 @@ def test_two_cards_are_one_processor(alone, tmp_path, monkeypatch):
     assert all(np.array_equal(found[0][k], found[1][k]) for k in found[0])
 
 
-def worker(rank: int, size: int, port: int, folder: Path, pause: float) -> subprocess.Popen:
-    """One rank of `ranks_work.lasting`, without torchrun to look after it."""
+def worker(rank: int, size: int, port: int, folder: Path, pause: float, piece: str = "lasting") -> subprocess.Popen:
+    """One rank of a piece that lasts, without torchrun to look after it."""
     told = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANKS_PAUSE": pause}
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "ranks_work.py"), str(folder), "lasting"],
+        [sys.executable, str(ROOT / "tests" / "ranks_work.py"), str(folder), piece],
         env={**environment(), **{k: str(v) for k, v in told.items()}, "RANKS_FOLDER": str(folder)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -229,22 +283,23 @@ def reached(folder: Path) -> int:
     return int(file.read_text() or 0) if file.exists() else -1
 
 
-def check_answer(folder: Path, size: int, wanted: dict[str, np.ndarray]) -> None:
+def check_answer(folder: Path, size: int, wanted: dict[str, np.ndarray], piece: str = "lasting") -> None:
     found = dict(np.load(folder / f"{size}-0.npz"))
     for name, value in wanted.items():
-        np.testing.assert_allclose(found[f"lasting/{name}"], value, rtol=1e-9, atol=1e-9, err_msg=name)
+        np.testing.assert_allclose(found[f"{piece}/{name}"], value, rtol=1e-9, atol=1e-9, err_msg=name)
 
 
 @pytest.mark.slow
-def test_the_death_of_a_rank_ends_the_others_and_two_go_on(tmp_path, monkeypatch):
+@pytest.mark.parametrize("piece", ["lasting", "lasting_svi"])
+def test_the_death_of_a_rank_ends_the_others_and_two_go_on(piece, tmp_path, monkeypatch):
     """Survivors notice by themselves, say so once each, and leave a checkpoint from which fewer ranks reach the same end."""
     monkeypatch.setenv("RANKS_FOLDER", str(tmp_path / "alone"))
     (tmp_path / "alone").mkdir()
-    wanted = {k: np.asarray(v) for k, v in ranks_work.work(["lasting"])["lasting"].items()}
+    wanted = {k: np.asarray(v) for k, v in ranks_work.work([piece])[piece].items()}
     folder = tmp_path / "three"
     folder.mkdir()
     port = free_port()
-    ranks = [worker(r, 3, port, folder, 0.2) for r in range(3)]
+    ranks = [worker(r, 3, port, folder, 0.2, piece) for r in range(3)]
     try:
         assert until(lambda: reached(folder) >= 12, 120)
         ranks[1].kill()
@@ -256,10 +311,10 @@ def test_the_death_of_a_rank_ends_the_others_and_two_go_on(tmp_path, monkeypatch
     assert all("RankError" in text and "lost another rank" in text for text in texts), texts
     assert (folder / "state").exists()
     before = reached(folder)
-    pair = [worker(r, 2, port + 1, folder, 0.0) for r in range(2)]
+    pair = [worker(r, 2, port + 1, folder, 0.0, piece) for r in range(2)]
     assert [p.wait(120) for p in pair] == [0, 0], pair[0].stderr.read()[-2000:]
     assert before >= 12
-    check_answer(folder, 2, wanted)
+    check_answer(folder, 2, wanted, piece)
 
 
 @pytest.mark.slow

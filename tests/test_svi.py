@@ -237,7 +237,9 @@ def test_nan_gradient_of_a_finite_loss_names_the_site():
         v = pyro.param("v", torch.tensor(0.0))
         pyro.sample("mu", dist.Normal(v.sqrt(), 1.0))
 
-    with pytest.raises(ValueError, match=r"in 12 tries: .*gradient with respect to 'mu' is not a number, first at site 'x'"):
+    with pytest.raises(
+        ValueError, match=r"in 12 tries: .*gradient with respect to 'mu' is not a number, first at site 'x'"
+    ):
         fit(story, CLUSTERS, SVI(guide="full_rank"), seed=0)
     with pytest.raises(DivergenceError, match="gradient is not finite; first at parameter 'v'") as caught:
         fit(story, CLUSTERS, SVI(), guide=guide, seed=0)

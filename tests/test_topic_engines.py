@@ -13,12 +13,13 @@ from scipy.optimize import minimize
 from scipy.special import gammaln
 from sklearn.decomposition import LatentDirichletAllocation
 
-from inference import EM, SVI, Gibbs, fit, inspect
+from inference import EM, SVI, Amortised, Gibbs, fit, inspect
 from inference import topics as tm
 from inference.topics.documents import Documents, blocks
 from inference.topics.expected import concentration_terms
 from inference.topics.variational import VariationalBayes
 from inference.topics.walks import Chains, Walks
+from inference.topics.walks import library as walk_library
 from zoo import DTM, LDA, Corpus, TokenLDA, load_corpus
 from zoo import load as load_data
 from zoo.catalog import get
@@ -292,6 +293,23 @@ def test_newton_steps_reach_the_maximum():
     assert minimize(loss, np.zeros(T * K * V), jac=True).fun > value - 1e-8
 
 
+@pytest.mark.skipif(walk_library() is None, reason="no C compiler")
+@pytest.mark.parametrize("shape", [(1, 2, 9), (2, 1, 300), (7, 3, 700)], ids=str)
+def test_newton_steps_in_machine_code_are_those_of_tensors(shape, monkeypatch):
+    """A neighbour of a block of words forgotten, the first or last slice: 4 rounds each way end at the same place."""
+    generator = torch.Generator().manual_seed(0)
+    S = torch.poisson(torch.full(shape, 2.0), generator=generator).float()
+    start, base = torch.randn(shape, generator=generator).float(), torch.randn(shape[2], generator=generator).float()
+    ends = []
+    for built in (walk_library(), None):
+        monkeypatch.setattr("inference.topics.walks.library", lambda built=built: built)
+        walks = Walks(start.clone(), base, 1.2, 0.4)
+        walks.newton(S, steps=2, rounds=4)
+        ends.append(walks.beta)
+    assert (ends[0] - start).abs().max() > 0.5
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("method", [EM(), SVI(draws=50)], ids=["em", "svi"])
 def test_drifting_topics_are_followed(method):
     """Topics glued to the pooled corpus: every slice's words within 0.08 of the truth, drift learned between bounds."""
@@ -302,7 +320,10 @@ def test_drifting_topics_are_followed(method):
     gap = min((phi - truth).abs().max(), (phi.flip(0) - truth).abs().max())
     assert gap < 0.08 and 0.1 < float(posterior.draws["sigma"][0]) < 1.0
     assert posterior.local("theta").shape[1:] == (240, 2) and posterior.log_prob().shape == (240,)
-    torch.testing.assert_close(tm.forecast(posterior), posterior.draws["beta"].mean(0)[:, -1].softmax(-1))
+    ahead, last = tm.forecast(posterior), posterior.draws["beta"].mean(0)[:, -1].softmax(-1)
+    assert (ahead - last).abs().max() < 0.05 and torch.allclose(ahead.sum(1), torch.ones(2).double())
+    rare = last < 0.02  # what is hardly known may come up
+    assert (ahead / last)[rare].mean() > 1.01
     assert tm.forecast(posterior, 3, draws=20).std(0).max() > 0
     assert tm.forecast_concentration(posterior).sum() == pytest.approx(1.0)  # alpha's own total: 2 x 0.5
 
@@ -314,3 +335,46 @@ def test_a_dynamic_model_foretells_better_than_a_static_one_where_words_drift():
     dynamic = fit(DTM(2, concentration=0.5), parts[0], EM(), seed=0)
     static = fit(LDA(2, 0.5), parts[0]["w"], EM(), seed=0)
     assert tm.perplexity(dynamic, parts[1]).value < 0.95 * tm.perplexity(static, parts[1]["w"]).value
+
+
+def test_a_network_that_reads_documents_bounds_the_evidence_and_finds_the_topics():
+    """An amortised logistic normal: its density integrates to one, its bound lies above that of factors which guess the topic
+    of every word too, and by little; new documents are answered."""
+    from zoo.topics.amortised import LogisticNormal
+
+    corpus = load_data("bars").x
+    story = LDA(6, 0.5, 0.1)
+    posterior = fit(story, corpus, SVI(guide=Amortised((40,)), steps=1500, lr=0.05, batch_size=None), seed=0)
+    free = fit(story, corpus, SVI(), seed=0).diagnostics["elbo"]
+    assert free < posterior.diagnostics["elbo"] < free + 0.015 * abs(free)
+    found = posterior.local("theta", corpus[:7])
+    assert found.shape[1:] == (7, 6) and torch.allclose(found.sum(-1), torch.ones(found.shape[:2]).to(found), atol=1e-5)
+    q = LogisticNormal(torch.tensor([0.3, -1.0]).double(), torch.tensor([0.5, 1.2]).double())
+    grid = (torch.arange(400).double() + 0.5) / 400
+    first, second = torch.meshgrid(grid, grid, indexing="ij")
+    rest = 1 - first - second
+    inside = rest > 1e-9
+    shares = torch.stack([first, second, rest], -1)[inside]
+    assert q.log_prob(shares).exp().sum() / 400**2 == pytest.approx(1.0, abs=0.01)
+
+
+def test_batches_of_sparse_documents_are_recorded():
+    """A look at word ids in every step, which keeps a step from being recorded."""
+    words, counts = torch.randint(9, (300, 5)), torch.ones(300, 5)
+    guide = SVI(guide=Amortised((8,)), steps=30, batch_size=50, mode="graph")
+    data = {"w": counts, "words": words, "num_words": 9}
+    assert fit(LDA(3), data, guide, seed=0).diagnostics["mode"] == "graph"
+    with pytest.raises(ValueError, match="word id 9"):
+        fit(LDA(3), {**data, "words": words.clone().fill_(9)}, guide, seed=0)
+
+
+def test_variational_topics_are_weighed():
+    """Importance weights of a one-topic corpus, where the guide is the posterior itself, are equal; of two topics they are not.
+
+    Catches a prior or guide density with the wrong concentration: then no weights would be equal.
+    """
+    counts = torch.tensor([[3, 1, 0, 2], [1, 4, 2, 0]])
+    one = fit(LDA(1, 0.5, 0.7), {"w": counts}, SVI(), seed=0)
+    assert one.diagnostics["khat"] < 0.1 and one.diagnostics["weight_ess"] > 0.99 and not one.warnings
+    two = fit(LDA(2, 0.5, 0.7), {"w": counts}, SVI(), seed=0)
+    assert two.diagnostics["khat"] > 0.7 and "k-hat" in two.warnings[0] and "Gibbs()" in two.warnings[0]

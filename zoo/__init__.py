@@ -49,7 +49,10 @@ _LAZY = {
     "fetch_corpus": ".data",
     "from_texts": ".data",
     "load_corpus": ".data",
+    "open_corpus": ".data",
+    "open_table": ".data",
     "read_corpus": ".data",
+    "store_corpus": ".data",
     "datasets": ".data",
     "load": ".data",
     "read": ".data",
@@ -95,8 +98,11 @@ __all__ = [
     "from_texts",
     "load",
     "load_corpus",
+    "open_corpus",
+    "open_table",
     "read",
     "read_corpus",
+    "store_corpus",
 ]
 
 

@@ -146,6 +146,7 @@ def fit(
     set_: Settings = None,
     seed: Seed = None,
     save: Path | None = None,
+    cross_check: bool = False,
     quiet: Quiet = False,
 ) -> None:
     """Infer what a story leaves unsaid, given what was seen.
@@ -160,6 +161,8 @@ def fit(
         Points for the globals, or distributions over them too.
     save
         Keep the posterior in this file, for `zoo sample --given`.
+    cross_check
+        Run an independent second method on a small replica and say how far it ends from the first.
     """
     if method != "auto":
         check_methods([method])
@@ -170,7 +173,16 @@ def fit(
     found = find_story(story, parse_settings(set_), example_settings=data is None)
     arguments = fill_arguments(found, data, columns, quiet)
     progress = False if quiet else None
-    posterior = fit(found.story, arguments, method, guide=found.guide, want=want, seed=seed, progress=progress)
+    posterior = fit(
+        found.story,
+        arguments,
+        method,
+        guide=found.guide,
+        want=want,
+        seed=seed,
+        progress=progress,
+        cross_check=cross_check,
+    )
     print(posterior.why(), posterior.summary(), sep="\n\n")
     if save and leads():
         posterior.save(save)
@@ -189,6 +201,7 @@ def compare(
     set_: Settings = None,
     seed: Seed = 0,
     report: Path | None = None,
+    cross_check: bool = False,
     quiet: Quiet = False,
 ) -> None:
     """Fit with several methods and hold them side by side on rows held out.
@@ -203,6 +216,8 @@ def compare(
         Share of the rows to hold out.
     report
         Write a report with figures into this HTML file.
+    cross_check
+        Hold every answer beside an independent method, however long that takes (else only where it takes seconds).
     """
     names = [name.strip() for name in methods.split(",") if name.strip()]
     check_methods(names)
@@ -214,8 +229,9 @@ def compare(
     arguments = fill_arguments(found, data, columns, quiet)
     progress = False if quiet else None
     comparison = compare(
-        found.story, arguments, methods=names, test=test, guide=found.guide, seed=seed, progress=progress
-    )
+        found.story, arguments, methods=names, test=test, guide=found.guide, seed=seed, progress=progress,
+        cross_check=cross_check or "auto",
+    )  # fmt: skip
     print(comparison)
     if report and leads():
         print(f"\nreport: {comparison.report(report)}")
@@ -244,7 +260,7 @@ def calibrate(
     story
         Name, or file.py:name.
     method
-        auto, exact, nuts or svi.
+        auto, exact, nuts or svi; of svi also whether and which way it is biased.
     simulations
         Data sets of the given size to draw and answer.
     plot

@@ -21,7 +21,7 @@ _PAGES = {
     "answers": (
         "Answers",
         "What comes back.",
-        ("Posterior", "Comparison", "Calibration", "Choice", "Structure", "Site"),
+        ("Posterior", "Comparison", "CrossCheck", "Calibration", "Choice", "Structure", "Site"),
     ),
     "pictures": (
         "Pictures and mathematics",

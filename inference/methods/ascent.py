@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ..errors import DivergenceError
 from ..problem import Problem
+from .cuda_graphs import GraphedAdam, set_rate
 
 if TYPE_CHECKING:
     from .holdout import Holdout
@@ -122,7 +124,9 @@ class Ascent:
             {"params": [p for p, own in zip(self.parameters, rates) if own == rate], "lr": rate} for rate in self.rates
         ]  # one a rate, so that one kernel steps many parameters
         fused = all(p.is_floating_point() for p in self.parameters)
-        self.optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99), maximize=True, fused=fused)
+        recorded = getattr(self.target, "mode", "") == "cudagraph" and fused
+        kind: Any = GraphedAdam if recorded else partial(torch.optim.Adam, fused=fused)
+        self.optimiser = kind(groups, betas=(0.9, 0.99), maximize=True)
         self.before = [p.clone() for p in self.parameters]
         self.average = [p.clone() for p in self.parameters]
         self.length = math.nan
@@ -182,7 +186,7 @@ class Ascent:
             torch._foreach_copy_(self.before, self.parameters)
             share_of_rate = scheduled(self.schedule, len(self.history), self.steps) * self.factor
             for group, rate in zip(self.optimiser.param_groups, self.rates):
-                group["lr"] = rate * share_of_rate
+                set_rate(group, rate * share_of_rate)
             self.optimiser.step()
             fresh = len(self.history) == self.phase
             if self.decay is not None:

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from ..capture import check_agreement, reason_of
 from ..data import LISTED, take_rows
+from ..lazy_rows import LazyRows, affordable, has_lazy
 from ..problem import Problem
 from ..recorder import pure_graph
+from ..streaming import Stream
 from .svi_step import ASKED, faster
 
 #: Rows of a run of neighbours, and runs that are shuffled together, of tables too long to list.
@@ -41,13 +43,17 @@ class Batches:
         Arguments that are cut.
     pool
         Rows to draw from, or None for all.
+    streams
+        Whether batches are read ahead: data that are not on the device, or tables so long that they come from a disk.
     """
 
     def __init__(self, problem: Problem, size: int | None, pool: Tensor | None = None) -> None:
         rows = problem.structure.num_rows if pool is None else len(pool)
         self.names = problem.structure.row_arguments
         self.kwargs, self.rows, self.device = problem.kwargs, rows or 1, problem.device
-        self.pool = None if pool is None else pool.to(problem.device)
+        # Rows that are not on the card are numbered where they are: comparing numbers there would wait for the card.
+        self.where = torch.device("cpu") if has_lazy(problem.kwargs) else problem.device
+        self.pool = None if pool is None else pool.to(self.where)
         if size is not None and not self.names:
             raise ValueError(
                 f"SVI(batch_size={size}): no argument of the story has one entry a row on its first axis, so there is "
@@ -58,10 +64,12 @@ class Batches:
             self.size = min(size or self.rows, self.rows)
         self.scale = 1.0 if self.size is None else self.rows / self.size
         self.ranks, self.whole = problem.ranks, 1.0
+        self.streams = has_lazy(problem.kwargs) or (self.rows > LISTED and self.device.type == "cpu")
+        self.stream: Stream | None = None
         self.generator: torch.Generator | None = None
         if problem.ranks.shares_rows:
             self.share_out(problem, size)
-        self.order = self.runs = torch.empty(0, dtype=torch.long, device=self.device)
+        self.order = self.runs = torch.empty(0, dtype=torch.long, device=self.where)
 
     def share_out(self, problem: Problem, size: int | None) -> None:
         """This rank's part of a batch; all of its rows where there are no batches."""
@@ -69,12 +77,12 @@ class Batches:
         part = self.rows if size is None or size >= total else round(size * self.rows / total)
         self.size = max(1, min(part, self.rows))
         self.scale, self.whole = total / self.size, total / self.rows
-        self.generator = torch.Generator(device=self.device)
+        self.generator = torch.Generator(device=self.where)
         self.generator.manual_seed(problem.seed * 1_000_003 + self.ranks.rank)
 
     def first(self, offset: int = 0) -> Tensor:
         """Some rows, always the same, without touching the random stream."""
-        return self.among((torch.arange(self.size or self.rows, device=self.device) + offset) % self.rows)
+        return self.among((torch.arange(self.size or self.rows, device=self.where) + offset) % self.rows)
 
     def among(self, rows: Tensor) -> Tensor:
         """Indices into the pool as indices into the data."""
@@ -92,7 +100,7 @@ class Batches:
 
     def epoch(self) -> Tensor:
         """All rows in a new order."""
-        return torch.randperm(self.rows, generator=self.generator, device=self.device)
+        return torch.randperm(self.rows, generator=self.generator, device=self.where)
 
     def stretch(self, size: int) -> Tensor:
         """The next rows of tables too long to list: some runs of neighbours from all over the table, shuffled together.
@@ -101,22 +109,43 @@ class Batches:
         """
         need = max(RUNS, -(-size // RUN))
         if len(self.runs) < need:
-            self.runs = torch.randperm(-(-self.rows // RUN), generator=self.generator, device=self.device)
+            self.runs = torch.randperm(-(-self.rows // RUN), generator=self.generator, device=self.where)
         starts, self.runs = RUN * self.runs[:need], self.runs[need:]
-        rows = (starts[:, None] + torch.arange(RUN, device=self.device)).reshape(-1)
+        rows = (starts[:, None] + torch.arange(RUN, device=self.where)).reshape(-1)
         rows = rows[rows < self.rows]
-        return rows[torch.randperm(len(rows), generator=self.generator, device=self.device)]
+        return rows[torch.randperm(len(rows), generator=self.generator, device=self.where)]
+
+    def judged_rows(self) -> tuple[Tensor | None, float]:
+        """Rows on which a finished fit is judged, and their weight: None for all rows, or some of very many."""
+        count = affordable(self.kwargs, JUDGED)
+        if (self.rows <= count and not self.streams) or not self.names:
+            return None, self.whole
+        count = min(count, self.rows)
+        some = torch.linspace(0, self.rows - 1, count, dtype=torch.float64).round().long().to(self.where)
+        return some, self.whole * self.rows / count
 
     def judged(self) -> tuple[dict[str, Any], float]:
-        """Arguments on which a finished fit is judged, and the weight of their rows: all rows, or some of very many."""
-        if self.rows <= JUDGED or not self.names:
-            return self.kwargs, self.whole
-        some = torch.linspace(0, self.rows - 1, JUDGED, dtype=torch.float64).round().long().to(self.device)
-        return take_rows(self.kwargs, self.names, some), self.whole * self.rows / JUDGED
+        """Arguments on which a finished fit is judged, and the weight of their rows."""
+        some, weight = self.judged_rows()
+        return (self.kwargs if some is None else take_rows(self.kwargs, self.names, some)), weight
 
     def take(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """These rows of every argument that is cut."""
-        return tuple(self.kwargs[name][rows] for name in self.names)
+        """These rows of every argument that is cut; the batch after them is read ahead."""
+        if not self.streams:
+            return tuple(self.kwargs[name][rows] for name in self.names)
+        if self.stream is None:
+            self.stream = Stream(self.read, self.device)
+        found = self.stream.take(rows)
+        size = self.size or self.rows
+        if len(self.order) >= size:  # beyond the end of an epoch nothing is known: looking would move the random stream
+            self.stream.expect(self.among(self.order[:size]))
+        return found
+
+    def read(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """The same in the processor's memory."""
+        index = rows.cpu()
+        given = (self.kwargs[name] for name in self.names)
+        return tuple(v.host(v.numbers(index)) if isinstance(v, LazyRows) else v[index] for v in given)
 
 
 def with_gradients(fn: Single) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:

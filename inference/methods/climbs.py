@@ -101,10 +101,21 @@ class Climbs:
             warnings.append(f"SVI did not converge in {steps} steps: the ELBO was still rising; raise steps or lr")
         return best, warnings
 
+    @property
+    def short(self) -> int:
+        """Steps that every start takes before the best goes on."""
+        return max(1, int(SHORT * self.options.steps)) if self.starts > 1 else self.options.steps
+
+    def several(self) -> dict[str, Any]:
+        """What the starts say about each other."""
+        from ..restarts import of_trials
+
+        begun = [a.history for a in self.ascents if a.history]
+        return {"restarts": of_trials("starts", "ELBO", begun, self.short)} if len(begun) > 1 else {}
+
     def climb(self, deadline: float) -> None:
         """Every start for a while, then the best to its end."""
-        steps = self.options.steps
-        short = max(1, int(SHORT * steps)) if self.starts > 1 else steps
+        steps, short = self.options.steps, self.short
         total = steps + (self.starts - 1) * short
         done = sum(len(a.history) for a in self.ascents)
         with tqdm(total=total, initial=done, desc="SVI", disable=not self.problem.progress, leave=False) as bar:

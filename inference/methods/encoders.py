@@ -47,7 +47,8 @@ class Amortised:
         Of the latents of one row, in unconstrained space: "mean_field", "full_rank" (one covariance a row), or "low_rank"
         (rank: the root of their number).
 
-    What rows share (weights, means, variances) is guessed by independent normals, finite latents are summed out.
+    What rows share (weights, means, variances) is guessed by independent normals, finite latents are summed out. A story with
+    a method `amortised(encoder, **arguments)` brings a guide of its own for "mean_field", as `LDA` does.
 
     Examples
     --------
@@ -73,9 +74,12 @@ class Amortised:
         for width in self.encoder:
             positive_int("Amortised", "encoder", width)
 
-    def build(self, problem: Problem) -> AmortisedGuide:
-        """The guide for a story and its data; its weights are drawn from the seed of the problem."""
+    def build(self, problem: Problem) -> nn.Module:
+        """The guide for a story and its data, the story's own where it has one; weights come from the seed of the problem."""
+        own = getattr(problem.story, "amortised", None)
         with problem.scope(problem.seed):
+            if callable(own) and self.family == "mean_field":
+                return own(self.encoder, **problem.kwargs)
             return AmortisedGuide(problem, self.encoder, self.family)
 
 

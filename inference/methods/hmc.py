@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -14,10 +15,12 @@ from numpy.typing import NDArray
 from .adaptation import DualAveraging, windows
 from .base import Verdict, one_of, positive_float, positive_int
 from .hamiltonian import DIVERGENCE, Failed, Record, Settings
+from .hmc_file import MoveFile
 from .movers import Ensemble, Mover, mover_for
 from .nuts import BACKENDS, Run, check_init, failure
 from .sampling import Watch, answer, beside_bar, potential_of, sampling_verdict, spread
 from .starts import starts
+from .trajectories import Climb, Scale, Within, criterion, van_der_corput
 
 if TYPE_CHECKING:
     from ..joint import LogJoint
@@ -32,10 +35,6 @@ ALONE, SHARE = 100, 0.25
 ROUNDS, BEHIND = 6, 5.0
 #: In units of the scales: first step and length, and the longest: times go up to twice that, and at pi a normal has turned.
 STEP, LENGTH, LONGEST = 0.4, 1.0, 2.0
-#: States over all chains and windows for every direction, from which on covariances are learned.
-PLENTY = 5
-#: Steps of the logarithm of the trajectory length, and the memory of its slope and of the mean that draws are made with.
-RATE, SLOPES, MEMORY = 0.05, 0.9, 0.97
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,9 @@ class HMC:
         Leapfrog steps of a trajectory, at most.
     tries, backend, init
         As for `NUTS`.
+    checkpoint
+        A file that is kept up to date while the chains move together. The same fit goes on from it, on any number of ranks,
+        and ends with the same draws; it is removed at the end.
     """
 
     name: ClassVar[str] = "hmc"
@@ -74,6 +76,7 @@ class HMC:
     tries: int = 20
     backend: str = "auto"
     init: str | Mapping[str, Any] | Posterior = field(default="auto", compare=False)
+    checkpoint: str | Path | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         for option in ("chains", "draws", "max_steps", "tries"):
@@ -111,7 +114,13 @@ class HMC:
             ranks = problem.ranks
             backend = same_backend(ranks, potential, self.backend, work, problem.budget)
             mover = shared_mover(mover_for(potential, backend), ranks)
-            moves = Moves(self, joint, mover, self.alone(joint, potential, backend))
+            file = None
+            if self.checkpoint is not None:
+                said, layout = replace(self, checkpoint=None, init="auto"), [(b.name, b.shape) for b in joint.blocks]
+                file = MoveFile(Path(self.checkpoint), problem, said, backend.name, layout)
+            kept = file.read() if file is not None else None
+            begun = None if kept is not None else self.alone(joint, potential, backend)
+            moves = Moves(self, joint, mover, begun, kept, file)
             meter.mark("setup")
             total = self.warmup + self.draws
             with Watch(
@@ -124,6 +133,10 @@ class HMC:
                         raise
                     watch.stopped = "interrupted"
             meter.mark("run" if watch.warm else "warmup")
+            if file is not None and watch.stopped:
+                file.write(moves, now=True)
+            elif file is not None:
+                file.remove()
             positions, stats, notes = moves.gather(watch.stopped)
             facts = {"trajectory_length": moves.length, "dense_mass": moves.scale.dense}
             return answer(
@@ -167,34 +180,6 @@ class HMC:
         return records, iterations
 
 
-class Scale:
-    """Inverse mass L L^T: variances, or covariances where there are enough states for them.
-
-    Parameters
-    ----------
-    inverse
-        (dim,) or (dim, dim).
-    """
-
-    def __init__(self, inverse: NDArray) -> None:
-        self.inverse = inverse
-        self.dense = inverse.ndim == 2
-        self.root = np.linalg.cholesky(inverse) if self.dense else np.sqrt(inverse)
-        self._solved = np.linalg.inv(self.root) if self.dense else 1.0 / self.root
-
-    def momentum(self, normal: NDArray) -> NDArray:
-        """Momenta (chains, dim) from standard normal numbers."""
-        return normal @ self._solved if self.dense else normal * self._solved
-
-    def velocity(self, momentum: NDArray) -> NDArray:
-        """L^T p: the velocity in units in which every direction has variance 1."""
-        return momentum @ self.root if self.dense else momentum * self.root
-
-    def unit(self, position: NDArray) -> NDArray:
-        """L^-1 q: the position in these units."""
-        return position @ self._solved.T if self.dense else position * self._solved
-
-
 @dataclass
 class Moves:
     """All chains on their way."""
@@ -203,22 +188,53 @@ class Moves:
     joint: LogJoint
     mover: Mover
     begun: Any
+    resumed: tuple[dict[str, NDArray], dict[str, Any]] | None = None
+    file: MoveFile | None = None
 
     def __post_init__(self) -> None:
-        method, (records, self.done_alone) = self.method, self.begun
+        method = self.method
         self.rng = np.random.default_rng([self.joint.problem.seed, 1])
-        positions = np.stack([r.position for r in records])
-        self.here: Ensemble = self.mover.at(positions)
-        self.step = float(np.median([r.step for r in records])) if self.done_alone else 0.1
-        self.scale = Scale(np.ones(positions.shape[1]))
-        self.done = self.done_alone
-        self.length = 4.0 * self.step
-        self.divergences = 0
-        chains, draws = method.chains, method.draws
-        self.positions = np.empty((chains, draws, positions.shape[1]))
+        chains, draws, dim = method.chains, method.draws, self.joint.dim
+        self.positions = np.empty((chains, draws, dim))
         kinds = {"diverging": bool, "n_steps": np.int64}
         names = ("diverging", "energy", "n_steps", "acceptance_rate", "step_size", "lp")
         self.stats = {n: np.zeros((chains, draws), kinds.get(n, np.float64)) for n in names}
+        self.within = Within(chains, dim)
+        if self.resumed is not None:
+            self.restore(*self.resumed)
+            return
+        records, self.done_alone = self.begun
+        self.here: Ensemble = self.mover.at(np.stack([r.position for r in records]))
+        self.step = float(np.median([r.step for r in records])) if self.done_alone else 0.1
+        self.scale = Scale(np.ones(dim))
+        self.done = self.done_alone
+        self.length = 4.0 * self.step
+        self.divergences = 0
+        self.averaging, self.climb = DualAveraging(self.step, method.target_accept), Climb(self.length)
+
+    def snapshot(self) -> tuple[dict[str, NDArray], dict[str, Any]]:
+        """Where all chains stand between two iterations, and what they have learned: enough to go on to the same bits."""
+        kept = self.kept
+        arrays = {"position": self.here.position, "value": self.here.value, "gradient": self.here.gradient}
+        arrays |= {"inverse": self.scale.inverse, "averaging": self.averaging.numbers, "climb": self.climb.numbers}
+        arrays |= {"within": np.array(self.within.states).reshape(-1, *self.here.position.shape)}
+        arrays |= {"positions": self.positions[:, :kept], **{f"stats/{n}": v[:, :kept] for n, v in self.stats.items()}}
+        numbers = {n: getattr(self, n) for n in ("done", "done_alone", "step", "length", "divergences")}
+        return arrays, {**numbers, "generator": self.rng.bit_generator.state}
+
+    def restore(self, arrays: dict[str, NDArray], numbers: dict[str, Any]) -> None:
+        """Where a snapshot was taken."""
+        for name in ("done", "done_alone", "step", "length", "divergences"):
+            setattr(self, name, numbers[name])
+        self.rng.bit_generator.state = numbers["generator"]
+        self.here = Ensemble(arrays["position"], arrays["value"], arrays["gradient"])
+        self.scale = Scale(arrays["inverse"])
+        self.averaging, self.climb = DualAveraging.restored(arrays["averaging"]), Climb.restored(arrays["climb"])
+        self.within.states = list(arrays["within"])
+        kept = self.kept
+        self.positions[:, :kept] = arrays["positions"]
+        for name, table in self.stats.items():
+            table[:, :kept] = arrays[f"stats/{name}"]
 
     @property
     def kept(self) -> int:
@@ -238,29 +254,33 @@ class Moves:
         method = self.method
         together = method.warmup - self.done_alone
         begin, ends = windows(together)
-        averaging, climb = DualAveraging(self.step, method.target_accept), Climb(self.length)
-        within = Within(*self.positions.shape[::2])
-        for i in range(together):
-            if watch():
+        for i in range(self.done - self.done_alone, together):
+            if self.stops(watch):
                 return
-            self.step = averaging.step
-            self.length = climb.length
-            self.iteration(i, climb)
-            averaging.learn(self.harmonic)
+            self.step = self.averaging.step
+            self.length = self.climb.length
+            self.iteration(i, self.climb)
+            self.averaging.learn(self.harmonic)
             if ends and begin <= i < ends[-1]:
-                within.see(self.here.position)
+                self.within.see(self.here.position)
             if i + 1 in ends:
-                self.scale = Scale(within.inverse())
-                within = Within(*self.positions.shape[::2])
+                self.scale = Scale(self.within.inverse())
+                self.within = Within(*self.positions.shape[::2])
                 # In units of the scales, steps and lengths of a normal posterior are known: they are taken up from there.
-                averaging, climb = DualAveraging(STEP, method.target_accept), Climb(LENGTH)
+                self.averaging, self.climb = DualAveraging(STEP, method.target_accept), Climb(LENGTH)
             self.done += 1
-        self.step, self.length = averaging.final, climb.mean
-        for i in range(method.draws):
-            if watch():
+        self.step, self.length = self.averaging.final, self.climb.mean
+        for i in range(self.kept, method.draws):
+            if self.stops(watch):
                 return
             self.iteration(together + i)
             self.done += 1
+
+    def stops(self, watch: Callable[[], bool]) -> bool:
+        """Keep where the chains stand, and ask whether to go on."""
+        if self.file is not None:
+            self.file.write(self)
+        return watch()
 
     def iteration(self, number: int, climb: Climb | None = None) -> None:
         """Move all chains once; `climb` learns from it."""
@@ -312,86 +332,3 @@ class Moves:
         stats = {n: np.zeros_like(v[:, :1]) for n, v in self.stats.items()}
         stats["lp"][:, 0], stats["step_size"][:, 0] = self.here.value, self.step
         return self.here.position[:, None], stats, [note]
-
-
-def van_der_corput(number: int) -> float:
-    """The number's binary digits mirrored at the point: evenly spread over (0, 1) from the first on."""
-    value, weight = 0.0, 0.5
-    while number:
-        value += weight * (number & 1)
-        number >>= 1
-        weight *= 0.5
-    return value
-
-
-def criterion(start: NDArray, end: NDArray, momentum: NDArray, accept: NDArray, scale: Scale) -> tuple[float, float]:
-    """Expected squared change of the squared distance from the mean, in units of the scales, and its slope in time.
-
-    A quarter of the former is the criterion (2021, equation 7); the slope is that of the criterion (equation 8).
-    """
-    usable = (accept > 1e-6) & np.isfinite(end).all(1) & np.isfinite(momentum).all(1)
-    if not usable.any():
-        return 0.0, 0.0
-    weight = accept[usable] / accept[usable].sum()
-    before, after, velocity = scale.unit(start[usable]), scale.unit(end[usable]), scale.velocity(momentum[usable])
-    before = before - before.mean(0)
-    after = after - weight @ after
-    change = (after**2).sum(1) - (before**2).sum(1)
-    return float(weight @ change**2), float(weight @ (change * (after * velocity).sum(1)))
-
-
-class Climb:
-    """Ascent on the logarithm of the trajectory length, towards the largest criterion for a gradient."""
-
-    def __init__(self, length: float) -> None:
-        self._log = self._mean = float(np.log(length))
-        self._square = self._slope = self._cost = 0.0
-        self._count = 0
-
-    @property
-    def length(self) -> float:
-        """To go next."""
-        return float(np.exp(self._log))
-
-    @property
-    def mean(self) -> float:
-        """Geometric running mean."""
-        return float(np.exp(self._mean))
-
-    def learn(self, square: float, slope: float, time: float, step: float, longest: float) -> None:
-        """One step along d log(criterion / cost) / d log(length); an iteration costs its steps and one more."""
-        if not (np.isfinite(square) and np.isfinite(slope)):
-            return
-        self._count += 1
-        self._square = SLOPES * self._square + (1 - SLOPES) * square / 4
-        self._slope = SLOPES * self._slope + (1 - SLOPES) * slope * time
-        self._cost = SLOPES * self._cost + (1 - SLOPES) * time / (time + step)
-        cost = self._cost / (1 - SLOPES**self._count)
-        gain = self._slope / max(self._square, 1e-300) - cost
-        self._log = float(np.clip(self._log + RATE * np.clip(gain, -1, 1), np.log(step), np.log(longest)))
-        share = max(1 - MEMORY, 1.0 / self._count)
-        self._mean += share * (self._log - self._mean)
-
-
-class Within:
-    """Covariance of all directions within chains: chains in different modes do not widen it."""
-
-    def __init__(self, chains: int, dim: int) -> None:
-        self._states: list[NDArray] = []
-        self._dim = dim
-
-    def see(self, position: NDArray) -> None:
-        """One more state of every chain."""
-        self._states.append(position)
-
-    def inverse(self) -> NDArray:
-        """Variances (dim,), or covariances (dim, dim) where states are plenty; shrunk towards small variances."""
-        states = np.stack(self._states, 1)  # (chains, states, dim)
-        gap = (states - states.mean(1, keepdims=True)).reshape(-1, self._dim)
-        count = max(1, len(gap) - len(states))
-        share = count / (count + 5.0)
-        floor = 1e-3 * (1.0 - share)
-        variance = share * (gap**2).sum(0) / count + floor
-        if count < PLENTY * self._dim:
-            return variance
-        return share * gap.T @ gap / count + floor * np.eye(self._dim)

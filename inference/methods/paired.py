@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,12 +19,15 @@ from torch.distributions import constraints, transform_to
 from ..capture import Captured, capture, reason_of
 from ..handlers import MissingCells, ScaleRows, Substitute, unwrap
 from ..joint import LogJoint
+from ..lazy_rows import has_lazy
 from ..problem import Problem
+from ..products import quick_products
 from ..recorder import pure_graph
+from ..sharing import fewer_rows
 from .ascent import Leaves
 from .batches import Batches, is_latent, side_by_side
 from .networks import Networks
-from .parameters import NETWORK_RATE, Parameter, guide_arguments, no_guess, watched
+from .parameters import NETWORK_RATE, Parameter, column_means, guide_arguments, no_guess, reads_missing, watched
 from .scored import compares, score_step
 from .shared import in_step, joint_draws, of_all_ranks, whole_norm
 from .svi_step import ASKED, faster
@@ -65,7 +68,11 @@ class PairTarget:
         self.plate = problem.structure.data_plate
         self.joint.holes = {s.name: s.missing > 0 for s in problem.structure.observed}
         self.networks = Networks(problem.story, problem.model, problem.guide)
-        self.filled = guide_arguments(problem, problem.kwargs)
+        lazy = has_lazy(problem.kwargs)  # these have their holes filled batch by batch
+        self.filled = problem.kwargs if lazy else guide_arguments(problem, problem.kwargs)
+        self.means = column_means(problem) if lazy and not reads_missing(problem.guide) else {}
+        self.held: dict[str, Tensor] = {}  # rows that are not on the device, while a step runs on them
+        self.feeds = False
         initialise = getattr(problem.story, "initialise", None)
         if callable(initialise):  # weights that the data set, such as those of layers that normalise
             with torch.no_grad():
@@ -75,7 +82,7 @@ class PairTarget:
         first = self.start()
         if not first:
             raise ValueError("the guide has no parameters and the story learns none: there is nothing to optimise")
-        trace = self.guide_trace(first)
+        trace = self.guide_trace(first, self.look)
         self.check(trace)
         self.sites = [n for n, s in trace.nodes.items() if is_latent(s)]
         known = problem.structure
@@ -112,16 +119,36 @@ class PairTarget:
         leaves |= {n: self.networks.weights[own].detach().clone() for n, own in self.names.items()}
         return in_step(self, leaves)
 
+    @property
+    def look(self) -> Tensor | None:
+        """Rows that the guide is looked at on: all, or a batch where rows have latents and are made when they are asked for."""
+        structure = self.problem.structure
+        few = has_lazy(self.problem.kwargs) and self.batches.size is not None and bool(structure.continuous_locals)
+        return self.batches.first() if few else None
+
     def by_row(self, name: str) -> bool:
         """Whether a parameter has a value a row."""
         return name in self.parameters and self.parameters[name].local
 
     @property
+    def answers_rows(self) -> bool:
+        """Whether anything is guessed or learned for every row, so that none may be left out of the answer."""
+        structure = self.problem.structure
+        if self.look is not None:
+            return False
+        own = any(n not in structure or structure[n].local for n in self.sites)
+        return self.batches.size is None or own or any(p.local for p in self.parameters.values())
+
+    @property
+    def shared(self) -> list[str]:
+        """Sites of the guide that rows share."""
+        structure = self.problem.structure
+        return [n for n in self.sites if n not in structure or not structure[n].local]
+
+    @property
     def apart(self) -> bool:
         """Whether ranks draw latents that all rows share along with those of their own rows, so that no two draws are one."""
-        structure = self.problem.structure
-        shared = any(n not in structure or not structure[n].local for n in self.sites)
-        return self.problem.ranks.shares_rows and bool(structure.continuous_locals) and shared
+        return self.problem.ranks.shares_rows and bool(self.problem.structure.continuous_locals) and bool(self.shared)
 
     def whole_norm(self, norm: Tensor, gradients: Leaves) -> Tensor:
         """With the parts of other ranks' rows."""
@@ -149,9 +176,13 @@ class PairTarget:
     def arguments(self, rows: Tensor | None, filled: bool = False) -> dict[str, Any]:
         """The story's arguments, of all rows or of some; `filled` without holes, as the guide takes them."""
         kwargs = self.filled if filled else self.problem.kwargs
-        if rows is None:
+        if self.held:
+            kwargs = {**self.problem.kwargs, **self.held}
+        elif rows is not None:
+            kwargs = {n: v[rows] if n in self.batches.names else v for n, v in kwargs.items()}
+        if not (filled and self.means):
             return kwargs
-        return {n: v[rows] if n in self.batches.names else v for n, v in kwargs.items()}
+        return {n: torch.where(v.isnan(), self.means[n], v) if n in self.means else v for n, v in kwargs.items()}
 
     def guide_trace(self, leaves: Leaves, rows: Tensor | None = None, drawn: Leaves | None = None) -> Any:
         """One run of the guide, its latents held at what was `drawn`."""
@@ -177,7 +208,7 @@ class PairTarget:
         """Parameters that the guide's draws depend on."""
         free = {n: v.detach().requires_grad_() for n, v in leaves.items()}
         with torch.enable_grad():
-            drawn = [s["value"].sum() for s in self.guide_trace(free).nodes.values() if is_latent(s)]
+            drawn = [s["value"].sum() for s in self.guide_trace(free, self.look).nodes.values() if is_latent(s)]
             slopes = torch.autograd.grad(sum(drawn), list(free.values()), allow_unused=True)
         return {n for n, slope in zip(free, slopes, strict=True) if slope is not None}
 
@@ -187,7 +218,11 @@ class PairTarget:
 
     def log_ratio(self, leaves: Leaves, rows: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """log p(data, u) - log q(u) at one draw u of the guide, and u."""
-        scale = self.batches.whole if rows is None else self.batches.scale
+        scale = self.batches.scale
+        if rows is None and self.answers_rows:
+            scale = self.batches.whole
+        elif rows is None:
+            rows, scale = self.batches.judged_rows()
         trace = self.guide_trace(leaves, rows)
         trace.compute_log_prob()
         values = {n: s["value"] for n, s in trace.nodes.items() if is_latent(s)}
@@ -202,7 +237,8 @@ class PairTarget:
 
     def objective(self, leaves: Leaves) -> tuple[Tensor, Leaves]:
         """An estimate of the ELBO on a batch, and of its gradient."""
-        rows = () if self.batches.size is None else (self.batches.next(),)
+        rows: tuple[Tensor, ...] = () if self.batches.size is None else (self.batches.next(),)
+        rows = self.fed(rows[0]) if self.feeds and rows else rows
         if isinstance(self.weighing.beta, tuple):  # an input of the graph: it moves without another capture
             first = next(iter(leaves.values()))
             rows = (torch.full((), self.weighing.at(self.made), dtype=first.dtype, device=first.device), *rows)
@@ -219,11 +255,14 @@ class PairTarget:
         def by_path(*inputs: Tensor) -> tuple[Tensor, ...]:
             with torch.enable_grad(), pyro.validation_enabled(False):
                 free = [t.detach().requires_grad_() for t in inputs[: len(names)]]
-                beta, rows = self.beside(inputs[len(names) :])
+                beta, rows, held = self.beside(inputs[len(names) :])
+                self.held = dict(zip(self.batches.names, held))
                 try:
                     value, _ = weighted_elbo(self, dict(zip(names, free)), rows, beta)
                 except torch.linalg.LinAlgError:
                     return (free[0].new_full((), torch.nan), *(torch.full_like(f, torch.nan) for f in free))
+                finally:
+                    self.held = {}
                 slopes = torch.autograd.grad(value, free, allow_unused=True, materialize_grads=True)
             return (value.detach(), *slopes)
 
@@ -233,7 +272,9 @@ class PairTarget:
             if isinstance(self.weighing.beta, tuple)
             else ()
         )
-        example = (*leaves.values(), *moves, *(() if self.batches.size is None else (self.batches.first(),)))
+        self.feeds = self.batches.streams and self.batches.size is not None
+        first: tuple[Tensor, ...] = () if self.batches.size is None else (self.batches.first(),)
+        example = (*leaves.values(), *moves, *(self.fed(first[0]) if self.feeds else first))
         moved = tuple(e + 0.01 if e.is_floating_point() else e for e in example)
         if self.wanted == "eager":
             found = Captured(by_path, "eager", ASKED)
@@ -258,6 +299,10 @@ class PairTarget:
         self.mode, self.reason = built.mode, "; ".join(filter(None, (self.reason, built.reason)))
         return built.call
 
+    def fed(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Indices of rows, and the rows themselves."""
+        return (rows, *self.batches.take(rows))
+
     def tighten(self, leaves: Leaves, alpha: float) -> Callable[..., Any]:
         """A bound of several draws a row and its gradient."""
         example = (*leaves.values(), *(() if self.batches.size is None else (self.batches.first(),)))
@@ -265,11 +310,11 @@ class PairTarget:
         self.mode, self.reason, self.lanes = found.mode, found.reason, True
         return found.call
 
-    def beside(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor | float, Tensor | None]:
-        """Weight of the divergences and indices of the rows among what follows the parameters."""
+    def beside(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor | float, Tensor | None, list[Tensor]]:
+        """Weight of the divergences, indices of the rows, and perhaps the rows, among what follows the parameters."""
         rest = list(inputs)
         beta: Tensor | float = rest.pop(0) if isinstance(self.weighing.beta, tuple) else float(self.weighing.beta)
-        return beta, rest[0] if rest else None
+        return beta, rest[0] if rest else None, rest[1:]
 
     @property
     def settled(self) -> bool:
@@ -309,6 +354,11 @@ class PairTarget:
         """Hold the guide against the story; see the class."""
         structure = self.problem.structure
         known = {s.name: s for s in structure.latents}
+        few = (
+            structure
+            if self.look is None
+            else replace(structure, plates={**structure.plates, str(self.plate): len(self.look)})
+        )
         seen = {s.name for s in structure.observed}
         guessed = {n: s for n, s in trace.nodes.items() if is_latent(s) and not s["infer"].get("is_auxiliary")}
         for name, site in guessed.items():
@@ -318,9 +368,12 @@ class PairTarget:
                 raise ValueError(
                     f"the guide samples {name!r}, which is no latent of the story; its latents are {sorted(known)}"
                 )
-            if tuple(site["value"].shape) != known[name].shape:
+            wanted = (
+                known[name].shape if self.look is None else fewer_rows(known[name], few, structure.num_rows or 1).shape
+            )
+            if tuple(site["value"].shape) != wanted:
                 raise ValueError(
-                    f"the guide gives {name!r} the shape {tuple(site['value'].shape)} and the story {known[name].shape}; "
+                    f"the guide gives {name!r} the shape {tuple(site['value'].shape)} and the story {wanted}; "
                     f"use the same plates and the same to_event in both"
                 )
         lacking = [s.name for s in structure.latents if s.name not in guessed and not s.enumerable]
@@ -343,32 +396,44 @@ class PairTarget:
     def own_draws(self, leaves: Leaves, count: int, seconds: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The same with the rows of this rank."""
 
-        shared = [n for n in self.latents if not self.problem.structure[n].local]
-        least = 100 if shared or self.batches.size is None else 5
+        least = 100 if self.shared or self.batches.size is None else 5
 
         def one(*free: Tensor) -> tuple[Tensor, ...]:
             with torch.no_grad(), pyro.validation_enabled(False):
                 ratio, values = self.log_ratio(dict(zip(leaves, free)))
-            return (ratio, *(values[n].clone() for n in self.latents))
+            return (ratio, *(values[n].clone() for n in answered))
 
+        # Rows that are not all here answer when they are asked: their guide reads them.
+        answered = [n for n in self.latents if n in self.shared] if self.look is not None else self.latents
         inputs = tuple(leaves.values())
         if not self.sites:
-            return self.repeated(lambda: one(*inputs), 1, seconds)
-        width = max(1, min(100, count, int(2e7 / max(1, self.problem.structure.data_bytes))))
+            return self.repeated(lambda: one(*inputs), 1, seconds, names=answered)
+        structure = self.problem.structure
+        # Of all ranks' data: how many are drawn at once decides which random numbers each gets.
+        own = self.problem.ranks.share == "own"
+        size = structure.data_bytes * (self.problem.all_rows / max(1, structure.num_rows or 1) if own else 1.0)
+        width = max(1, min(100, count, int(4e6 / max(1.0, size))))
         if width == 1 and least < 100:  # a recording would cost more runs over all rows than it saves
-            return self.repeated(lambda: one(*inputs), count, seconds, least)
+            return self.repeated(lambda: one(*inputs), count, seconds, least, answered)
         found = capture(one, inputs, random=True)
         if found.mode == "graph" and width > 1:
-            many = side_by_side(found.call, width, len(inputs))
             try:
-                parts = self.repeated(lambda: many(*inputs), -(-count // width), seconds, least)
+                many = quick_products(
+                    pure_graph(side_by_side(found.call, width, len(inputs)), inputs, random=True), inputs
+                )
+                parts = self.repeated(lambda: many(*inputs), -(-count // width), seconds, least, answered)
                 return parts[0].flatten(0, 1)[:count], {n: v.flatten(0, 1)[:count] for n, v in parts[1].items()}
             except (RuntimeError, NotImplementedError):
                 pass  # an operation without a batching rule
-        return self.repeated(lambda: found.call(*inputs), count, seconds, least)
+        return self.repeated(lambda: found.call(*inputs), count, seconds, least, answered)
 
     def repeated(
-        self, call: Callable[[], tuple[Tensor, ...]], count: int, seconds: float, least: int = 100
+        self,
+        call: Callable[[], tuple[Tensor, ...]],
+        count: int,
+        seconds: float,
+        least: int = 100,
+        names: Sequence[str] = (),
     ) -> tuple[Tensor, dict[str, Tensor]]:
         rows, began = [], time.perf_counter()
         for i in range(count):
@@ -376,22 +441,22 @@ class PairTarget:
             if i + 1 >= least and time.perf_counter() - began > seconds:
                 break
         parts = list(zip(*rows))
-        return torch.stack(parts[0]), {n: torch.stack(p) for n, p in zip(self.latents, parts[1:])}
+        return torch.stack(parts[0]), {n: torch.stack(p) for n, p in zip(names, parts[1:])}
 
     def row_ratios(self, leaves: Leaves, count: int, seconds: float, most: int = 100) -> Tensor | None:
         """log p - log q of single rows (S, R), where rows do not share a latent that was guessed; else None."""
-        structure = self.problem.structure
-        shared = [n for n in self.sites if n not in structure or not structure[n].local]
-        if self.plate is None or shared or not self.sites or not self.batches.names:
+        if self.plate is None or self.shared or not self.sites or not self.batches.names:
             return None
         chosen = torch.linspace(0, self.batches.rows - 1, min(most, self.batches.rows)).round().long()
         rows = self.batches.among(chosen.to(self.problem.device))
 
-        def one() -> tuple[Tensor]:
+        def one(*free: Tensor) -> tuple[Tensor]:
             with torch.no_grad(), pyro.validation_enabled(False):
-                return (row_weights(self, leaves, rows),)
+                return (row_weights(self, dict(zip(leaves, free)), rows),)
 
-        return self.repeated(one, count, seconds)[0]
+        inputs = tuple(leaves.values())
+        found = capture(one, inputs, random=True)
+        return self.repeated(lambda: found.call(*inputs), count, seconds)[0]
 
     def blame(self, leaves: Leaves, gradients: Leaves) -> tuple[str | None, str]:
         """The parameter whose gradient is not finite, and the site that made it so."""
@@ -417,14 +482,16 @@ class PairTarget:
             with pyro.validation_enabled(False), torch.enable_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pyro's about the very NaN that is looked for
                 free = {n: v.detach().requires_grad_() for n, v in leaves.items()}
-                trace = self.guide_trace(free)
+                rows = self.look
+                trace = self.guide_trace(free, rows)
                 trace.compute_log_prob()
                 values = {n: s["value"] for n, s in trace.nodes.items() if is_latent(s)}
                 for name, value in values.items():
                     if not bool(value.isfinite().all() and trace.nodes[name]["log_prob"].isfinite().all()):
                         return name
-                given = {**values, **self.constrained(free)}
-                for factor in self.networks.run(self.weights(free), lambda: self.joint.factors(given)):
+                given = {**values, **self.constrained(free, rows)}
+                told = self.arguments(rows)
+                for factor in self.networks.run(self.weights(free), lambda: self.joint.factors(given, told)):
                     if not bool(factor.value.isfinite().all()):
                         return factor.name
                     if factor.value.requires_grad:

@@ -15,6 +15,7 @@ from torch.distributions import constraints
 
 from ..data import has_nan
 from ..handlers import MissingCells
+from ..lazy_rows import has_lazy
 from ..problem import Problem
 from .networks import Networks
 
@@ -32,9 +33,12 @@ class Parameter:
 
 
 class Watch(Messenger):
-    """Note the parameters that a program asks for, and by which names it knows the weights of networks."""
+    """Note the parameters that a program asks for, and by which names it knows the weights of networks.
 
-    def __init__(self, plate: str | None, rows: int, weights: Mapping[int, str]) -> None:
+    `rows` are the numbers of rows that it may be run with.
+    """
+
+    def __init__(self, plate: str | None, rows: set[int], weights: Mapping[int, str]) -> None:
         super().__init__()
         self.plate, self.rows, self.weights = plate, rows, weights
         self.found: dict[str, Parameter] = {}
@@ -49,7 +53,7 @@ class Watch(Messenger):
             return
         inside = any(frame.name == self.plate for frame in msg["cond_indep_stack"])
         value = msg["value"]
-        local = inside and value.ndim > 0 and len(value) == self.rows
+        local = inside and value.ndim > 0 and len(value) in self.rows
         self.found[msg["name"]] = Parameter(msg["name"], msg["kwargs"].get("constraint", constraints.real), local)
 
 
@@ -61,13 +65,16 @@ def watched(problem: Problem, networks: Networks | None = None) -> tuple[Watch, 
     """One run of the guide and of the story beside it: what they learn, and the guide's trace."""
     guide = problem.guide or no_guess
     networks = networks or Networks(problem.story, problem.model, problem.guide)
-    watch = Watch(
-        problem.structure.data_plate, problem.structure.num_rows or 1, {id(p): n for n, p in networks.weights.items()}
-    )
+    shown = told = problem
+    if has_lazy(problem.kwargs):  # some rows tell as much; what the rows share may start from all of them
+        told = problem.thumbnail
+        shown = told if problem.structure.continuous_locals else problem
+    rows = {p.structure.num_rows or 1 for p in (shown, told)}
+    watch = Watch(problem.structure.data_plate, rows, {id(p): n for n, p in networks.weights.items()})
     pyro.clear_param_store()
     with torch.no_grad(), poutine.block(), watch:
-        trace = poutine.trace(guide).get_trace(**guide_arguments(problem, problem.kwargs))
-        poutine.replay(MissingCells()(problem.model), trace=trace)(**problem.kwargs)
+        trace = poutine.trace(guide).get_trace(**guide_arguments(problem, shown.kwargs))
+        poutine.replay(MissingCells()(problem.model), trace=trace)(**told.kwargs)
     return watch, trace
 
 
@@ -83,6 +90,16 @@ def guide_arguments(problem: Problem, kwargs: Mapping[str, Any]) -> dict[str, An
     if reads_missing(problem.guide):
         return dict(kwargs)
     return {n: filled(v, problem.kwargs.get(n)) for n, v in kwargs.items()}
+
+
+def column_means(problem: Problem) -> dict[str, Tensor]:
+    """Means of the columns of every argument of rows that has holes."""
+    found = {}
+    for name in problem.structure.row_arguments:
+        value = problem.kwargs[name]
+        if value.is_floating_point() and has_nan(value):
+            found[name] = value.nanmean(0).nan_to_num(0.0).to(problem.device)
+    return found
 
 
 def filled(value: Any, fitted: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,6 +20,7 @@ from torch import Tensor
 from .base import Verdict, density_objection, gradient_objection, one_of, positive_float, positive_int
 from .climb_file import ClimbFile
 from .climbs import INTERRUPTED, SPENT, Climbs
+from .cuda_graphs import refuse
 from .encoders import Amortised
 from .holdout import split
 from .tightened import OBJECTIVES, check_objective
@@ -32,13 +34,15 @@ if TYPE_CHECKING:
 
 GUIDES = ("auto", "story", "mean_field", "low_rank", "full_rank", "flow")
 SCHEDULES = ("auto", "adaptive", "constant", "cosine", "one_cycle")
-MODES = ("auto", "eager", "graph", "inductor")
+MODES = ("auto", "eager", "graph", "inductor", "cudagraph")
 #: Draws a step and starts where no networks are learned; and, where they are, rows from which on batches are taken, and theirs.
 PARTICLES, STARTS, MANY, BATCH = 8, 3, 1024, 256
 #: Unknowns up to which "auto" affords a full covariance.
 FULL_RANK = 50
 #: Bytes that draws of latents may take; with a latent a row there are fewer draws.
 DRAW_BYTES = 200e6
+#: Draws of all rows together where rows share no latent: each row speaks for itself, and new ones are asked for by `local`.
+ROW_DRAWS = 200_000
 #: Effective share of the draws above which importance weights count as equal.
 EQUAL_WEIGHTS = 0.99
 #: Draws of a block of the importance-weighted bound.
@@ -71,11 +75,12 @@ class SVI:
     patience
         Falls of the step size without a gain before the run has converged.
     draws
-        Draws of the fitted guide.
+        Draws of the fitted guide; fewer where rows share no latent and there are many of them: `local` draws for rows.
     mode
         How a step runs: "eager" (the Pyro program), "graph" (recorded once), "inductor" (the graph compiled; needs a C++
-        compiler), or "auto": a graph where it agrees with the program, compiled where a long run pays for it. What ran,
-        and why nothing faster did, is in `posterior.diagnostics` under "mode" and "reason".
+        compiler), "cudagraph" (on a card: the graph and Adam launched by one call each), or "auto": a graph where it agrees
+        with the program, compiled where a long run pays for it, on a card a CUDA graph. What ran, and why nothing faster did,
+        is in `posterior.diagnostics` under "mode" and "reason".
     schedule
         Step size: "adaptive" (falls when the ELBO stops rising, and may end the run), or over all `steps` "constant",
         "cosine" (to zero) or "one_cycle" (up for 30 % of the steps, then to zero). "auto": "cosine" for flows, whose climb is
@@ -245,12 +250,13 @@ class SVI:
 
     def unshareable(self, structure: Structure) -> str:
         """Why several processes cannot hold rows apart, or nothing."""
-        if self.family(structure) == "story" or not structure.continuous_locals:
+        if self.family(structure) in ("story", "topics") or not structure.continuous_locals:
             return ""
         return f"the derived guide has a latent {structure.continuous_locals[0].name!r} for every row (a story's own may not)"
 
     def run(self, problem: Problem) -> Posterior:
         """Several short runs, the best to its end, then draws and their k-hat."""
+        from ..lazy_rows import resident
         from ..meter import Meter
         from ..posterior import Posterior
         from .paired import PairTarget
@@ -263,6 +269,8 @@ class SVI:
             from ..topics.fits import run_svi
 
             return run_svi(problem, self)
+        if self.batch_size is None:
+            problem = resident(problem, "SVI without batch_size")
         with Meter() as meter:
             if isinstance(self.guide, Amortised):
                 problem = replace(problem, guide=self.guide.build(problem))
@@ -301,6 +309,7 @@ class SVI:
                 "steps": len(ascent.history),
                 "elbo_slope": ascent.slope,
                 "elbo_noise": ascent.noise,
+                **climbs.several(),
                 **found,
             },
             warnings=self.notes(problem) + warnings + doubts,
@@ -322,10 +331,8 @@ class SVI:
     def climbs(self, problem: Problem, family: str) -> Climbs:
         """Everything that is to be climbed, as the checkpoint left it where there is one."""
         file, options = None, self
-        if problem.ranks.several and (self.checkpoint is not None or self.validation is not None):
-            raise ValueError(
-                "SVI over ranks keeps no checkpoint and holds no rows out: leave checkpoint and validation out"
-            )
+        if problem.ranks.several and self.validation is not None:
+            raise ValueError("SVI over ranks holds no rows out: leave validation out")
         if self.checkpoint is not None:
             said = replace(self, checkpoint=None)
             file = ClimbFile(Path(self.checkpoint), problem, said, family)
@@ -355,6 +362,7 @@ class SVI:
         from .svi_step import WORTH
         from .weighted import Weights
 
+        refuse(self.mode, problem.device)
         hurried = self.mode == "auto" and problem.budget is not None and problem.budget < WORTH
         mode = "graph" if hurried else self.mode  # compiling would spend the budget
         particles = self.particles or PARTICLES
@@ -374,15 +382,28 @@ class SVI:
             )
         return DerivedTarget(problem, family, particles, batch, mode, self.steps)
 
+    def trial(self, problem: Problem) -> Callable[[], Any]:
+        """An estimate of the ELBO with its gradient, to be timed."""
+        chosen = self.settled(problem.structure)
+        if isinstance(self.guide, Amortised):
+            problem = replace(problem, guide=self.guide.build(problem))
+        hurried = replace(chosen, mode="graph" if self.mode == "auto" else self.mode)
+        target = hurried.target(problem, self.family(problem.structure))
+        leaves = target.start()
+        return lambda: target.objective(leaves)
+
     def answer(
         self, problem: Problem, target: Any, leaves: Leaves, seconds: float
     ) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
         """Draws of the fitted guide, the ELBO again with its error, k-hat, and what they say."""
         from ..diagnostics import KHAT_LIMIT, pareto_khat
         from ..score import ladder
+        from .paired import PairTarget
 
         cells = sum(math.prod(s.shape) for s in problem.structure.latents if s.continuous)
         count = max(25, min(self.draws, int(DRAW_BYTES / 8 / max(1, cells))))
+        if isinstance(target, PairTarget) and not target.shared:
+            count = max(25, min(count, ROW_DRAWS // (problem.structure.num_rows or 1)))
         log_ratio, draws = target.draws(leaves, count, seconds)
         draws = {n: v[: self.draws].detach().cpu() for n, v in draws.items()}
         weights = log_ratio.detach().double().cpu().numpy()

@@ -1,4 +1,5 @@
-"""How a training step runs: as its program, as a recorded graph, or as that graph compiled by Inductor.
+"""How a training step runs: as its program, as a recorded graph, as that graph compiled by Inductor, or on a card as a CUDA
+graph.
 
 A faster form is trusted only after its loss and gradients agree with the slower one under the same seed, and every form
 that was passed over leaves its reason.
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor
 
 from ..capture import Captured, check_agreement, reason_of
+from ..products import quick_products
 from ..recorder import PureGraph
 from ..session import isolated
+from .cuda_graphs import graphed
 
 #: Reason of a step that was asked to run as its program.
 ASKED = "mode='eager' was asked for"
@@ -47,6 +50,28 @@ def pilot(call: Callable[..., Any], example: Sequence[Tensor]) -> float:
     return statistics.median(times)
 
 
+def pays(call: Callable[..., Any], graph: Callable[..., Any], example: tuple[Tensor, ...]) -> bool:
+    """Whether a step takes less than nine tenths of the graph's time."""
+    with isolated(0, torch.get_default_dtype()):
+        return pilot(call, example) < PAYS * pilot(graph, example)
+
+
+def with_quick_products(
+    graph: Callable[..., Any], example: tuple[Tensor, ...], points: Sequence[tuple[Tensor, ...]]
+) -> Callable[..., Any]:
+    """The graph with other kernels for its matrix products, where they gain and agree."""
+    if not isinstance(graph, PureGraph):
+        return graph
+    with isolated(0, torch.get_default_dtype()):
+        quick = quick_products(graph, example)
+    try:
+        for seed, point in enumerate((example, *points) if quick is not graph else ()):
+            check_agreement(quick, graph, point, seed)
+    except (RuntimeError, NotImplementedError):  # a build of PyTorch whose kernel is another one: nothing is lost
+        return graph
+    return quick
+
+
 def faster(
     graph: Callable[..., Any], example: tuple[Tensor, ...], points: Sequence[tuple[Tensor, ...]], mode: str, steps: int
 ) -> Captured:
@@ -65,8 +90,15 @@ def faster(
 
     Returns
     -------
-    The step, its mode ("graph" or "inductor") and why a faster form was passed over.
+    The step, its mode ("graph", "inductor" or "cudagraph") and why a faster form was passed over.
     """
+    if mode == "cudagraph" or (mode == "auto" and example[0].is_cuda):
+        on_card = graphed(graph, example, points)
+        if on_card.mode == "cudagraph" and (mode == "cudagraph" or pays(on_card.call, graph, example)):
+            return on_card
+        if mode == "cudagraph" or on_card.reason:
+            return Captured(graph, "graph", on_card.reason or "CUDA graph: it is not faster")
+    graph = with_quick_products(graph, example, points)
     if mode not in ("auto", "inductor"):
         return Captured(graph, "graph")
     if not isinstance(graph, PureGraph):

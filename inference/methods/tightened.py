@@ -67,8 +67,8 @@ def tight_step(target: PairTarget, example: tuple[Tensor, ...], alpha: float, mo
     ValueError
         Rows share a latent that was guessed, so that the bound is no sum over rows.
     """
-    structure, names = target.problem.structure, [*target.parameters, *target.names]
-    shared = [n for n in target.sites if n not in structure or not structure[n].local]
+    names = [*target.parameters, *target.names]
+    shared = target.shared
     if target.plate is None or shared or not target.sites:
         raise ValueError(
             f"objective='iwae' and 'renyi' average over draws row by row; this guide "

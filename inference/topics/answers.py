@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 TOPIC_DRAWS = 10
 #: Proposals of shares for each document and draw of the topics.
 PROPOSALS = 200
+#: Documents whose shares are written at once.
+WRITTEN = 16_384
 
 
 def form_of(posterior: Posterior) -> Admixture:
@@ -80,11 +83,32 @@ def documents_of(posterior: Posterior, data: Any) -> Documents:
     return documents
 
 
-def shares(posterior: Posterior, data: Any = None) -> Tensor:
-    """Mean shares of topics in each document, (D, K), of the fitted ones or of new ones."""
+def shares(posterior: Posterior, data: Any = None, path: str | Path | None = None) -> Tensor:
+    """Mean shares of topics in each document, (D, K), of the fitted ones or of new ones.
+
+    Parameters
+    ----------
+    data
+        None, a corpus, a sparse matrix or a table of counts, or the story's arguments.
+    path
+        A .npy file (float32) that is written some documents at a time and mapped: for corpora on disk, whose shares need
+        not fit in memory either.
+    """
     documents = documents_of(posterior, data)
-    found = [c / c.sum(1, keepdim=True) for c in concentrations(posterior, documents, fitted=data is None)]
-    return torch.stack(found).mean(0)
+    if path is None:
+        return _mean_shares(concentrations(posterior, documents, fitted=data is None))
+    shape = (len(documents), form_of(posterior).num_topics)
+    table = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    for a in range(0, len(documents), WRITTEN):
+        part = documents.cut(a, min(a + WRITTEN, len(documents)))
+        table[a : a + WRITTEN] = _mean_shares(concentrations(posterior, part, fitted=False)).numpy()
+    table.flush()
+    return torch.from_numpy(table)
+
+
+def _mean_shares(gammas: list[Tensor]) -> Tensor:
+    """From concentrations under some draws of the topics."""
+    return torch.stack([c / c.sum(1, keepdim=True) for c in gammas]).mean(0)
 
 
 def concentrations(posterior: Posterior, documents: Documents, fitted: bool) -> list[Tensor]:

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..sparse_rows import SPAN, Rows, is_mapped
+
 #: Word places of a block: its topics x places stay in the cache.
 CELLS = 8192
 #: Documents of a block at most.
@@ -44,12 +46,35 @@ class Documents:
     @property
     def num_tokens(self) -> float:
         """Words of all documents, repetitions counted."""
-        return float(self.counts.sum())
+        if not self.on_disk:
+            return float(self.counts.sum())
+        return float(sum(self.counts[a : a + SPAN].sum(dtype=np.float64) for a in range(0, len(self.counts), SPAN)))
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether words and counts are read from files as they are needed."""
+        return is_mapped(self.words)
 
     @property
     def lengths(self) -> np.ndarray:
         """Words of each document, (D,)."""
+        if self.on_disk:
+            parts = [self.cut(a, min(a + 65_536, len(self))).lengths for a in range(0, len(self), 65_536)]
+            return np.concatenate([np.zeros(0), *parts])
         return np.add.reduceat(np.append(self.counts, 0.0), self.starts[:-1]) * (np.diff(self.starts) > 0)
+
+    @classmethod
+    def from_stored(cls, rows: Rows, times: np.ndarray | None = None) -> Documents:
+        """From compressed rows, which stay where they are."""
+        return cls(rows.starts, rows.words, rows.counts, rows.num_words, times)
+
+    def cut(self, first: int, last: int) -> Documents:
+        """Consecutive documents, in memory."""
+        starts = np.asarray(self.starts[first : last + 1], dtype=np.int64)
+        part = slice(int(starts[0]), int(starts[-1]))
+        words, counts = np.array(self.words[part], dtype=np.int64), np.array(self.counts[part], dtype=np.float64)
+        times = None if self.times is None else self.times[first:last]
+        return Documents(starts - starts[0], words, counts, self.num_words, times)
 
     @classmethod
     def from_rows(
@@ -80,6 +105,8 @@ class Documents:
         counts = getattr(data, "counts", data)
         if hasattr(counts, "tocsr"):
             m = counts.tocsr()
+            if is_mapped(m.data):
+                return cls(m.indptr, m.indices, m.data, m.shape[1], times)
             return cls(m.indptr.astype(np.int64), m.indices.astype(np.int64), m.data.astype(float), m.shape[1], times)
         table = np.asarray(counts.detach().cpu() if isinstance(counts, Tensor) else counts)
         if table.ndim != 2 or table.dtype.kind not in "fiu":
@@ -94,7 +121,8 @@ class Documents:
         index = np.concatenate(spans) if spans else np.zeros(0, np.int64)
         starts = np.concatenate([[0], np.cumsum([len(s) for s in spans])]).astype(np.int64)
         times = None if self.times is None else self.times[which]
-        return Documents(starts, self.words[index], self.counts[index], self.num_words, times)
+        words, counts = np.asarray(self.words[index], np.int64), np.asarray(self.counts[index], np.float64)
+        return Documents(starts, words, counts, self.num_words, times)
 
     def tokens(self, rng: np.random.Generator) -> list[np.ndarray]:
         """Word ids of each document in random order: the density of a document does not depend on it."""
@@ -146,6 +174,15 @@ def blocks(documents: Documents, dtype: torch.dtype = torch.float32, cells: int 
         found.append(Block(torch.from_numpy(rows.copy()), torch.from_numpy(words), torch.from_numpy(counts).to(dtype)))
         i = j
     return found
+
+
+def in_parts(documents: Documents, size: int = 4096) -> Iterator[tuple[int, Documents]]:
+    """Documents that lie on disk some at a time, others all at once, with the number of the first."""
+    if not documents.on_disk:
+        yield 0, documents
+        return
+    for a in range(0, len(documents), size):
+        yield a, documents.cut(a, min(a + size, len(documents)))
 
 
 def by_slice(documents: Documents, num_slices: int, dtype: torch.dtype) -> Iterator[tuple[int, list[Block]]]:

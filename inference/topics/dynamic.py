@@ -17,6 +17,7 @@ the expected squared moves under the guide, which errs downwards on sparse count
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,8 @@ from .fits import DRAW_NUMBERS, DRAWS, WORD_TOL, deadline_of, learned, plan, wan
 from .form import Admixture
 from .perplexity import complete
 from .walks import Walks
+from .words import Places, improved, library, padded
+from .words import settle as settle_places
 
 if TYPE_CHECKING:
     from ..posterior import Posterior
@@ -43,6 +46,8 @@ STATIC, INNER = 15, 5
 DRIFTS, SHORT, ENOUGH = (0.05, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5), 5, 2000
 #: EM's tolerance, for one word of a document.
 TOL = 10 * WORD_TOL
+#: Share of the variance that counts in forecasts: chosen on slices before the last of speeches of two centuries.
+MEAN = 0.4
 #: Iterations before sigma and alpha are learned.
 BURN = 2
 
@@ -78,12 +83,17 @@ class Climb:
         step = self.drift or walk.step
         self.walks = Walks(start.expand(T, -1, -1).clone(), base, walk.first, step)
         self.n = static.state.n.clone()
-        self.slices = list(by_slice(self.documents, T, self.dtype))
+        self.native = library() if self.dtype == torch.float32 else None
+        self.places = Places(self.documents)
+        self.lengths = torch.from_numpy(self.documents.lengths).float()
+        self.slices = list(by_slice(self.documents, T, self.dtype)) if self.native is None else []
         self.passes = 0
 
     def expectation(self) -> tuple[Tensor, float]:
         """Expected counts (T, K, V) at the present topics, and the log-likelihood of all words at the present shares."""
         phi = self.walks.beta.softmax(2)
+        if self.native is not None:
+            return self.word_by_word(self.native, phi)
         S, total = torch.zeros(phi.shape[0], phi.shape[2], phi.shape[1], dtype=self.dtype), 0.0
         gain, weight = torch.zeros_like(self.alpha), torch.zeros(())
         learn = self.form.alpha_param is not None and self.passes >= BURN
@@ -104,6 +114,19 @@ class Climb:
             self.alpha = (self.alpha * gain / weight).clamp(1e-4, 20.0)
         return S.transpose(1, 2).contiguous(), total
 
+    def word_by_word(self, built: ctypes.CDLL, phi: Tensor) -> tuple[Tensor, float]:
+        """The same in machine code."""
+        tables, K, alpha = padded(phi.transpose(1, 2)), len(self.alpha), padded(self.alpha)
+        S, n, none = torch.zeros_like(tables), padded(self.n), None
+        if self.form.alpha_param is not None and self.passes >= BURN:
+            none = torch.empty_like(n)
+        which = torch.from_numpy(np.ascontiguousarray(self.documents.times, np.int64))
+        total = settle_places(built, self.places, tables, n, alpha, INNER, S=S, none=none, which=which)
+        self.n = n[:, :K].contiguous()
+        if none is not None:
+            self.alpha = improved(self.alpha, self.n, 1.0 - none[:, :K], self.lengths)
+        return S[:, :, :K].transpose(1, 2).contiguous(), total
+
     def foretell(self, first: Documents, second: Documents) -> float:
         """log p of the second halves of new documents, completed from the first."""
         phi, total, times = self.walks.beta.softmax(2).double(), 0.0, np.asarray(first.times)
@@ -118,10 +141,10 @@ class Climb:
         walk = self.form.walk
         assert walk is not None
         S, value = self.expectation()
-        self.chains = self.walks.newton(S)
+        self.walks.newton(S)
         self.walks.learn_base(walk)
         if walk.step_param is not None and self.drift is None and self.passes >= BURN:
-            self.walks.learn_step(self.chains)
+            self.walks.learn_step()
         self.passes += 1
         self.history.append(value)
         return value
@@ -198,7 +221,7 @@ def parts_of(problem: Problem, run: Climb, count: int) -> dict[str, Tensor]:
 
 def extra_of(run: Climb) -> dict[str, Any]:
     """Shares of the fitted documents, and standard deviations of the walks, (K, T, V)."""
-    variance, _ = run.chains.spreads()
+    variance, _ = run.walks.curvature().spreads()
     sd = variance.sqrt().view_as(run.walks.beta).transpose(0, 1).double().contiguous()
     step = torch.tensor(run.walks.step, dtype=torch.float64)
     return {"topics": {"theta.concentration": (run.n + run.alpha).double(), "beta.sd": sd, "step": step}}
@@ -238,8 +261,9 @@ def run_svi(problem: Problem, svi: Any) -> Posterior:
     form, numbers = climb.form, climb.walks.beta.numel()
     count = max(DRAWS, min(svi.draws, DRAW_NUMBERS // max(1, numbers)))
     beta = torch.empty(count, *climb.walks.beta.transpose(0, 1).shape, dtype=torch.float64)
+    chains = climb.walks.curvature()
     for i in range(count):
-        beta[i] = (climb.walks.beta + climb.chains.sample().view_as(climb.walks.beta)).transpose(0, 1)
+        beta[i] = (climb.walks.beta + chains.sample().view_as(climb.walks.beta)).transpose(0, 1)
     notes = [stopped] if stopped else []
     points = parts_of(problem, climb, count)
     if points:
@@ -256,7 +280,10 @@ def run_svi(problem: Problem, svi: Any) -> Posterior:
             "steps": len(climb.history),
             "drift": climb.walks.step,
         },
-        warnings=[*notes, "the guide is a Laplace approximation: bands are those of a Gaussian around the mode"],
+        warnings=[
+            *notes,
+            "the guide is a Laplace approximation: bands are those of a Gaussian around the mode, and k-hat is not known",
+        ],
         timings=meter.timings,
         converged=converged,
         extra=extra_of(climb),
@@ -271,8 +298,9 @@ def forecast(posterior: Posterior, steps: int = 1, draws: int = 0, seed: int = 0
     posterior
         Of a dynamic topic model.
     draws, seed
-        0: the topics where the walk's mean stands, which is where it stood last.  Otherwise draws of the last slice and of the
-        steps after it, whose spread shows how little is known.
+        0: the mean topics, where a word's weight is :math:`e^{m + c v / 2}` of a log-normal with the last mode m and the
+        variance v of mode and steps; c is `MEAN`, as Laplace variances of words that are hardly seen err upwards.  Otherwise
+        draws of the last slice and of the steps after it, whose spread shows how little is known.
 
     Raises
     ------
@@ -288,9 +316,10 @@ def forecast(posterior: Posterior, steps: int = 1, draws: int = 0, seed: int = 0
         raise ValueError(f"steps must be a whole number from 1, got {steps!r}")
     kept = posterior.extra["topics"]
     last = posterior.draws[form.topics].mean(0)[:, -1]
+    variance = kept["beta.sd"][:, -1].square() + steps * kept["step"] ** 2
     if draws < 1:
-        return last.softmax(-1)
-    sd = (kept["beta.sd"][:, -1].square() + steps * kept["step"] ** 2).sqrt()
+        return (last + MEAN * variance / 2).softmax(-1)
+    sd = variance.sqrt()
     noise = torch.empty(draws, *last.shape, dtype=last.dtype).normal_(generator=torch.Generator().manual_seed(seed))
     return (last + sd * noise).softmax(-1)
 

@@ -17,13 +17,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .documents import CELLS, Block, Documents, blocks
+
+if TYPE_CHECKING:
+    from .words import WordByWord
 
 #: Blocks that a corpus has at least, and passes of a restart before it is judged, where words are many and few.
 STEPS, TRIAL, TRIAL_FEW, MANY = 20, 3, 25, 100_000
@@ -111,7 +114,18 @@ class ExpectedCounts:
         N = noise * (total / (V * K) / 1.5)
         n = torch.full((len(documents), K), total / max(1, len(documents)) / K, dtype=dtype)
         self.state = Counts(N, N.sum(0), n, alpha.to(dtype).clone(), eta.to(dtype).clone())
-        self.passes = 0
+        self.passes, self.window = 0, 1
+        self.trial = TRIAL if total > MANY else TRIAL_FEW
+
+    def calm(self) -> bool:
+        """Take plain steps from now on; whether that is a change: it never is."""
+        return False
+
+    def resume(self, state: Counts) -> None:
+        """Topics of another corpus's climb: places get their probabilities under them, and are counted anew, twice."""
+        self.state.N, self.state.Nk = state.N.clone(), state.Nk.clone()
+        for _ in range(2):
+            self.spread(state.eta)
 
     def order(self) -> list[Block]:
         """All blocks in random order."""
@@ -235,13 +249,14 @@ def eta_factor(N: Tensor, eta: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Climbed:
-    """The end of a climb: its state, the log-likelihood of every pass, whether it converged, and why it stopped."""
+    """The end of a climb: its state, the log-likelihood of every pass, whether it converged, why it stopped, and the trials."""
 
     state: Counts
     history: list[float]
     converged: bool
     stopped: str = ""
     validation: list[float] = field(default_factory=list)
+    trials: list[list[float]] = field(default_factory=list)
 
 
 def climb(
@@ -271,40 +286,52 @@ def climb(
     Where concentrations are learned, some documents are set aside to tell when that stops helping; they come back for the
     last passes, with concentrations fixed.
     """
+    from .words import WordByWord, library
+
+    kind = ExpectedCounts if library() is None else WordByWord
     learn = learn_alpha or learn_eta
     aside, rest = set_aside(documents, seed) if learn else (None, documents)
-    best: ExpectedCounts | None = None
+    best: ExpectedCounts | WordByWord | None = None
     highest, history = -np.inf, []
-    trial = min(TRIAL if rest.num_tokens > MANY else TRIAL_FEW, max_iter)
+    trials: list[list[float]] = []
     for r in range(restarts):
         # far apart: the restarts of neighbouring seeds are not each other's
-        run = ExpectedCounts(rest, alpha, eta, learn_alpha, learn_eta, 1000 * seed + r, tied)
+        run = kind(rest, alpha, eta, learn_alpha, learn_eta, 1000 * seed + r, tied)
         run.begin()
-        value = [run.sweep() for _ in range(trial if restarts > 1 else 1)]
+        value = [run.sweep() for _ in range(min(run.trial, max_iter) if restarts > 1 else 1)]
+        trials.append(list(value))
         if best is None or value[-1] > highest:
             best, highest, history = run, value[-1], value
     assert best is not None
     watch = Watch(best, aside, seed)
     tokens, converged, stopped = max(rest.num_tokens, 1.0), False, ""
     while len(history) < max_iter:
+        if len(history) >= max_iter - LAST:
+            best.calm()
         history.append(best.sweep())
         tick(len(history), history[-1] / tokens)
         if watch.worse(len(history)):
             break
-        if len(history) > BURN and abs(history[-1] - history[-2]) < tol * tokens:
+        if still(history, best.window, tol * tokens) and not best.calm():
             converged = True
             break
         if over():
             stopped = "the budget is used up: the best state so far is returned"
             break
     if aside is None:
-        return Climbed(best.state, history, converged, stopped)
+        return Climbed(best.state, history, converged, stopped, trials=trials)
     best = watch.join(documents, seed)
+    best.calm()
     for _ in range(LAST):
         history.append(best.sweep())
         if abs(history[-1] - history[-2]) < tol * tokens:
             break
-    return Climbed(best.state, history, converged or watch.ended, stopped, watch.seen)
+    return Climbed(best.state, history, converged or watch.ended, stopped, watch.seen, trials)
+
+
+def still(history: list[float], window: int, least: float) -> bool:
+    """Whether a pass changed the log-likelihood by less than `least`, on average over the last ones."""
+    return len(history) > BURN + window - 1 and abs(history[-1] - history[-1 - window]) < least * window
 
 
 def set_aside(documents: Documents, seed: int) -> tuple[Documents | None, Documents]:
@@ -319,7 +346,7 @@ def set_aside(documents: Documents, seed: int) -> tuple[Documents | None, Docume
 class Watch:
     """Perplexity of the documents set aside: learning ends when it rises."""
 
-    def __init__(self, run: ExpectedCounts, aside: Documents | None, seed: int) -> None:
+    def __init__(self, run: ExpectedCounts | WordByWord, aside: Documents | None, seed: int) -> None:
         self.run, self.ended = run, False
         self.seen: list[float] = []
         self.halves = None if aside is None else aside.halves(np.random.default_rng(seed))
@@ -342,11 +369,9 @@ class Watch:
         self.seen.append(value)
         return False
 
-    def join(self, documents: Documents, seed: int) -> ExpectedCounts:
+    def join(self, documents: Documents, seed: int) -> ExpectedCounts | WordByWord:
         """All documents with the best concentrations seen, which stay fixed."""
         state = self.best or self.run.state
-        whole = ExpectedCounts(documents, state.alpha, state.eta, seed=seed)
-        whole.state.N, whole.state.Nk = state.N.clone(), state.Nk.clone()
-        for _ in range(2):
-            whole.spread(state.eta)
+        whole = type(self.run)(documents, state.alpha, state.eta, seed=seed)
+        whole.resume(state)
         return whole

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.distributions as td
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 from tqdm import tqdm
@@ -14,8 +16,10 @@ from tqdm import tqdm
 from ..guard import Deadline
 from ..meter import Meter
 from . import expected
+from . import streamed as streaming
 from .form import Admixture
 from .gibbs import sample
+from .streamed import StreamedBayes
 from .variational import VariationalBayes, mean_log
 
 if TYPE_CHECKING:
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
 WORD_TOL = 100.0
 #: Numbers that draws of the topics may take, and draws at least.
 DRAW_NUMBERS, DRAWS = 25_000_000, 25
+#: Importance weights of a guide, fewer where there are so many pairs of words and topics.
+WEIGHTS, FEW_WEIGHTS, MANY_CELLS = 200, 25, 5_000_000
 
 
 def plan(form: Admixture) -> str:
@@ -49,15 +55,17 @@ def plan(form: Admixture) -> str:
     return "\n".join(lines)
 
 
-def refuse_options(em: EM) -> None:
+def refuse_options(em: EM, dynamic: bool = False) -> None:
     """Options of EM that have no meaning here."""
+    from ..methods.em import DRIVERS
+
     if em.estimate == "mle":
         raise ValueError(
             "EM(estimate='mle') is not available for topic models: without priors on shares and topics, rare words have "
             "probability 0; use estimate='map' with small concentrations"
         )
     for name, unset in (
-        ("driver", ("auto", "incremental")),
+        ("driver", ("auto", "incremental") if dynamic else DRIVERS),
         ("start", (None,)),
         ("checkpoint", (None,)),
         ("kernels", (True,)),
@@ -91,7 +99,7 @@ def run_em(problem: Problem, em: EM) -> Posterior:
     from ..posterior import Posterior
 
     form = problem.admixture
-    refuse_options(em)
+    refuse_options(em, form.walk is not None)
     if form.walk:
         from .dynamic import run_em as run_dynamic
 
@@ -111,7 +119,11 @@ def run_em(problem: Problem, em: EM) -> Posterior:
                     em.callback(i, value, {})
 
             sizes = {s.name: math.prod(s.shape) for s in problem.structure.learned}
-            end = expected.climb(
+            ranks = problem.ranks
+            streamed = documents.on_disk or ranks.shares_rows if em.driver == "auto" else em.driver != "incremental"
+            driver = "stepwise" if em.driver == "auto" else em.driver
+            climb = partial(streaming.climb, driver=driver, ranks=ranks) if streamed else expected.climb
+            end = climb(
                 documents, form.alpha.cpu(), eta.contiguous().cpu(),
                 learn_alpha=form.alpha_param is not None, learn_eta=form.eta_param is not None,
                 tied=sizes.get(form.alpha_param or "", 0) == 1 < form.num_topics,
@@ -119,13 +131,14 @@ def run_em(problem: Problem, em: EM) -> Posterior:
                 tick=tick, over=over,
             )  # fmt: skip
         state = end.state
+        kept = {} if streamed else {"theta.concentration": (state.n + state.alpha).double()}
         draws = {form.topics: normalised(state.phi)[None]}
         draws |= learned(problem, form, state.alpha, state.eta[:1] if same else state.eta.T)
         meter.mark("run")
     warnings = [over.reason] if end.stopped else []
     if not end.converged and not end.stopped:
         warnings.append(f"EM did not converge in {em.max_iter} passes; raise max_iter or tol")
-    tokens = max(documents.num_tokens, 1.0)
+    tokens = max(streaming.total(problem.ranks, documents.num_tokens), 1.0)
     return Posterior(
         kind="point",
         method=em,
@@ -135,14 +148,22 @@ def run_em(problem: Problem, em: EM) -> Posterior:
         diagnostics={
             "plan": plan(form),
             "iterations": len(end.history),
-            "leave_one_out": end.history[-1] / tokens,
-            "validation_perplexity": end.validation,
+            ("log_likelihood_a_word" if streamed else "leave_one_out"): end.history[-1] / tokens,
+            **({} if streamed else {"validation_perplexity": end.validation}),
+            **several("restarts", "log-likelihood", end.trials),
         },
         warnings=warnings + want_notes(problem),
         timings=meter.timings,
         converged=end.converged,
-        extra={"topics": {"theta.concentration": (state.n + state.alpha).double()}, "keep_labels": True},
+        extra={"topics": kept, "keep_labels": True},
     )
+
+
+def several(what: str, objective: str, trials: list[list[float]]) -> dict[str, Any]:
+    """What short climbs say about each other, where there were several."""
+    from ..restarts import of_trials
+
+    return {"restarts": of_trials(what, objective, trials, len(trials[0]))} if len(trials) > 1 else {}
 
 
 def want_notes(problem: Problem) -> list[str]:
@@ -172,18 +193,23 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
         return run_dynamic(problem, svi)
     with deadline_of(problem) as over, Meter() as meter:
         documents = form.documents(problem.kwargs)
+        ranks = problem.ranks
+        streamed = documents.on_disk or ranks.shares_rows
+        kind = partial(StreamedBayes, ranks=ranks) if streamed else VariationalBayes
+        late = (lambda: ranks.first(over())) if ranks.shares_rows else over
         runs = [
-            VariationalBayes(documents, form.alpha.float().cpu(), form.eta.float().cpu(), seed=1000 * problem.seed + r)
+            kind(documents, form.alpha.float().cpu(), form.eta.float().cpu(), seed=1000 * problem.seed + r)
             for r in range(svi.starts or 1)
         ]
         meter.mark("setup")
         histories: list[list[float]] = []
-        few = documents.num_tokens < expected.MANY
+        few = streaming.total(ranks, documents.num_tokens) < expected.MANY
         trial = (30 if few else 4) if len(runs) > 1 else 1
         for run in runs:
             if svi.batch_size is not None:
                 run.stochastic_pass()
             histories.append([run.sweep() for _ in range(min(trial, svi.steps))])
+        trials = [list(h) for h in histories]
         best = max(range(len(runs)), key=lambda r: histories[r][-1])
         run, history, warnings, converged = runs[best], histories[best], [], False
         bar = tqdm(total=svi.steps, desc="SVI", disable=not problem.progress, leave=False)
@@ -198,8 +224,8 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
                         converged = True
                         break
                     run.fresh = False  # the last sweeps never fall
-                if over():
-                    warnings.append(over.reason)
+                if late():
+                    warnings.append(over.reason or "the budget of the first rank is used up")
                     break
         run.widen()
         bound = run.bound()
@@ -207,6 +233,8 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
             warnings.append(f"SVI did not converge in {svi.steps} sweeps: the bound was still rising; raise steps")
         lam = run.lam
         assert lam is not None
+        trusted = {} if streamed else weighed(documents, form, lam.double(), run, problem.seed)
+        warnings += untrusted(trusted, form)
         count = max(DRAWS, min(svi.draws, DRAW_NUMBERS // max(1, lam.numel())))
         draws: dict[str, Tensor] = {form.topics: dirichlet_draws(lam, count, problem.seed)}
         draws |= {n: v.expand(count, *v.shape[1:]) for n, v in learned(problem, form, run.alpha, run.eta[:1]).items()}
@@ -223,12 +251,48 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
             "steps": len(history),
             "elbo": bound,
             "elbo_error": 0.0,
+            **trusted,
+            **several("starts", "ELBO", trials),
         },
         warnings=warnings,
         timings=meter.timings,
         converged=converged,
-        extra={"topics": {"phi.concentration": lam, "theta.concentration": run.gamma}},
+        extra={"topics": {"phi.concentration": lam} | ({} if streamed else {"theta.concentration": run.gamma})},
     )
+
+
+def weighed(documents: Any, form: Any, lam: Tensor, run: Any, seed: int) -> dict[str, float]:
+    """k-hat and effective share of importance weights p(w, theta, phi) / q(theta, phi), topics of words summed out."""
+    from ..diagnostics import pareto_khat
+
+    gamma = run.gamma.double()
+    count = FEW_WEIGHTS if documents.counts.size * form.num_topics > MANY_CELLS else WEIGHTS
+    phi, theta = dirichlet_draws(lam, count, seed), dirichlet_draws(gamma, count, seed + 1)
+    prior = [
+        td.Dirichlet(c.double().cpu(), validate_args=False)
+        for c in (run.eta.expand_as(lam), run.alpha.expand_as(gamma))
+    ]
+    guide = [td.Dirichlet(c, validate_args=False) for c in (lam, gamma)]
+    weights = heights(documents, phi[None], theta[None])[0]
+    for p, q, value in zip(prior, guide, (phi, theta), strict=True):
+        weights = weights + np.array([float((p.log_prob(v) - q.log_prob(v)).sum()) for v in value])
+    ratio = np.exp(weights - weights.max())
+    return {"khat": pareto_khat(weights), "weight_ess": float(ratio.sum() ** 2 / (ratio**2).sum() / count)}
+
+
+def untrusted(found: dict[str, float], form: Any) -> list[str]:
+    """A warning where the weights say that spreads are wrong."""
+    from ..diagnostics import KHAT_LIMIT
+
+    if not found:
+        return ["k-hat is not known: documents are read piece by piece, and their shares are not kept"]
+    if not found["khat"] > KHAT_LIMIT:
+        return []
+    instead = "" if form.alpha_param or form.eta_param else "; Gibbs() draws from the posterior itself"
+    return [
+        f"k-hat is {found['khat']:.2f} > {KHAT_LIMIT}: independent topics and shares miss a part of the posterior, and what "
+        f"they say about spread is not to be trusted{instead}"
+    ]
 
 
 def dirichlet_draws(concentration: Tensor, count: int, seed: int) -> Tensor:
@@ -243,7 +307,7 @@ def improve_concentrations(run: VariationalBayes, form: Admixture, steps: int, b
     if steps < burn:
         return
     if form.alpha_param is not None:
-        run.alpha = dirichlet_maximum(run.alpha, mean_log(run.gamma).mean(0))
+        run.alpha = dirichlet_maximum(run.alpha, run.mean_logs)
     if form.eta_param is not None and run.lam is not None:
         V, total = run.eta.shape[1], float(mean_log(run.lam).mean(0).sum())
 
@@ -290,6 +354,7 @@ def run_gibbs(problem: Problem, gibbs: Gibbs) -> Posterior:
             )  # fmt: skip
         meter.mark("run")
     draws: dict[str, Any] = {form.topics: phi.flatten(0, 1), form.theta: form.site_theta(theta.flatten(0, 1))}
+    height = heights(documents, phi, theta)
     warnings = [over.reason] if late else []
     if late and phi.shape[1] == 1:
         warnings.append(
@@ -304,5 +369,16 @@ def run_gibbs(problem: Problem, gibbs: Gibbs) -> Posterior:
         diagnostics={"sampler": "partially collapsed Gibbs", "draws": phi.shape[1]},
         warnings=warnings,
         timings=meter.timings,
+        sample_stats={"log_likelihood": height},
         converged=not late,
     )
+
+
+def heights(documents: Any, phi: Tensor, theta: Tensor) -> np.ndarray:
+    """log p(words | topics, shares) of every draw: phi (C, S, K, V) and theta (C, S, D, K) -> (C, S)."""
+    owner = torch.from_numpy(np.repeat(np.arange(len(documents)), np.diff(documents.starts)))
+    words, counts = torch.from_numpy(documents.words).long(), torch.from_numpy(documents.counts).to(phi.dtype)
+    found = [
+        [float(counts @ (t[owner] * p[:, words].T).sum(-1).log()) for p, t in zip(a, b)] for a, b in zip(phi, theta)
+    ]
+    return np.array(found)

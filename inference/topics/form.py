@@ -19,6 +19,7 @@ import torch.distributions as td
 from torch import Tensor
 
 from ..handlers import unwrap
+from ..sparse_rows import stored_rows
 from .documents import Documents
 
 if TYPE_CHECKING:
@@ -87,6 +88,9 @@ class Admixture:
 
     def documents(self, kwargs: Mapping[str, Any]) -> Documents:
         """The counts of these arguments."""
+        rows = stored_rows(kwargs[self.argument])
+        if rows is not None and self.layout != "tokens":
+            return Documents.from_stored(rows, None if self.times is None else kwargs[self.times].cpu().numpy())
         value = kwargs[self.argument].detach().cpu().numpy()
         times = None if self.times is None else kwargs[self.times].cpu().numpy()
         if self.layout == "table":

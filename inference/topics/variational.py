@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Dirichlet, kl_divergence
 
-from .documents import Block, Documents, blocks
+from .documents import Block, Documents, blocks, in_parts
 
 #: Rounds of coordinate ascent within a document, at most, and the mean change of gamma that ends them.
 ROUNDS, STILL = 100, 1e-3
@@ -84,6 +84,11 @@ class VariationalBayes:
         bound = torch.xlogy(block.counts, norm).sum()
         bound = bound - kl_divergence(Dirichlet(gamma), Dirichlet(self.alpha.expand_as(gamma))).sum()
         return ratio.unsqueeze(2) * theta.unsqueeze(1), W, float(bound)
+
+    @property
+    def mean_logs(self) -> Tensor:
+        """Mean of E[log theta] over the documents."""
+        return mean_log(self.gamma).mean(0)
 
     def sweep(self) -> float:
         """One full natural-gradient step of size one; returns the bound before it."""
@@ -160,8 +165,9 @@ def local_step(
 def shares_given(table: Tensor, alpha: Tensor, documents: Documents, still: float = 1e-4) -> Tensor:
     """Concentrations of q(theta) (D, K) for documents, given `table` (V, K): phi itself or exp(E[log phi])."""
     gamma = torch.ones(len(documents), len(alpha), dtype=alpha.dtype)
-    for block in blocks(documents, alpha.dtype):
-        W = table[block.flat].view(*block.words.shape, -1)
-        start = alpha + block.counts.sum(1, keepdim=True) / len(alpha)
-        gamma[block.rows] = local_step(W, block.counts, start, alpha, still)[0]
+    for first, part in in_parts(documents):
+        for block in blocks(part, alpha.dtype):
+            W = table[block.flat].view(*block.words.shape, -1)
+            start = alpha + block.counts.sum(1, keepdim=True) / len(alpha)
+            gamma[first + block.rows] = local_step(W, block.counts, start, alpha, still)[0]
     return gamma

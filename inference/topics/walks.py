@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from ..compiled import NotCompiled, sampler
 from .form import Walk
+from .words import address
 
 #: Newton steps in one M-step (one where there are so many numbers), rounds of conjugate gradients in one of them, and how far a
 #: word's weight may move in one.
 NEWTON, LARGE, ROUNDS, FAR = 2, 5_000_000, 6, 1.5
 #: Bounds of a learned sigma.
 LEAST, MOST = 0.01, 3.0
+
+
+@functools.lru_cache(maxsize=1)
+def library() -> ctypes.CDLL | None:
+    """Newton steps in machine code; None where there is no C compiler."""
+    try:
+        return sampler("walks")
+    except NotCompiled:
+        return None
 
 
 @dataclass
@@ -78,6 +92,7 @@ class Walks:
     base: Tensor
     first: float
     step: float
+    totals: Tensor = field(init=False)  # words of topics in slices (T, K, 1), at the last Newton step
 
     def pull(self, x: Tensor) -> Tensor:
         """The walk's precision times x (T, K, V)."""
@@ -105,12 +120,21 @@ class Walks:
         start, move = self.beta[0] - self.base, self.beta[1:] - self.beta[:-1]
         return float(value - 0.5 * start.square().sum() / self.first**2 - 0.5 * move.square().sum() / self.step**2)
 
-    def newton(self, S: Tensor, steps: int = 0, rounds: int = ROUNDS) -> Chains:
-        """Newton steps towards the mode; the chains at the last point."""
+    def curvature(self) -> Chains:
+        """The chains at the present point."""
+        return self.chains(self.beta.softmax(2) * self.totals)
+
+    def newton(self, S: Tensor, steps: int = 0, rounds: int = ROUNDS) -> None:
+        """Newton steps towards the mode, topics side by side; in machine code where there is a compiler."""
         steps = steps or (1 if S.numel() > LARGE else NEWTON)
         n, shape = S.sum(2, keepdim=True), S.shape
+        self.totals = n
+        built = library() if S.dtype == torch.float32 else None
         for _ in range(steps):
             pi = self.beta.softmax(2)
+            if built is not None:
+                self.move(built, S, pi, n, rounds)
+                continue
             counts = pi * n
             offset = torch.zeros_like(self.beta)
             offset[0] = self.base / self.first**2
@@ -122,13 +146,29 @@ class Walks:
 
             move = conjugate(hessian, lambda r, c=chains: c.solve(r.reshape(len(r), -1)).view(shape), residual, rounds)
             self.beta = self.beta + move.clamp(-FAR, FAR)
-        return self.chains(self.beta.softmax(2) * n)
 
-    def learn_step(self, chains: Chains) -> None:
+    def move(self, built: ctypes.CDLL, S: Tensor, pi: Tensor, n: Tensor, rounds: int) -> None:
+        """One Newton step by `native/walks.c`, a topic a thread."""
+        self.beta, S, pi = (x.contiguous() for x in (self.beta, S, pi))
+        T, K, V = S.shape
+        counts, base = n[:, :, 0].T.contiguous(), self.base.to(S.dtype).contiguous()
+
+        def of(k: int) -> None:
+            work = torch.empty(6 * T * V + 2 * T, dtype=S.dtype)
+            built.newton_step(
+                ctypes.c_int64(T), ctypes.c_int64(V), ctypes.c_int64(K * V), address(self.beta[:, k]), address(S[:, k]),
+                address(pi[:, k]), address(counts[k]), address(base), ctypes.c_float(1 / self.first**2),
+                ctypes.c_float(1 / self.step**2), ctypes.c_int64(rounds), ctypes.c_float(FAR), address(work),
+            )  # fmt: skip
+
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            list(threads.map(of, range(K)))
+
+    def learn_step(self) -> None:
         """sigma from the expected squared moves under the Gaussian Markov guide."""
         if len(self.beta) < 2:
             return
-        variance, between = chains.spreads()
+        variance, between = self.curvature().spreads()
         move = (self.beta[1:] - self.beta[:-1]).reshape(len(between), -1)
         square = (move.square() + variance[1:] + variance[:-1] - 2 * between).mean()
         self.step = min(max(float(square) ** 0.5, LEAST), MOST)

@@ -1,6 +1,6 @@
 """Kill a fit at random moments until it is through, and compare its answer with that of one that nobody killed.
 
-    python tests/faults/kills.py [kills] [method ...]     methods: em, nuts, svi, saves
+    python tests/faults/kills.py [kills [seed]] [method ...]     methods: em, nuts, svi, saves; 50 kills each by default
 
 Every kill is a SIGKILL: nothing in the process can prepare for it. Fits go on from their checkpoint and must end with the
 same bits; saves must leave the old file or the new one, whole.
@@ -33,10 +33,10 @@ def work(method: str, folder: Path, checkpoint: bool) -> None:
     if method == "saves":
         data = x.reshape(-1, 2)
         answers = [fit(gaussian_mixture, data, EM(restarts=1, max_iter=n), seed=0) for n in (2, 30)]
-        (folder / "begun").touch()
         while True:
             for answer in answers:
                 answer.save(folder / "answer")
+                (folder / "begun").touch()  # from here on there is a file to lose
     if method == "em":
         options = EM(restarts=2, tol=0.0, max_iter=60, checkpoint=path)
     elif method == "nuts":
@@ -110,9 +110,8 @@ def saves_killed(kills: int, seed: int = 0) -> tuple[int, int, list[str]]:
             process.kill()
             process.join()
             met += 1
-            if (folder / "answer").exists():
-                tensors, card = read(folder / "answer")  # raises where the file is not whole
-                seen.setdefault(len(card["history"]), []).append(float(tensors["draws/mu"].sum()))
+            tensors, card = read(folder / "answer")  # raises where the file is lost or not whole
+            seen.setdefault(len(card["history"]), []).append(float(tensors["draws/mu"].sum()))
     mixed = [f"answer of {n} iterations" for n, values in seen.items() if len(set(values)) > 1 or len(seen) > 2]
     return met, sum(map(len, seen.values())), mixed
 
@@ -130,17 +129,25 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def main(arguments: list[str]) -> int:
-    """Print a line for each method; 1 where anything differs."""
+    """Print a line for each method and one for all; 1 where anything differs."""
     torch.set_num_threads(1)
-    kills, failed = int(arguments[0]) if arguments else 50, False
-    for method in arguments[1:] or METHODS:
-        met, done, wrong = saves_killed(kills) if method == "saves" else killed(method, kills)
-        failed |= bool(wrong)
+    given = [int(a) for a in arguments if a.isdigit()]
+    methods = [a for a in arguments if not a.isdigit()] or list(METHODS)
+    if unknown := [m for m in methods if m not in METHODS]:
+        print(f"{unknown[0]!r} is no method; there are {', '.join(METHODS)}", file=sys.stderr)
+        return 2
+    kills, seed = (*given, *(50, 0)[len(given) :])[:2]
+    total, answers, bad = 0, 0, 0
+    for method in methods:
+        met, done, wrong = saves_killed(kills, seed) if method == "saves" else killed(method, kills, seed)
+        total, answers, bad = total + met, answers + done, bad + bool(wrong)
         print(
             f"{method:<6} {met} kills, {done} answers: {'differ in ' + ', '.join(wrong) if wrong else 'all equal'}",
             flush=True,
         )
-    return int(failed)
+    what = f"{bad} methods lost or mixed something" if bad else "no file lost or mixed, every resume equal"
+    print(f"{total} kills at random moments (seed {seed}), {answers} answers: {what}")
+    return int(bad > 0)
 
 
 if __name__ == "__main__":

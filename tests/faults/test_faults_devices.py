@@ -64,6 +64,23 @@ def test_the_batch_of_the_method_is_named(method):
         fit(story, X, SVI(batch_size=20), seed=0)
 
 
+@row("CUDA runs out of memory", ("svi",))
+def test_the_batch_that_is_named_has_room(method):
+    """Half of what was free beside what was asked for; the seed, the store and later fits are untouched."""
+    text = (
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.65 GiB of which 512.00 MiB is free. "
+        "Process 1 has 20.00 GiB memory in use."
+    )
+
+    def story(x):
+        raise torch.OutOfMemoryError(text)
+
+    before = torch.get_rng_state()
+    with pytest.raises(MemoryError, match=r"svi saw 24 of 30 rows: try SVI\(batch_size=3\)"):
+        fit(story, X, SVI(batch_size=24), seed=0)
+    assert torch.equal(torch.get_rng_state(), before) and torch.get_default_dtype() == torch.float32
+
+
 @row("CUDA runs out of memory", ("em",))
 def test_too_little_memory_of_the_processor_is_told_too(method):
     """A table of 10 TB: PyTorch says RuntimeError."""

@@ -48,12 +48,14 @@ def fill_arguments(found: FoundStory, data: str | None, columns: str | None, qui
     CommandError, UsageError
         As `read_data` and `arguments_from`; or there are no data.
     """
-    from .tables import arguments_from, read_data
+    from .tables import arguments_from, read_data, stored_arguments
 
     if data is None:
         if found.example is None:
             raise UsageError(f"{found.label} needs data: add --data FILE")
         return {**found.settings, **found.example}
+    if columns is None and (stored := stored_arguments(found.story, data)):
+        return {**found.settings, **stored}
     dataset = read_data(data, columns.split(",") if columns else None)
     ways = [{**found.settings, **way} for way in arguments_from(dataset, found.arguments, found.label)]
     chosen = ways[0] if len(ways) == 1 else _first_that_runs(found, ways)

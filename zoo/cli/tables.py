@@ -1,6 +1,7 @@
 """From a table (a file or a data set of the zoo) to the arguments of a story."""
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ from .faults import CommandError, UsageError
 
 #: Arguments that a data set's labels answer to, besides its columns.
 _LABELS = ("y", "label", "labels")
+#: Bytes of a .npy file from which it is mapped and not read.
+MAPPED = 1 << 29
 
 
 def read_data(source: str, columns: Sequence[str] | None = None) -> Any:
@@ -41,6 +44,19 @@ def read_data(source: str, columns: Sequence[str] | None = None) -> Any:
         keep = [names.index(c) for c in columns]
         dataset = replace(dataset, x=dataset.x[:, keep], feature_names=tuple(columns))
     return dataset
+
+
+def stored_arguments(story: Any, source: str) -> dict[str, Any]:
+    """What a story sees of data that stay on disk: a corpus that was stored, or a large .npy table; {} of all other data."""
+    from ..data import open_corpus, open_table
+
+    path = Path(source)
+    names = list(signature(getattr(story, "model", story)).parameters)
+    if (path / "corpus.json").exists():
+        return dict(open_corpus(path).as_arguments(names))
+    if names and path.suffix == ".npy" and path.is_file() and path.stat().st_size >= MAPPED:
+        return {names[0]: open_table(path)}
+    return {}
 
 
 def arguments_from(dataset: Any, arguments: Mapping[str, bool], label: str) -> list[dict[str, Any]]:

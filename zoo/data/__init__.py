@@ -2,7 +2,8 @@
 
 `datasets()` lists names, `load(name)` gives one of them and `read(source)` a file or a data frame; the answer
 is always a `Dataset`.  Texts are a `Corpus`: `read_corpus(path)`, `from_texts(texts)`, and `load_corpus()`, which needs
-no download.  Nothing here touches a global random state.
+no download.  What does not fit in memory stays on disk: `store_corpus`, `open_corpus`, `open_table`.  Nothing here touches
+a global random state.
 """
 
 from importlib import import_module
@@ -11,8 +12,10 @@ from typing import Any
 _LAZY = {"Dataset": ".dataset", "datasets": ".library", "load": ".library", "read": ".readers"}
 _LAZY |= {"Corpus": ".text"}
 _LAZY |= {name: ".corpus_readers" for name in ("fetch_corpus", "from_texts", "load_corpus", "read_corpus")}
+_LAZY |= {name: ".stored" for name in ("open_corpus", "store_corpus")}
+_LAZY["open_table"] = ".mapped"
 
-__all__ = ["Corpus", "Dataset", "datasets", "fetch_corpus", "from_texts", "load", "load_corpus", "read", "read_corpus"]
+__all__ = sorted(_LAZY)
 
 
 def __getattr__(name: str) -> Any:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
 import scipy.sparse as sp
+
+from .stored import DOCUMENTS, Ragged, StoredRows, store_corpus
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -48,7 +51,7 @@ class Corpus:
     labels: tuple[Any, ...] = ()
     authors: tuple[Any, ...] = ()
     titles: tuple[Any, ...] = ()
-    sequences: tuple[np.ndarray, ...] = ()
+    sequences: Sequence[np.ndarray] = ()
     name: str = "corpus"
     description: str = ""
     source: str = ""
@@ -60,7 +63,8 @@ class Corpus:
             raise ValueError(f"vocabulary of {self.name!r} has {len(words)} words and counts {counts.shape[1]} columns")
         fields: dict[str, Any] = {"counts": counts, "vocabulary": words}
         for field in ("labels", "authors", "titles", "sequences"):
-            fields[field] = tuple(getattr(self, field))
+            value = getattr(self, field)
+            fields[field] = value if isinstance(value, Ragged) else tuple(value)
         if self.times is not None:
             fields["times"] = times = np.asarray(self.times)
             if times.dtype.kind not in "fiu" or not np.isfinite(times).all():
@@ -128,12 +132,26 @@ class Corpus:
     @property
     def num_tokens(self) -> int:
         """Words of all documents together, repetitions counted."""
-        return int(self.counts.sum())
+        return sum(int(part.sum()) for part in self._parts())
 
     @property
     def lengths(self) -> np.ndarray:
         """Words of each document, (D,)."""
-        return np.asarray(self.counts.sum(1)).reshape(-1).astype(np.int64)
+        found = [np.asarray(part.sum(1)).reshape(-1).astype(np.int64) for part in self._parts()]
+        return np.concatenate([np.zeros(0, np.int64), *found])
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether the counts are read from files as they are needed; see `open_corpus`."""
+        return getattr(self.counts, "on_disk", False)
+
+    def _parts(self) -> Iterator[sp.csr_matrix]:
+        """The counts, so many documents at a time that they can be held."""
+        if not self.on_disk:
+            yield self.counts
+            return
+        for a in range(0, len(self), DOCUMENTS):
+            yield self.counts[a : a + DOCUMENTS]
 
     def __repr__(self) -> str:
         lengths = self.lengths
@@ -145,7 +163,8 @@ class Corpus:
             empty = int((lengths == 0).sum())
             told = f"; {empty} of them empty" if empty else ""
             lines.append(f"  lengths  {low} to {high:,}, half of them up to {mid:,}{told}")
-            common = np.argsort(-np.asarray(self.counts.sum(0)).reshape(-1), kind="stable")[:8]
+            total = sum(np.asarray(part.sum(0)).reshape(-1) for part in self._parts())
+            common = np.argsort(-total, kind="stable")[:8]
             lines.append(f"  words    {', '.join(self.vocabulary[v] for v in common)}, ...")
         if self.times is not None and len(self):
             lines.append(f"  times    {self.times.min():g} to {self.times.max():g}")
@@ -164,7 +183,7 @@ class Corpus:
         """Some of the documents: a slice, a mask or an array of their numbers."""
         index = np.arange(len(self))[which].reshape(-1)
         parts: dict[str, Any] = {
-            field: tuple(getattr(self, field)[i] for i in index) if getattr(self, field) else ()
+            field: tuple(getattr(self, field)[i] for i in index) if len(getattr(self, field)) else ()
             for field in ("labels", "authors", "titles", "sequences")
         }
         times = None if self.times is None else self.times[index]
@@ -266,11 +285,15 @@ class Corpus:
         a, b = (replace(self, counts=m.counts, sequences=m.sequences) for m in made)
         return a, b
 
+    def save(self, folder: str | os.PathLike[str]) -> Self:
+        """Write everything to a new folder, from which `open_corpus` opens it without reading it; returns that corpus."""
+        return store_corpus(folder, [self])  # type: ignore[return-value]
+
     # -- other forms -------------------------------------------------------------------------------------------------
 
     def tokens(self, seed: int = 0) -> list[np.ndarray]:
         """Word ids of each document, in the order of the text where it is known, else in random order."""
-        if self.sequences:
+        if len(self.sequences):
             return [s.copy() for s in self.sequences]
         rng = np.random.default_rng(seed)
         c = self.counts
@@ -325,12 +348,13 @@ class Corpus:
             return {}
         given: dict[str, Any] = {}
         if "words" in names:
-            given["words"], given["w"] = self.padded()
+            views = ("words", "counts")
+            given["words"], given["w"] = [StoredRows(self.counts, v) for v in views] if self.on_disk else self.padded()
             given["num_words"] = self.num_words
         elif "num_words" in names:
             given[names[0]], given["num_words"] = self.padded_tokens(), self.num_words
         else:
-            given[names[0]] = self.counts.toarray()
+            given[names[0]] = self.counts if self.on_disk else self.counts.toarray()
         if "times" in names and self.times is not None:
             given["times"] = self.times
             given["num_slices"] = int(self.times.max()) + 1
@@ -349,7 +373,9 @@ def check_ids(rows: np.ndarray, ids: np.ndarray, num_words: int, where: str) -> 
 
 
 def _whole(counts: Any, where: str) -> sp.csr_matrix:
-    """Counts as a canonical CSR matrix of int64, without stored zeros."""
+    """Counts as a canonical CSR matrix of int64, without stored zeros; those in files were so when they were written."""
+    if getattr(counts, "on_disk", False):
+        return counts
     if not sp.issparse(counts):
         counts = np.asarray(counts)
         if counts.ndim != 2 or counts.dtype.kind not in "fiub":

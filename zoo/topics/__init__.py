@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from pyro.distributions import TorchDistribution
 from pyro.ops.indexing import Vindex
+from pyro.poutine.util import is_validation_enabled
 from torch import Size, Tensor
 from torch.distributions import Categorical, Multinomial, Normal, constraints
 
@@ -188,8 +189,8 @@ def check_words(words: Tensor | None, w: Tensor | None, num_words: int) -> int:
 
 
 def check_ids(name: str, ids: Tensor, least: int, num_words: int) -> None:
-    """Refuse ids outside least .. V - 1, naming the first document with one."""
-    if not ids.numel():
+    """Refuse ids outside least .. V - 1, naming the first document with one; where validation is off, there is no look."""
+    if not ids.numel() or not is_validation_enabled():
         return
     if int(ids.min()) < least or int(ids.max()) >= num_words:
         d, n = (int(i) for i in ((ids < least) | (ids >= num_words)).nonzero()[0])

@@ -24,7 +24,7 @@ Blei, Ng & Jordan, *Latent Dirichlet Allocation* (JMLR 3, 2003).
 """
 
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
 import pyro
 import pyro.distributions as dist
@@ -34,6 +34,9 @@ from torch.distributions import constraints
 
 from ..mixtures import count_setting, pseudo_count
 from . import BagOfWords, check_words, topic_counts, word_shares
+
+if TYPE_CHECKING:
+    from .amortised import AmortisedTopics
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,14 @@ class LDA:
             theta = topic_counts(word_shares(phi, which), w.to(phi), alpha)
         with pyro.plate("documents", D):
             pyro.sample("theta", dist.Dirichlet(theta))
+
+    def amortised(
+        self, encoder: Any, w: Tensor, words: Tensor | None = None, num_words: int = 12, **_: Any
+    ) -> "AmortisedTopics":
+        """The guide that `Amortised(encoder)` stands for: a network reads a document and guesses its topics."""
+        from .amortised import AmortisedTopics
+
+        return AmortisedTopics(self, check_words(words, w, num_words), encoder)
 
     @classmethod
     def example(cls) -> tuple[Self, dict[str, Tensor]]:

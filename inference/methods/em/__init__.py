@@ -142,6 +142,14 @@ class EM:
 
         return Enumeration(joint, self.estimate, self.ridge, self.kernels, theta)
 
+    def trial(self, problem: Problem) -> Callable[[], Any]:
+        """An E-step, to be timed."""
+        from ...joint import LogJoint
+
+        engine = self.engine(LogJoint(problem), None, problem.kwargs)
+        theta = engine.start([problem.seed], 0)
+        return lambda: engine.expectation(theta)
+
     def run(self, problem: Problem) -> Posterior:
         """Climb from every start and keep the best."""
         from ...joint import LogJoint

@@ -195,7 +195,7 @@ class Contest:
             problem=problem,
             draws={n: v.detach().cpu().unsqueeze(0) for n, v in best.theta.items()},
             history=best.history,
-            diagnostics=self.describe(best, sum(fallen)),
+            diagnostics=self.describe(best, fallen),
             timings=timings,
             warnings=self.distrust(best, fallen),
             converged=best.converged and not self.stopped,
@@ -209,15 +209,24 @@ class Contest:
         theta = {n: torch.stack([r.theta[n] for r in self.runs]) for n in self.runs[0].theta}
         return collapsed(self.engine, theta, self.em.ridge)
 
-    def describe(self, best: Run, fallen: int) -> dict[str, Any]:
+    def describe(self, best: Run, fallen: list[bool]) -> dict[str, Any]:
         """Numbers about the runs."""
+        from ...restarts import of_climbs
+
+        several = {}
+        if len(self.runs) > 1:
+            what = "log joint" if self.em.estimate == "map" else "log-likelihood"
+            sound = [r.objective for r, bad in zip(self.runs, fallen) if not bad] or [r.objective for r in self.runs]
+            several["restarts"] = of_climbs("restarts", what, sound, self.em.tol, self.rows)
+            several["restarts"] |= {"count": len(self.runs), "collapsed": sum(fallen)}
         return {
+            **several,
             "objective": best.objective,
             "log_likelihood": best.log_likelihood,
             "iterations": len(best.history),
             "log_likelihoods": best.likelihoods,
             "restart_objectives": [r.objective for r in self.runs],
-            "restarts_collapsed": fallen,
+            "restarts_collapsed": sum(fallen),
             "driver": self.driver,
             "plan": self.engine.plan_text,
         }

@@ -12,6 +12,7 @@ from ...data import take_rows
 from ...distributed import Ranks
 from ...enumeration import LogFactor
 from ...joint import LogJoint, factor_weights
+from ...lazy_rows import affordable, pieces_of
 from .families import Statistics
 from .missing import expected_statistics
 from .plan import Plan
@@ -71,10 +72,10 @@ def make_parts(joint: LogJoint, plan: Plan | None = None) -> list[Part]:
     events = max(
         (s.shape[-1] ** (2 if s.missing else 1) if s.event_shape else 1 for s in structure.observed), default=1
     )
-    rows = max(CHUNK_ROWS, int(CHUNK_ELEMENTS / (width * events)))
+    rows = affordable(kwargs, max(CHUNK_ROWS, int(CHUNK_ELEMENTS / (width * events))))
     if rows >= n:
         return whole
-    return [Part(take_rows(kwargs, structure.row_arguments, slice(i, i + rows))) for i in range(0, n, rows)]
+    return [Part(piece) for piece in pieces_of(kwargs, structure.row_arguments, n, rows)]
 
 
 def few_rows(joint: LogJoint, kwargs: dict[str, Any], count: int = 2) -> dict[str, Any]:

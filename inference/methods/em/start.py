@@ -14,6 +14,7 @@ from torch.nn.functional import one_hot
 from ...data import some_rows
 from ...handlers import unwrap
 from ...joint import LogJoint
+from ...lazy_rows import affordable
 from .estep import Expectation, Part, accumulate, lift, read_slots
 from .plan import Plan
 from .terms import Term
@@ -36,9 +37,10 @@ def sample_rows(joint: LogJoint, seed: int) -> Tensor | None:
     n = joint.structure.num_rows and joint.problem.all_rows
     if not n or not joint.structure.row_arguments:
         return None
-    if n <= SAMPLE:
+    most = affordable(joint.problem.kwargs, SAMPLE)
+    if n <= most:
         return torch.arange(n)
-    return some_rows(n, SAMPLE, torch.Generator().manual_seed(seed)).sort().values
+    return some_rows(n, most, torch.Generator().manual_seed(seed)).sort().values
 
 
 def children_tables(joint: LogJoint, kwargs: dict[str, Any]) -> dict[str, Tensor] | None:
