@@ -232,7 +232,7 @@ def test_em_climbs_to_the_highest_point(name):
 @pytest.mark.parametrize("name", stories(ADMITTED["nuts"], {"CellTable", "PoissonMixture", "BernoulliMixture", "LDA"}))
 def test_nuts_hits(name):
     """Means and variances within five Monte Carlo errors; rows' probabilities at every draw to 1e-6."""
-    verdict = verdict_of(name, NUTS(chains=2, warmup=400, draws=1000))
+    verdict = verdict_of(name, NUTS(chains=4, warmup=500, draws=1000))
     assert verdict.passed, verdict
 
 
@@ -261,7 +261,7 @@ def test_svi_comes_as_near_as_its_family_can(name):
 @pytest.mark.parametrize("name", ADMITTED["hmc"])
 def test_hmc_hits(name):
     """Many chains at once: means and variances within five Monte Carlo errors."""
-    verdict = verdict_of(name, HMC(chains=16, warmup=400, draws=200))
+    verdict = verdict_of(name, HMC(chains=64, warmup=1000, draws=1000))
     assert verdict.passed, verdict
 
 
