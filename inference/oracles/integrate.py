@@ -83,7 +83,7 @@ def refined(density: Density, plan: Plan) -> Converged:
         if exact:
             return Converged(one, plan, 0.0, 0.0)
         if error < AGREED and moment_error < 1e-5:
-            error = max(error, cut_off(density, plan, box, ties, level, one))
+            error = max(error, cut_off(density, plan, box, ties, max(0, level - 2)))
             break
         if spent + one.nodes * density.num_states * GROWTH**plan.order > MOST_NODES:
             break
@@ -97,10 +97,11 @@ def refined(density: Density, plan: Plan) -> Converged:
     return Converged(before, plan, error, moment_error)
 
 
-def cut_off(density: Density, plan: Plan, box: dict[int, Range], ties: Tensor, level: int, whole: Integral) -> float:
+def cut_off(density: Density, plan: Plan, box: dict[int, Range], ties: Tensor, level: int) -> float:
     """Nats that are missing near a singularity of the Gaussian algebra (a scale near 0): as many as a stricter cut costs."""
     if not density.blurred:
         return 0.0
+    whole = single(density, plan, box, ties, level)
     density.sharpness = 0.25
     less = single(density, plan, box, ties, level)
     density.sharpness = 1.0

@@ -17,7 +17,7 @@ DEPTH = 36.0
 #: Nats below it at which nodes begin to lie further apart.
 CORE = 5.0
 #: Size of numbers beyond which their differences are worth another round, and beyond which they are lost in rounding.
-FAR, LOST = 1e5, 1e13
+FAR, LOST = 1e8, 1e13
 #: Points that wander through the region above that level, and how often its ends are pushed outwards.
 WALKERS, PUSHES = 64, 20
 
