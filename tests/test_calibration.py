@@ -106,7 +106,7 @@ def test_planted_errors_are_seen(monkeypatch, change, seen, words):
 
 def test_a_dropped_jacobian_is_seen(monkeypatch):
     monkeypatch.setattr("inference.joint.log_jacobian", lambda transform, free, value: torch.zeros(()))
-    found = check(conjugate, torch.zeros(8), QUICK, simulations=80)
+    found = check(conjugate, torch.zeros(8), QUICK, simulations=200)
     assert "precision" in found.wrong
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,17 +20,17 @@ from ..handlers import MissingCells, ScaleRows, Substitute, unwrap
 from ..joint import LogJoint
 from ..lazy_rows import has_lazy
 from ..problem import Problem
-from ..products import quick_products
 from ..recorder import pure_graph
 from ..sharing import fewer_rows
 from .ascent import Leaves
 from .batches import Batches, is_latent, side_by_side
 from .networks import Networks
+from .paired_draws import own_draws, row_ratios
 from .parameters import NETWORK_RATE, Parameter, column_means, guide_arguments, no_guess, reads_missing, watched
 from .scored import compares, score_step
 from .shared import in_step, joint_draws, of_all_ranks, whole_norm
 from .svi_step import ASKED, faster
-from .tightened import row_weights, tight_step
+from .tightened import tight_step
 from .weighted import PLAIN, Weights, weighted_elbo
 
 #: Draws a step where the story has to be run for each.
@@ -391,72 +390,11 @@ class PairTarget:
         S is `count`, or at least 100 where `seconds` are over before; 5 where no latent is shared by the rows, each of which
         then says its own.
         """
-        return joint_draws(self, lambda: self.own_draws(leaves, count, seconds))
-
-    def own_draws(self, leaves: Leaves, count: int, seconds: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """The same with the rows of this rank."""
-
-        least = 100 if self.shared or self.batches.size is None else 5
-
-        def one(*free: Tensor) -> tuple[Tensor, ...]:
-            with torch.no_grad(), pyro.validation_enabled(False):
-                ratio, values = self.log_ratio(dict(zip(leaves, free)))
-            return (ratio, *(values[n].clone() for n in answered))
-
-        # Rows that are not all here answer when they are asked: their guide reads them.
-        answered = [n for n in self.latents if n in self.shared] if self.look is not None else self.latents
-        inputs = tuple(leaves.values())
-        if not self.sites:
-            return self.repeated(lambda: one(*inputs), 1, seconds, names=answered)
-        structure = self.problem.structure
-        # Of all ranks' data: how many are drawn at once decides which random numbers each gets.
-        own = self.problem.ranks.share == "own"
-        size = structure.data_bytes * (self.problem.all_rows / max(1, structure.num_rows or 1) if own else 1.0)
-        width = max(1, min(100, count, int(4e6 / max(1.0, size))))
-        if width == 1 and least < 100:  # a recording would cost more runs over all rows than it saves
-            return self.repeated(lambda: one(*inputs), count, seconds, least, answered)
-        found = capture(one, inputs, random=True)
-        if found.mode == "graph" and width > 1:
-            try:
-                many = quick_products(
-                    pure_graph(side_by_side(found.call, width, len(inputs)), inputs, random=True), inputs
-                )
-                parts = self.repeated(lambda: many(*inputs), -(-count // width), seconds, least, answered)
-                return parts[0].flatten(0, 1)[:count], {n: v.flatten(0, 1)[:count] for n, v in parts[1].items()}
-            except (RuntimeError, NotImplementedError):
-                pass  # an operation without a batching rule
-        return self.repeated(lambda: found.call(*inputs), count, seconds, least, answered)
-
-    def repeated(
-        self,
-        call: Callable[[], tuple[Tensor, ...]],
-        count: int,
-        seconds: float,
-        least: int = 100,
-        names: Sequence[str] = (),
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        rows, began = [], time.perf_counter()
-        for i in range(count):
-            rows.append(call())
-            if i + 1 >= least and time.perf_counter() - began > seconds:
-                break
-        parts = list(zip(*rows))
-        return torch.stack(parts[0]), {n: torch.stack(p) for n, p in zip(names, parts[1:])}
+        return joint_draws(self, lambda: own_draws(self, leaves, count, seconds))
 
     def row_ratios(self, leaves: Leaves, count: int, seconds: float, most: int = 100) -> Tensor | None:
         """log p - log q of single rows (S, R), where rows do not share a latent that was guessed; else None."""
-        if self.plate is None or self.shared or not self.sites or not self.batches.names:
-            return None
-        chosen = torch.linspace(0, self.batches.rows - 1, min(most, self.batches.rows)).round().long()
-        rows = self.batches.among(chosen.to(self.problem.device))
-
-        def one(*free: Tensor) -> tuple[Tensor]:
-            with torch.no_grad(), pyro.validation_enabled(False):
-                return (row_weights(self, dict(zip(leaves, free)), rows),)
-
-        inputs = tuple(leaves.values())
-        found = capture(one, inputs, random=True)
-        return self.repeated(lambda: found.call(*inputs), count, seconds)[0]
+        return row_ratios(self, leaves, count, seconds, most)
 
     def blame(self, leaves: Leaves, gradients: Leaves) -> tuple[str | None, str]:
         """The parameter whose gradient is not finite, and the site that made it so."""

@@ -301,8 +301,8 @@ def forecast(posterior: Posterior, steps: int = 1, draws: int = 0, seed: int = 0
     draws, seed
         0: the mean topics, where a word's weight is :math:`e^{m + c v / 2}` of a log-normal with the last mode m and the
         variance v of mode and steps; c is `MEAN`, as Laplace variances of words that are hardly seen err upwards.  Slices
-        before the last count by powers of `FADES`: what was talked of then may come back.  Otherwise draws of the last slice and
-        of the steps after it, whose spread shows how little is known.
+        before the last count by powers of `FADES`: what was talked of then may come back.  Otherwise draws of the last slice
+        and of the steps after it, whose spread shows how little is known.
 
     Raises
     ------
