@@ -77,7 +77,7 @@ def test_every_story_ships_an_instance_that_the_oracle_solves(name, untouched):
     for site in oracle.mean:
         assert oracle.mean[site].shape == oracle.sd[site].shape
     for p in oracle.probs.values():
-        torch.testing.assert_close(p.sum(-1), torch.ones(p.shape[:-1]).double())
+        assert float((p.sum(-1) - 1).abs().max()) < 1e-12
     assert "log evidence" in repr(oracle)
 
 
