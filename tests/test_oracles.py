@@ -232,7 +232,7 @@ def test_em_climbs_to_the_highest_point(name):
 @pytest.mark.parametrize("name", stories(ADMITTED["nuts"], {"CellTable", "PoissonMixture", "BernoulliMixture", "LDA"}))
 def test_nuts_hits(name):
     """Means and variances within five Monte Carlo errors; rows' probabilities at every draw to 1e-6."""
-    verdict = verdict_of(name, NUTS(chains=4, warmup=500, draws=1000))
+    verdict = verdict_of(name, NUTS(chains=4, warmup=1000, draws=4000))
     assert verdict.passed, verdict
 
 
