@@ -77,7 +77,7 @@ def test_every_story_ships_an_instance_that_the_oracle_solves(name, untouched):
     for site in oracle.mean:
         assert oracle.mean[site].shape == oracle.sd[site].shape
     for p in oracle.probs.values():
-        torch.testing.assert_close(p.sum(-1), torch.ones(p.shape[:-1]).double())
+        assert float((p.sum(-1) - 1).abs().max()) < 1e-12
     assert "log evidence" in repr(oracle)
 
 
@@ -232,7 +232,7 @@ def test_em_climbs_to_the_highest_point(name):
 @pytest.mark.parametrize("name", stories(ADMITTED["nuts"], {"CellTable", "PoissonMixture", "BernoulliMixture", "LDA"}))
 def test_nuts_hits(name):
     """Means and variances within five Monte Carlo errors; rows' probabilities at every draw to 1e-6."""
-    verdict = verdict_of(name, NUTS(chains=4, warmup=500, draws=1000))
+    verdict = verdict_of(name, NUTS(chains=4, warmup=1000, draws=4000))
     assert verdict.passed, verdict
 
 
