@@ -14,7 +14,7 @@ from stories import gaussian_mixture
 from inference import EM, fit
 from inference.methods.em.missing import sums
 from inference.methods.em.start import lloyd, plus_plus
-from zoo import GMM
+from zoo import GMM, BernoulliMixture, PoissonMixture
 
 IRIS = load_iris().data
 WINE = (load_wine().data - load_wine().data.mean(0)) / load_wine().data.std(0)
@@ -331,3 +331,13 @@ def test_the_plan_says_how_every_latent_is_summed_out():
     text = EM().plan(GMM(3), IRIS)
     assert "softmax over 3 states" in text and "closed form" in text
     assert "contraction" in EM(kernels=False).plan(gaussian_mixture, IRIS)
+
+
+@pytest.mark.parametrize("story", [BernoulliMixture(3), PoissonMixture(3)], ids=repr)
+def test_counts_and_bits_in_single_precision_are_fitted(story):
+    """A million numbers stay float32: densities that come back in single precision met sums in double, and fell over."""
+    x = np.random.default_rng(0).integers(0, 2, (25_000, 42)).astype(np.float64)
+    em = EM(restarts=1, max_iter=4)
+    wide, narrow = (fit(story, d, em, seed=0) for d in (x, x.astype(np.float32)))
+    assert narrow.problem.kwargs["x"].dtype == torch.float32
+    assert abs(wide.history[-1] - narrow.history[-1]) < 1e-4 * len(x)

@@ -195,6 +195,9 @@ def reduce(term: Term, weight: Named, stats: dict[str, Named]) -> Statistics:
     """Weighted sums of the statistics over everything but the term's dimensions."""
     assert term.family is not None
     r, r_dims = weight
+    r = r.to(
+        torch.get_default_dtype()
+    )  # a density of large tables may be in single precision, sums over their rows never are
     letters = dict(
         zip(dict.fromkeys([*r_dims, *(d for _, ds in stats.values() for d in ds), *term.dims]), string.ascii_letters)
     )
