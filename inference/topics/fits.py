@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.distributions as td
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 from tqdm import tqdm
@@ -21,7 +20,7 @@ from .form import Admixture
 from .gibbs import sample
 from .streamed import StreamedBayes
 from .variational import VariationalBayes, mean_log
-from .words import library
+from .words import Places, library, padded, settle
 
 if TYPE_CHECKING:
     from ..methods.em import EM
@@ -236,10 +235,12 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
             warnings.append(f"SVI did not converge in {svi.steps} sweeps: the bound was still rising; raise steps")
         lam = run.lam
         assert lam is not None
-        trusted = {} if streamed else weighed(documents, form, lam.double(), run, problem.seed)
-        warnings += untrusted(trusted, form)
         count = max(DRAWS, min(svi.draws, DRAW_NUMBERS // max(1, lam.numel())))
-        draws: dict[str, Tensor] = {form.topics: dirichlet_draws(lam, count, problem.seed)}
+        weights = 0 if streamed else num_weights(documents, form)
+        phi = dirichlet_draws(lam, max(count, weights), problem.seed)
+        draws: dict[str, Tensor] = {form.topics: phi[:count]}
+        trusted = weighed(documents, phi[:weights], lam.double(), run, problem.seed) if weights else {}
+        warnings += untrusted(trusted, form)
         draws |= {n: v.expand(count, *v.shape[1:]) for n, v in learned(problem, form, run.alpha, run.eta[:1]).items()}
         meter.mark("run")
     return Posterior(
@@ -264,23 +265,39 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
     )
 
 
-def weighed(documents: Any, form: Any, lam: Tensor, run: Any, seed: int) -> dict[str, float]:
+def num_weights(documents: Any, form: Any) -> int:
+    """Draws of the guide that are weighed."""
+    return FEW_WEIGHTS if documents.counts.size * form.num_topics > MANY_CELLS else WEIGHTS
+
+
+def weighed(documents: Any, phi: Tensor, lam: Tensor, run: Any, seed: int) -> dict[str, float]:
     """k-hat and effective share of importance weights p(w, theta, phi) / q(theta, phi), topics of words summed out."""
     from ..diagnostics import pareto_khat
 
     gamma = run.gamma.double()
-    count = FEW_WEIGHTS if documents.counts.size * form.num_topics > MANY_CELLS else WEIGHTS
-    phi, theta = dirichlet_draws(lam, count, seed), dirichlet_draws(gamma, count, seed + 1)
-    prior = [
-        td.Dirichlet(c.double().cpu(), validate_args=False)
-        for c in (run.eta.expand_as(lam), run.alpha.expand_as(gamma))
-    ]
-    guide = [td.Dirichlet(c, validate_args=False) for c in (lam, gamma)]
-    weights = heights(documents, phi[None], theta[None])[0]
-    for p, q, value in zip(prior, guide, (phi, theta), strict=True):
-        weights = weights + np.array([float((p.log_prob(v) - q.log_prob(v)).sum()) for v in value])
+    count, theta = len(phi), dirichlet_draws(gamma, len(phi), seed + 1)
+    pairs = (
+        (run.eta.double().cpu().expand_as(lam), lam, phi),
+        (run.alpha.double().cpu().expand_as(gamma), gamma, theta),
+    )
+    built = library() if count == FEW_WEIGHTS else None
+    weights = heights(documents, phi[None], theta[None])[0] if built is None else told(built, documents, phi, theta)
+    for prior, guide, values in pairs:
+        constant = float((log_beta(guide) - log_beta(prior)).sum())
+        weights = weights + np.array([constant + float(((prior - guide) * v.log()).sum()) for v in values])
     ratio = np.exp(weights - weights.max())
     return {"khat": pareto_khat(weights), "weight_ess": float(ratio.sum() ** 2 / (ratio**2).sum() / count)}
+
+
+def log_beta(concentration: Tensor) -> Tensor:
+    """Logarithm of the normaliser of Dirichlets (..., K), (...)."""
+    return concentration.lgamma().sum(-1) - concentration.sum(-1).lgamma()
+
+
+def told(built: Any, documents: Any, phi: Tensor, theta: Tensor) -> np.ndarray:
+    """log p of all words at topics (S, K, V) and shares (S, D, K), in machine code and single precision, (S,)."""
+    places, none = Places(documents), padded(torch.zeros(phi.shape[1]))
+    return np.array([settle(built, places, padded(p.T), padded(t), none, 0) for p, t in zip(phi, theta, strict=True)])
 
 
 def untrusted(found: dict[str, float], form: Any) -> list[str]:
