@@ -1,8 +1,8 @@
 """LDA on Associated Press articles: perplexity, coherence and processor time beside tomotopy and scikit-learn.
 
 Settings of every side are chosen on validation documents with two seeds of their own; the test documents are looked at once,
-at the end, for every other seed.  Times are processor times of whole fits.  scikit-learn's bound at the same settings is compared in a case
-of its own.
+at the end, for every other seed.  Times are processor times of whole fits.  scikit-learn's bound at the same settings is
+compared in a case of its own.
 
     python -m pip install tomotopy
     python benchmarks/lda_ap.py --data FOLDER [--quick]     # FOLDER holds docs.ldac and vocab.txt
