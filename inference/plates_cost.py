@@ -34,6 +34,8 @@ class Problem:
         Widths of the plates' labels, (p,).
     steps
         Step of a node in a chain, -1 outside, (n,); `families`: a number for each family, -1 outside.
+    pitch
+        From one step of a chain to the next, in steps of the grid.
     """
 
     half: Array
@@ -45,6 +47,7 @@ class Problem:
     labels: Array
     steps: Array
     families: Array
+    pitch: int = 2
 
     @cached_property
     def inner(self) -> tuple[tuple[int, ...], ...]:
@@ -162,7 +165,7 @@ def _chain_costs(problem: Problem, x: Array, y: Array) -> Array:
         for j in inside[inside > i]:
             if problem.families[i] == problem.families[j]:
                 cost += 14 * np.abs(y[:, i] - y[:, j])
-            apart = 2 * STEP * (problem.steps[j] - problem.steps[i])
+            apart = problem.pitch * STEP * (problem.steps[j] - problem.steps[i])
             cost += 16 * np.abs(x[:, j] - x[:, i] - apart)
     others = np.flatnonzero(problem.steps < 0)
     if len(inside) and len(others):  # nobody stands between the steps
@@ -185,7 +188,7 @@ def _edge_costs(problem: Problem, x: Array, y: Array) -> Array:
     slanted = 0.9 * ((dx != 0) & (dy != 0)) + 0.5 * np.minimum(np.abs(dx), np.abs(dy))
     length = np.hypot(dx, dy)
     usual = upward + flat + slanted + 0.6 * length + 0.35 * length**2
-    chained = 12 * np.abs(dy) + 30 * (dx <= 0) + 2 * np.abs(dx - 2 * STEP)
+    chained = 12 * np.abs(dy) + 30 * (dx <= 0) + 2 * np.abs(dx - problem.pitch * STEP)
     cost = np.where(problem.chained, chained, usual).sum(1)
     for ends, starts in ((b, a), (a, b)):
         for node in np.unique(ends):

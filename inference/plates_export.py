@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from .plates_fold import Graph, Node, fold_loops, graph
-from .plates_symbols import index_letters, symbol, with_symbols
+from .plates_fold import fold_loops
+from .plates_graph import Graph, Node, graph, plate_letters
+from .plates_symbols import symbol, with_symbols
 from .provenance import relations
 
 
@@ -87,7 +88,7 @@ class _Drawn:
 def _read(story: Any, args: tuple, kwargs: dict[str, Any]) -> _Drawn:
     sites = fold_loops(relations(story, *args, **kwargs))
     diagram = graph(sites)
-    letters = index_letters(diagram.plates, sites)
+    letters = plate_letters(diagram, sites)
     tree, labels = _Box(), {}
     for node in diagram.nodes.values():
         box = tree
@@ -99,7 +100,7 @@ def _read(story: Any, args: tuple, kwargs: dict[str, Any]) -> _Drawn:
         labels[node.name] = node.name if plain else symbol(node.name, [indices] if indices else [], math_text=False)
         if node.kind == "dots":
             labels[node.name] = "…"
-    captions = {p.name: f"{p.name}  {letters[p.name].size} = {p.size}" for p in diagram.plates.values()}
+    captions = {p.name: p.caption(letters[p.name].size, math_text=False) for p in diagram.plates.values()}
     ids = {name: f"n{i}" for i, name in enumerate(diagram.nodes)}
     return _Drawn(diagram, ids, labels, captions, tree)
 

@@ -119,69 +119,6 @@ def _chain(families: dict[str, dict[int, str]], sites: dict[str, Site]) -> Chain
     return Chain(families, min(starts), max(next(iter(families.values()))), tuple(lagged))
 
 
-@dataclass(frozen=True)
-class Node:
-    """One thing to draw.
-
-    Attributes
-    ----------
-    kind
-        As `Site.kind`, or "dots" for the steps of a chain that are left out.
-    plates
-        Names of the plates around it.
-    step
-        Position within a chain's shown steps, None outside of one.
-    family
-        The chain's family, so that its steps stand in a row.
-    """
-
-    name: str
-    kind: str
-    plates: tuple[str, ...] = ()
-    step: int | None = None
-    family: str | None = None
-
-
-@dataclass(frozen=True)
-class Graph:
-    """What a diagram shows: nodes, arrows, plates with sizes."""
-
-    nodes: dict[str, Node]
-    edges: tuple[tuple[str, str], ...]
-    plates: dict[str, Plate]
-
-
-def graph(sites: dict[str, Site]) -> Graph:
-    """Nodes and arrows of folded sites; of a chain, two steps, dots and the last one."""
-    nodes: dict[str, Node] = {}
-    edges: dict[tuple[str, str], None] = {}
-    hidden: set[str] = set()
-    dots: list[tuple[str, str]] = []
-    steps: dict[str, tuple[int, str]] = {}
-    extra: list[Node] = []
-    for chain in find_chains(sites):
-        shown = {chain.first: 0, chain.first + 1: 1, chain.last: 3}
-        steps |= {n: (shown[i], base) for n, (base, i) in chain.place.items() if i in shown}
-        hidden |= {n for n, (_, i) in chain.place.items() if i not in shown}
-        linked = dict.fromkeys(b for pair in chain.lagged for b in pair) or dict.fromkeys(chain.families)
-        for base in linked:
-            member = sites[next(iter(chain.families[base].values()))]
-            extra.append(Node(f"{base} ...", "dots", tuple(p.name for p in member.plates), 2, base))
-        for parent, child in chain.lagged:
-            before = chain.families[parent].get(chain.first + 1)
-            dots += [(before, f"{child} ...")] if before else []
-            dots += [(f"{parent} ...", chain.families[child][chain.last])]
-    for name, site in sites.items():
-        if name not in hidden:
-            step, family = steps.get(name, (None, None))
-            nodes[name] = Node(name, site.kind, tuple(p.name for p in site.plates), step, family)
-            edges |= dict.fromkeys((p, name) for p in site.parents if p not in hidden)
-    nodes |= {n.name: n for n in extra}
-    edges |= dict.fromkeys(e for e in dots if e[0] in nodes and e[1] in nodes)
-    plates = {p.name: p for s in sites.values() for p in s.plates}
-    return Graph(nodes, tuple(edges), plates)
-
-
 def used_words(sites: Iterable[Site]) -> set[str]:
     """First words of all names, which indices must not repeat."""
     return {re.split(r"[_\d]", spoken(s.name))[0] for s in sites}

@@ -66,7 +66,7 @@ def _starts(problem: Problem) -> Iterator[Array]:
         for level in set(rank):
             row = [i for i in order if rank[i] == level]
             grid[row, 0] = width * (np.arange(len(row)) - (len(row) - 1) / 2).round()
-        grid[chain, 0] = 2 * problem.steps[chain]
+        grid[chain, 0] = problem.pitch * problem.steps[chain]
         yield grid
     if chain.any():
         yield _around_chain(problem, 2 * early)
@@ -85,7 +85,7 @@ def _starts(problem: Problem) -> Iterator[Array]:
 def _around_chain(problem: Problem, y: Array) -> Array:
     """Families in rows; what each depends on above the first row, or below the last one, at the right."""
     chain = problem.steps >= 0
-    grid = np.stack([2.0 * np.maximum(problem.steps, 0), y], 1).astype(float)
+    grid = np.stack([float(problem.pitch) * np.maximum(problem.steps, 0), y], 1).astype(float)
     rows = sorted({y[i] for i in np.flatnonzero(chain)})
     count = {-1: 0, 1: 0}
     for node in np.flatnonzero(~chain):
@@ -95,7 +95,7 @@ def _around_chain(problem: Problem, y: Array) -> Array:
             continue
         low = len(rows) > 1 and children and min(y[b] for b in children) > rows[0]
         side = 1 if low else -1
-        grid[node] = 8 + 2 * count[side], (rows[-1] if low else rows[0]) + 2 * side
+        grid[node] = 4 * problem.pitch + 2 * count[side], (rows[-1] if low else rows[0]) + 2 * side
         count[side] += 1
     return grid
 

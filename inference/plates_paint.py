@@ -166,7 +166,7 @@ def _paint_nodes(laid: Picture, ax: "Axes", scale: float, view: View) -> None:
             continue
         if node.kind != "dots":
             line = (0, (3.5, 2.5)) if node.kind == "deterministic" else "-"
-            fill = view.fills.get(name, SHADE if node.kind == "observed" else "white")
+            fill = view.fills.get(node.origin or name, SHADE if node.kind == "observed" else "white")
             outline: dict[str, Any] = {"ec": INK, "lw": 1.2 * scale, "ls": line, "zorder": 3, "gid": _id("node", name)}
             ax.add_patch(Ellipse((x, y), 2 * hw, 2 * hh, fc=fill, **outline))
         _write(ax, x, y, laid.texts[name], NODE_SIZE * scale, gid=_id("text", name))
@@ -191,11 +191,12 @@ def _paint_arrows(laid: Picture, ax: "Axes", scale: float, view: View) -> None:
         )
         ax.add_patch(arrow)
 
+    site = {name: node.origin or name for name, node in laid.graph.nodes.items()}
     for parent, child in laid.graph.edges:
-        draw(parent, child, view.edges.get((parent, child), ""))
+        draw(parent, child, view.edges.get((site[parent], site[child]), ""))
     for parent, child in view.own:
-        if parent in laid.centres and child in laid.centres:
-            draw(parent, child, OWN)
+        for a, b in laid.graph.copies(parent, child):
+            draw(a, b, OWN)
 
 
 def _aside(laid: Picture, name: str, other: str, bend: float) -> tuple[float, float]:

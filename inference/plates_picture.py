@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from .plates_cost import Problem, crosses, label_places
-from .plates_fold import Graph, Node, graph
+from .plates_cost import STEP, Problem, crosses, label_places
+from .plates_graph import Graph, Node, graph, plate_letters
 from .plates_layout import arrange
 from .plates_reading import Site
-from .plates_symbols import index_letters, symbol, upright
+from .plates_symbols import symbol, upright
 
 RADIUS, DOT, SQUARE = 0.27, 0.055, 0.075
 NODE_SIZE, NAME_SIZE, LABEL_SIZE = 14.5, 12.0, 10.5
@@ -64,9 +64,9 @@ def picture(sites: dict[str, Site]) -> Picture:
     """Lay out sites whose loops are folded."""
     diagram = graph(sites)
     nodes = list(diagram.nodes.values())
-    letters = index_letters(diagram.plates, sites)
+    letters = plate_letters(diagram, sites)
     texts = {n.name: _node_text(n, [letters[p].index for p in n.plates]) for n in nodes}
-    captions = {p.name: f"{p.name}  ${letters[p.name].size} = {p.size}$" for p in diagram.plates.values()}
+    captions = {p.name: p.caption(letters[p.name].size, math_text=True) for p in diagram.plates.values()}
     halves = {n.name: _half_size(n, texts[n.name]) for n in nodes}
     order = {n.name: i for i, n in enumerate(nodes)}
     members = {p: frozenset(order[n.name] for n in nodes if p in n.plates) for p in diagram.plates}
@@ -85,6 +85,7 @@ def picture(sites: dict[str, Site]) -> Picture:
         labels=np.array([text_size(captions[p], LABEL_SIZE)[0] for p in plates]),
         steps=np.array([-1 if n.step is None else n.step for n in nodes], int),
         families=np.array([-1 if n.family is None else families[n.family] for n in nodes], int),
+        pitch=_pitch(diagram, captions),
     )
     xy, frames = arrange(problem)
     centres = {n.name: (float(xy[i, 0]), float(xy[i, 1])) for i, n in enumerate(nodes)}
@@ -97,6 +98,14 @@ def picture(sites: dict[str, Site]) -> Picture:
         places = [tuple(map(float, place[0])) for place in label_places(problem, i, frames[None])]
         laid.plate_labels[name] = _place_in_frame(laid, name, captions[name], places)
     return laid
+
+
+def _pitch(diagram: Graph, captions: dict[str, str]) -> int:
+    """How far the steps of a chain stand apart, in steps of the grid: parts of a plate need room for their labels."""
+    wide = max(
+        (text_size(captions[p.name], LABEL_SIZE)[0] + 0.35 for p in diagram.plates.values() if p.part), default=0
+    )
+    return max(2, int(np.ceil(wide / STEP)))
 
 
 def _along_chain(first: int | None, second: int | None) -> bool:

@@ -26,16 +26,25 @@ from .plates_replay import (
     row_dimension,
     rows_changed,
 )
+from .plates_symbols import subscripted
+from .plates_time import TimeAxis, divided, tells_step, time_axis
 from .session import isolated
 
 
 @dataclass(frozen=True)
 class Plate:
-    """A plate around a site; `dim` is None where the plate is a loop."""
+    """A plate around a site; `dim` is None where the plate is a loop, `part` is (plate, step) of a part of a plate."""
 
     name: str
     size: int
     dim: int | None
+    part: tuple[str, int] | None = None
+
+    def caption(self, size: str, math_text: bool) -> str:
+        """Name and size, for example "documents  D_1 = 12": `size` is the letter of the size."""
+        name, step = self.part or (self.name, None)
+        told = f"{subscripted(size, [] if step is None else [str(step)], math_text)} = {self.size}"
+        return f"{name}  ${told}$" if math_text else f"{name}  {told}"
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,8 @@ class Site:
         Formula of each argument of the distribution: (("loc", Ref("mu")), ("scale", Number(1.0))).
     aligned
         Plates along which row n depends on row n of its parents alone, as a numerical check has shown.
+    time
+        The chain that its value is along one of its dimensions, where it is one.
     """
 
     name: str
@@ -66,6 +77,7 @@ class Site:
     family: str | None = None
     arguments: tuple[tuple[str, Expr], ...] = ()
     aligned: frozenset[str] = frozenset()
+    time: TimeAxis | None = None
 
     @property
     def constants(self) -> dict[str, float]:
@@ -201,7 +213,26 @@ class Reading:
                 if name in aligned:
                     sites[name] = replace(sites[name], aligned=sites[name].aligned | {frame.name})
             self._align_inputs(before, sites, inside, values, frame)
+        for name in (n for n, s in found.items() if s["kind"] in ("latent", "observed")):
+            axis = time_axis(found[name]["fn"], values.get(name), sites[name])
+            if axis is not None:
+                for frame in plates.values():
+                    rows = divided(axis, name, frame, sites, found, values, before, self.run)
+                    axis = axis if rows is None else self._in_columns(axis, frame.name, rows, sites)
+                sites[name] = replace(sites[name], time=axis)
         return sites
+
+    def _in_columns(self, axis: TimeAxis, plate: str, rows: list[Tensor], sites: dict[str, Site]) -> TimeAxis:
+        """The chain with a plate that falls into one part a step, and the arrays that say nothing more."""
+        told = {
+            n
+            for key, value in (*self.positional, *self.keywords.items())
+            for n in (key, f"{key} (argument)")
+            if n in sites and sites[n].kind == "input" and tells_step(value, axis, rows)
+            and plate in (p.name for p in sites[n].plates)
+        }  # fmt: skip
+        columns = (*axis.columns, (plate, tuple(int(r.sum()) for r in rows)))
+        return replace(axis, columns=columns, told=axis.told | told)
 
     def _align_inputs(self, before: dict, sites: dict[str, Site], inside: list[str], values: dict, frame: Any) -> None:
         """Arguments whose row n is used for row n alone belong inside the plate."""

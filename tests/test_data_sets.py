@@ -2,7 +2,9 @@
 
 import io
 import pickle
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,6 +12,8 @@ import pytest
 import torch
 
 from zoo import Dataset, datasets, load, read
+
+ROOT = Path(__file__).parent.parent
 
 SIMULATED = ("old_faithful", "poisson_counts", "three_clusters")
 
@@ -35,6 +39,31 @@ def test_every_set_is_complete_and_leaves_the_random_states_alone(name):
     assert len(data.feature_names) == (data.x.shape[1] if data.x.ndim == 2 else 1)
     assert torch.equal(data.x, load(name).x)
     assert f"{name}: {len(data)} rows" in repr(data) and data.description in repr(data)
+
+
+def test_the_first_load_of_a_process_leaves_every_random_stream_alone():
+    """A library that draws from a global stream at its first import: seen only in a process that has not loaded it yet."""
+    program = """
+import random
+import numpy, torch
+import zoo
+from zoo.data.library import datasets
+def streams():
+    _, keys, place, *_ = numpy.random.get_state()
+    return random.getstate(), keys.tobytes(), place, torch.get_rng_state().numpy().tobytes()
+random.seed(0)
+before = streams()
+loads = {name: (zoo.load, name) for name in datasets()} | {"load_corpus": (zoo.load_corpus,)}
+for name, (load, *given) in loads.items():
+    load(*given)
+    if streams() != before:
+        print(name, end=" ")
+        before = streams()
+"""
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
+    assert (ran.returncode, ran.stdout) == (0, ""), ran.stdout + ran.stderr
 
 
 def test_bundled_sets_are_scikit_learns():

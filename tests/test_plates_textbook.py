@@ -1,10 +1,17 @@
 """Every diagram of the zoo against the drawing of its textbook: the same arrows, the same boxes around the same nodes."""
 
-import pytest
+from dataclasses import replace
 
-from inference.plates_fold import fold_loops, graph
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from inference.plates_fold import fold_loops
+from inference.plates_graph import graph
 from inference.provenance import relations
 from zoo.catalog import catalog
+from zoo.topics import RandomWalk
 
 STORIES = {entry.name: entry for entry in catalog()}
 
@@ -41,7 +48,12 @@ TEXTBOOK = {
     ),
     "LDA": (["theta phi > w"], {"topics": "phi", "documents": "theta w"}),
     "TokenLDA": (["theta > z", "z phi > w"], {"topics": "phi", "documents": "theta z w", "words": "z w"}),
-    "DTM": (["m > beta", "theta beta times > w"], {"topics": "beta", "documents": "theta w times"}),
+    "DTM": (
+        ["m > beta_1", "beta_1 > beta_2", "beta_2 > dots", "dots > beta_6",
+         "beta_1 theta_1 > w_1", "beta_2 theta_2 > w_2", "beta_6 theta_6 > w_6"],
+        {"topics": "beta_1 beta_2 dots beta_6", "documents_1": "theta_1 w_1", "documents_2": "theta_2 w_2",
+         "documents_6": "theta_6 w_6"},
+    ),
 }  # fmt: skip
 
 
@@ -50,8 +62,9 @@ def test_arrows_and_boxes_are_those_of_the_book(name):
     """An arrow lost between trace and picture, one too many, or a node in the wrong box."""
     story, data = STORIES[name].example()
     drawn = graph(fold_loops(relations(story, **data)))
-    short = {n.name: "dots" if n.kind == "dots" and n.family == "z" else n.name for n in drawn.nodes.values()}
-    free = {n.name for n in drawn.nodes.values() if n.kind == "dots" and n.family != "z"}  # no arrow leads there
+    linked = {n for edge in drawn.edges for n in edge}
+    short = {n.name: "dots" if n.kind == "dots" and n.name in linked else n.name for n in drawn.nodes.values()}
+    free = {n.name for n in drawn.nodes.values() if n.kind == "dots" and n.name not in linked}
     arrows, boxes = TEXTBOOK[name]
     expected = {(p, a.partition(" > ")[2]) for a in arrows for p in a.partition(" > ")[0].split()}
     assert {(short[a], short[b]) for a, b in drawn.edges} == expected
@@ -59,8 +72,37 @@ def test_arrows_and_boxes_are_those_of_the_book(name):
         p: {short[n.name] for n in drawn.nodes.values() if p in n.plates and n.name not in free} for p in drawn.plates
     }
     wanted = {plate: set(inside.split()) for plate, inside in boxes.items()}
-    # A given array stands beside the box or in it, as the layout likes.
-    assert {p: m - {"times"} for p, m in members.items()} == {p: m - {"times"} for p, m in wanted.items()}
+    assert members == wanted
+
+
+def test_columns_of_the_dynamic_topic_model_count_the_documents_of_their_slice():
+    """Documents in another column than their slice's, or a learned drift with an arrow to the first slice."""
+    story, data = STORIES["DTM"].example()
+    plates = graph(fold_loops(relations(story, **data))).plates
+    sizes = {p.part[1]: p.size for p in plates.values() if p.part}
+    assert sizes == {t: int((data["times"] == t - 1).sum()) for t in (1, 2, 6)}
+    learned = graph(fold_loops(relations(replace(story, drift=None), **data)))
+    assert {b for a, b in learned.edges if a == "sigma"} == {"beta_2", "beta_6"}
+    assert {b for a, b in learned.edges if a == "m"} == {"beta_1"}
+
+
+def test_bare_stories_with_a_chain_in_one_site_are_unfolded_by_what_their_rows_see():
+    """Columns where each row sees one step; one node wherever a row sees two of them, or rows have to do with rows."""
+
+    def local_level(y, both=False):
+        x = pyro.sample("x", RandomWalk(torch.zeros(1), torch.tensor(1.0), torch.tensor(0.5), 6))[:, 0]
+        seen = (x + x.roll(1)) / 2 if both else x
+        with pyro.plate("days", 6):
+            pyro.sample("y", dist.Normal(seen, 0.1), obs=y)
+
+    drawn = graph(fold_loops(relations(local_level, torch.zeros(6))))
+    assert set(drawn.edges) == {
+        ("x_1", "x_2"), ("x_2", "x ..."), ("x ...", "x_6"), ("x_1", "y_1"), ("x_2", "y_2"), ("x_6", "y_6"),
+    }  # fmt: skip
+    assert not drawn.plates  # one row a step: the column is box enough
+    mixed = graph(fold_loops(relations(local_level, torch.zeros(6), both=True)))
+    assert [p.size for p in mixed.plates.values()] == [6]
+    assert {(a, b) for a, b in mixed.edges if b == "y"} == {("x_1", "y"), ("x_2", "y"), ("x_6", "y")}
 
 
 def test_what_is_seen_is_shaded_and_nothing_else():

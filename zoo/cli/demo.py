@@ -4,6 +4,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..imports import bring
+
 
 def run(folder: Path, *, seed: int | None = 0, progress: bool | None = None) -> Any:
     """Fit a mixture of three Gaussians to Fisher's irises with EM, SVI and NUTS.
@@ -63,8 +65,7 @@ def run(folder: Path, *, seed: int | None = 0, progress: bool | None = None) -> 
 
 def _agreement(posterior: Any, dataset: Any) -> float:
     """Adjusted Rand index (Hubert & Arabie, 1985): 1 is the same clustering, 0 what chance gives."""
-    from sklearn.metrics import adjusted_rand_score
-
+    adjusted_rand_score = bring("sklearn.metrics").adjusted_rand_score
     clusters = posterior.local("z", dataset.x).argmax(-1)
     return float(adjusted_rand_score(dataset.labels.numpy(), clusters.cpu().numpy()))
 

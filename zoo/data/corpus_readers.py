@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
+from ..imports import bring
 from .text import Corpus, check_ids
 from .text_tables import decode, decode_bytes
 
@@ -109,8 +110,6 @@ def from_texts(texts: Sequence[str], **about: Any) -> Corpus:
     ValueError
         No texts, one that holds a NUL byte, or no word that is left by the settings.
     """
-    from sklearn.feature_extraction.text import CountVectorizer
-
     ours = {k: about.pop(k) for k in list(about) if k in Corpus.__dataclass_fields__ and k != "vocabulary"}
     if not len(texts):
         raise ValueError("texts is empty: there is no document")
@@ -119,7 +118,7 @@ def from_texts(texts: Sequence[str], **about: Any) -> Corpus:
             raise TypeError(f"text {n} is {type(one).__name__}, expected str; decode bytes first")
         if "\0" in one:
             raise ValueError(f"text {n} holds a NUL byte at character {one.index(chr(0))}: it is no text")
-    vectorizer = CountVectorizer(**{"token_pattern": WORD, **about})
+    vectorizer = bring("sklearn.feature_extraction.text").CountVectorizer(**{"token_pattern": WORD, **about})
     try:
         counts = vectorizer.fit_transform(texts)
     except ValueError as error:
@@ -145,7 +144,7 @@ def fetch_corpus(name: str = "20newsgroups", **settings: Any) -> Corpus:
     OSError
         No network and nothing in scikit-learn's cache.
     """
-    from sklearn import datasets
+    datasets = bring("sklearn.datasets")
 
     if name != "20newsgroups":
         why = "; rcv1 holds weights and no counts" if name == "rcv1" else ""

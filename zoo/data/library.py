@@ -96,13 +96,13 @@ def load(name: str, **settings: Any) -> "Dataset":
 
 
 def _bundled(name: str) -> "Dataset":
-    import sklearn.datasets
     import torch
 
+    from ..imports import bring
     from .dataset import Dataset
 
     loader, description, source = _BUNDLED[name]
-    bunch = getattr(sklearn.datasets, loader)()
+    bunch = getattr(bring("sklearn.datasets"), loader)()
     return Dataset(
         name=name,
         x=torch.tensor(bunch.data, dtype=torch.float64),

@@ -9,6 +9,8 @@ import pyro.distributions as dist
 import torch
 from torch import Size, Tensor
 
+from ..imports import bring
+
 Setting = float | Sequence[float] | Tensor
 
 #: Rows that are enough to find centres which lie apart.
@@ -179,7 +181,7 @@ def spread_rows(x: Tensor, num_rows: int) -> Tensor:
     A missing cell counts as its column's mean.  Where `x` has too few rows, they repeat; of very many, some are looked at.
     Arthur & Vassilvitskii, *k-means++: The Advantages of Careful Seeding* (SODA 2007).
     """
-    from sklearn.cluster import kmeans_plusplus
+    kmeans_plusplus = bring("sklearn.cluster").kmeans_plusplus
 
     most = max(FEW_ROWS, 50 * num_rows)
     if len(x) > most:

@@ -143,6 +143,9 @@ class RandomWalk(TorchDistribution):
     }
     has_rsample = True
     support = constraints.independent(constraints.real, 2)
+    # For diagrams: the dimension of the event along which it is a chain, and what shapes its first step alone.
+    time_dim: ClassVar[int] = -2
+    first_arguments: ClassVar[tuple[str, ...]] = ("loc", "first")
 
     def __init__(self, loc: Tensor, first: Tensor, step: Tensor, num_steps: int, batch_shape: Any = ()) -> None:
         self.loc, self.first, self.step, self.num_steps = loc, first, step, num_steps
