@@ -122,6 +122,10 @@ def svg(figure: Any, prefix: str) -> str:
     with matplotlib.rc_context({"svg.hashsalt": "report"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", buffer.getvalue(), flags=re.S)
+    # Matplotlib hashes a clipping box to its last bit, which rounding in the layout changes: names by order do not.
+    hashed = dict.fromkeys(re.findall(r'\bid="([a-z][0-9a-f]{10})"', text))
+    order = {name: f"{name[0]}{i}" for i, name in enumerate(hashed)}
+    text = re.sub(r'(?<=[#"])[a-z][0-9a-f]{10}(?=[")])', lambda m: order.get(m[0], m[0]), text)
     return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", text[text.index("<svg") :])
 
 

@@ -10,8 +10,10 @@ from pyro import poutine
 from torch import Tensor
 
 from .handlers import FlatStart, unwrap
+from .mending import MISTAKES, retold
 from .problem import story_dtype
 from .session import isolated
+from .shapes import Record
 from .structure import pair
 
 
@@ -34,7 +36,8 @@ def simulate(
     Raises
     ------
     ValueError
-        `given` names a site that the story does not have, or a prior is improper and has no draws.
+        `given` names a site that the story does not have, or a prior is improper and has no draws. A mistake in the
+        story: where it stops, what had been drawn, and the line that mends it.
     """
     model, _ = pair(story)
     fixed = {name: torch.as_tensor(value) for name, value in (given or {}).items()}
@@ -45,11 +48,17 @@ def simulate(
     with isolated(seed, story_dtype(story)), torch.no_grad(), poutine.block(), FlatStart():
         fixed, inputs = in_default_dtype(fixed), in_default_dtype(inputs)
         try:
-            trace: Any = poutine.trace(pyro.condition(model, fixed)).get_trace(**inputs)
+            tracer = poutine.trace(pyro.condition(model, fixed))
+            trace: Any = tracer.get_trace(**inputs)
         except NotImplementedError as error:
             raise ValueError(
                 f"a prior of the story has no draws ({str(error).splitlines()[0]}); hold that site fixed with given={{...}}"
             ) from None
+        except MISTAKES as error:
+            told = retold(error, _so_far(tracer.msngr.trace), inputs)
+            if told is None:
+                raise
+            raise told from error
     sites = {n: s for n, s in trace.nodes.items() if s["type"] == "sample" and type(s["fn"]).__name__ != "_Subsample"}
     if unknown := set(fixed) - set(sites):
         raise ValueError(f"given has {sorted(unknown)}, which are no sites of the story; it has {list(sites)}")
@@ -57,6 +66,19 @@ def simulate(
     if improper:
         raise ValueError(f"the prior of {improper} is improper and has no draws; hold it fixed with given={{...}}")
     return {name: site["value"].detach() for name, site in sites.items()}
+
+
+def _so_far(trace: Any) -> dict[str, Record]:
+    """What had been drawn before the story stopped."""
+    found: dict[str, Record] = {}
+    for name, site in trace.nodes.items():
+        value, fn = site.get("value"), site.get("fn")
+        if site["type"] == "sample" and isinstance(value, Tensor) and type(fn).__name__ != "_Subsample":
+            kind = "observed" if site["is_observed"] else "latent"
+            frames = site["cond_indep_stack"]
+            plates, sizes = tuple(f.name for f in frames), tuple(f.size for f in frames)
+            found[name] = Record(name, kind, "", tuple(value.shape), tuple(fn.event_shape), plates, sizes)
+    return found
 
 
 def in_default_dtype(values: dict[str, Any]) -> dict[str, Any]:

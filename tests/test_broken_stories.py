@@ -5,7 +5,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from inference import SVI, fit
+from inference import SVI, fit, simulate
 from inference.mending import StoryError
 
 N, D = 50, 3
@@ -286,3 +286,19 @@ def test_retold_error_keeps_its_cause_and_its_line():
     with pytest.raises(StoryError, match=r"return torch.matmul\(z, W\)") as error:
         fit(story, TABLE)
     assert isinstance(error.value.__cause__, RuntimeError)
+
+
+def test_a_story_that_stops_while_it_dreams_is_told_in_the_same_words(untouched):
+    """PyTorch's words and Pyro's table of shapes instead of the line that mends it, where no data are given."""
+
+    def broken(num_data=7):
+        spread = pyro.sample("spread", dist.Uniform(-2.0, -1.0))
+        with pyro.plate("data", num_data):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, spread))
+
+    with pytest.raises(StoryError) as caught:
+        simulate(broken, seed=0)
+    told = str(caught.value)
+    assert "stops at site 'x'" in told and "z       (7,)  in plate 'data' of size 7" in told
+    assert "mend: draw scale from a positive distribution" in told and "Trace Shapes" not in told
