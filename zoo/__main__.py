@@ -183,7 +183,7 @@ def fit(
         progress=progress,
         cross_check=cross_check,
     )
-    print(posterior.why(), posterior.summary(), sep="\n\n")
+    print(posterior.choice or posterior.why(), posterior.summary(), sep="\n\n")
     if save and leads():
         posterior.save(save)
         print(f"\nposterior: {save}")
