@@ -48,7 +48,7 @@ class Amortised:
         (rank: the root of their number).
 
     What rows share (weights, means, variances) is guessed by independent normals, finite latents are summed out. A story with
-    a method `amortised(encoder, **arguments)` brings a guide of its own for "mean_field", as `LDA` does.
+    a method `amortised`, of the encoder and its arguments, brings a guide of its own for "mean_field", as `LDA` does.
 
     Examples
     --------
