@@ -120,6 +120,7 @@ def story_rows(sites: dict[str, Site], math_text: bool) -> tuple["Writer", list[
 
 
 def plates_of(sites: dict[str, Site]) -> dict[str, Plate]:
+    """All plates of some sites, by name."""
     return {p.name: p for s in sites.values() for p in s.plates}
 
 
