@@ -17,7 +17,7 @@ from .mending import MISTAKES, known, retold
 from .methods import resolve
 from .methods.base import Method, one_of, positive_float, positive_int
 from .posterior import Posterior
-from .problem import Problem, prepare
+from .problem import Problem, brought_home, prepare
 from .sharing import shared_out
 
 #: Seconds that NUTS may be expected to take before `auto` prefers SVI, where no budget is given.
@@ -219,7 +219,8 @@ def run(
             raise told from error
         if shared is not problem:
             posterior = replace(posterior, problem=problem if ranks.share == "split" else posterior.problem)
-        posterior = replace(posterior, choice=choice)
+    posterior = replace(posterior, choice=choice, problem=brought_home(posterior.problem))
+    with posterior.problem.scope(problem.seed):
         if guard.reached is not None:
             note = f"the memory budget of {memory:g} MB is used up ({guard.reached:.0f} MB): the best state so far is returned"
             posterior = replace(posterior, warnings=[note, *posterior.warnings], converged=False)
