@@ -116,7 +116,7 @@ def note(climb: Climb, e: Expectation, limits: Limits) -> list[int]:
         run.history.append(objectives[i])
         run.likelihoods.append(likelihoods[i])
         if limits.callback is not None:
-            limits.callback(climb.iteration, objectives[i], run.theta)
+            limits.callback(climb.iteration, objectives[i], {n: v.cpu() for n, v in run.theta.items()})
         run.converged = abs(rise) < limits.tol * limits.rows or not climb.theta
         if not run.converged:
             going.append(i)
