@@ -135,7 +135,7 @@ def fit(
     place = None
     if device == "auto":
         problem, place = on_a_device(problem, choice, on, others)
-    elif problem.device.type != "cpu" and (alone := only_here(problem, choice.method)):
+    if problem.device.type != "cpu" and (alone := only_here(problem, choice.method)):
         problem, place = brought_home(problem), DeviceChoice("cpu", (), alone, str(device))
     posterior = run(problem, choice, time.perf_counter() - began, others, memory)
     if place is not None:
