@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from .streaming import Stream
 
@@ -193,14 +194,21 @@ class LazyRows(Tensor):
         if name in OWN and isinstance(args[0], LazyRows):
             return OWN[name](*args, **kwargs)
 
+        given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+        home = next((v.device for v in given if isinstance(v, LazyRows)), torch.device("cpu"))
+        there = any(not isinstance(v, LazyRows) and v.ndim for v in given)
+
         def filled(value: Any) -> Any:
             if not isinstance(value, LazyRows):
                 return value
             if isinstance(value.source, HostTable):  # a look at the data, before any work
-                return value.source.table.to(value.dtype)
+                table = value.source.table.to(value.dtype)
+                return table.to(value.device) if there else table
             return value.whole(f"{name} on all rows")
 
-        return func(*map(filled, args), **{k: filled(v) for k, v in kwargs.items()})
+        found = func(*map(filled, args), **{k: filled(v) for k, v in kwargs.items()})
+        # A summary is wanted on the device; a large table of looks, such as `isnan`, stays where the data are.
+        return tree_map_only(Tensor, lambda t: t.to(home) if t.numel() <= CELLS else t, found)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

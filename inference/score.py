@@ -194,7 +194,7 @@ def ladder(log_weights: Tensor, k: int = 50) -> Ladder:
         evidence=evidence,
         error=ratio.std(0) / math.sqrt(len(table)) if len(table) > 1 else torch.full_like(evidence, math.nan),
         ess=ratio.sum(0) ** 2 / (ratio**2).sum(0),
-        khat=torch.tensor([pareto_khat(row) for row in table.cpu().numpy().T], dtype=torch.float64),
+        khat=torch.tensor([pareto_khat(row) for row in table.cpu().numpy().T], dtype=torch.float64, device=table.device),
         draws=len(table),
         k=k,
     )

@@ -72,16 +72,24 @@ class Card:
     ----------
     limit
         Bytes that it holds.
+
+    Attributes
+    ----------
+    waits
+        How often the processor has waited for it.
+    largest
+        Bytes of the largest tensor it has held.
     """
 
     def __init__(self, limit: float = float("inf")) -> None:
-        self.limit, self.waits = limit, 0
+        self.limit, self.waits, self.largest = limit, 0, 0
         self._there: dict[int, StorageWeakRef] = {}
         self._sizes: dict[int, int] = {}
         self._crowd = 4096
         self._lock = threading.Lock()
         self._local = threading.local()
         self.tape: list[tuple[Any, ...]] | None = None
+        self.before: dict[int, tuple[Any, Any]] = {}
         self.generators: set[int] = set()
         self._kept: list[Any] = []
 
@@ -107,22 +115,41 @@ class Card:
                     self._sizes[place._cdata] = place.nbytes()
                     if len(self._there) > self._crowd or self.limit < float("inf"):
                         self._tidy()
-                    if self.used() > self.limit:
+                    self.largest = max(self.largest, place.nbytes())
+                    held = sum(self._sizes.values()) if self.limit < float("inf") else 0
+                    if held > self.limit:
+                        asked, free = place.nbytes() / 2**20, max(0.0, self.limit - held + place.nbytes()) / 2**20
                         raise torch.OutOfMemoryError(
-                            f"CUDA out of memory. Tried to allocate {place.nbytes() / 2**20:.2f} MiB. GPU 0 has a total capacity of "
-                            f"{self.limit / 2**20:.2f} MiB of which {max(0, self.limit - self.used() + place.nbytes()) / 2**20:.2f} "
-                            "MiB is free."
+                            f"CUDA out of memory. Tried to allocate {asked:.2f} MiB. GPU 0 has a total capacity of "
+                            f"{self.limit / 2**20:.2f} MiB of which {free:.2f} MiB is free."
                         )
 
+    def keep(self, args: Any, kwargs: Any, func: Any) -> None:
+        """What an operation is about to write over, once a recording: recording does not run anything."""
+        named = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
+        written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        for tensor in tensors_of(*(named.get(name) for name in written)):
+            place = tensor.untyped_storage()
+            if place._cdata not in self.before:
+                self.before[place._cdata] = (place, place.clone())
+
     def _tidy(self) -> None:
-        gone = [key for key, ref in self._there.items() if ref.expired()]
-        for key in gone:
+        for key in [key for key, ref in self._there.items() if ref.expired()]:
             del self._there[key], self._sizes[key]
         self._crowd = 2 * len(self._there) + 4096
 
     def used(self) -> int:
         """Bytes on the card."""
-        return sum(self._sizes.values()) if self.limit < float("inf") else 0
+        with self._lock:
+            self._tidy()
+            return sum(self._sizes.values())
+
+
+def looks_at_numbers(func: Any, args: Any) -> bool:
+    """Whether the processor must wait for what an operation finds: a number, or a shape that hangs on one."""
+    if func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
+        return any(t.dtype in (torch.bool, torch.uint8) for t in tensors_of(args[1]))
+    return any(tag in func.tags for tag in LOOKS)
 
 
 class Kernels(TorchDispatchMode):
@@ -153,10 +180,12 @@ class Kernels(TorchDispatchMode):
         else:
             there = bool(on) or (not given and card.ambient[-1])
         self.check(func, args, on, off)
-        if card.tape is not None and (there or on) and (any(tag in func.tags for tag in LOOKS) or (on and not there)):
+        looks = bool(on) and (not there or looks_at_numbers(func, args))
+        card.waits += looks
+        if card.tape is not None and looks:
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
-        if (on and any(tag in func.tags for tag in LOOKS)) or (on and not there):
-            card.waits += 1
+        if card.tape is not None and func._schema.is_mutable:
+            card.keep(args, kwargs, func)
         out = func(*args, **kwargs)
         if there:
             for tensor in tensors_of(out):
@@ -217,6 +246,12 @@ def marked(device: Any) -> Any:
     return HOST if device == torch.device("cpu") else device
 
 
+def has_program(tensor: Tensor) -> bool:
+    """Whether a kind of tensor answers functions by a program of its own."""
+    program = getattr(type(tensor).__torch_function__, "__func__", None)
+    return program not in (None, torch.Tensor.__torch_function__.__func__)  # type: ignore[attr-defined]
+
+
 class Names(TorchFunctionMode):
     """Above autograd: devices that programs ask for and are told."""
 
@@ -228,6 +263,12 @@ class Names(TorchFunctionMode):
         kwargs, card = dict(kwargs or {}), self.card
         if func is torch.device:
             return func(*args, **kwargs)
+        other = next((t for t in tensors_of(args, kwargs) if has_program(t)), None)
+        if other is not None:
+            if not torch._C._is_torch_function_enabled():
+                return func(*args, **kwargs)  # its program asks for what the tensor itself says
+            with self:  # its own program is watched, too
+                return type(other).__torch_function__(func, types, args, kwargs)
         if func in GETTERS:
             if args[0].device.type == "meta":
                 return func(*args)
@@ -242,12 +283,15 @@ class Names(TorchFunctionMode):
             device = kwargs.pop("device", None)
             made = func(*args, **kwargs)
             return made if device is None else self.move(torch.Tensor.to, made, device=device)
-        if func in (torch.Tensor.pin_memory, torch.Tensor.record_stream):
+        if func is torch.Tensor.pin_memory:
             return args[0]
-        if "device" in kwargs:
-            kwargs["device"] = marked(kwargs["device"])
-        args = tuple(marked(a) if isinstance(a, torch.device) else a for a in args)
-        card.ambient.append(any(card.holds(t) for t in tensors_of(args, kwargs)))
+        given, handed_on = list(tensors_of(args, kwargs)), isinstance(func, torch._ops.OpOverload)
+        if not handed_on:  # by a mode below, which has seen devices that C++ filled in
+            if "device" in kwargs:
+                kwargs["device"] = marked(kwargs["device"])
+            args = tuple(marked(a) if isinstance(a, torch.device) else a for a in args)
+        inherits = handed_on and not given
+        card.ambient.append(card.ambient[-1] if inherits else any(map(card.holds, given)))
         try:
             out = func(*args, **kwargs)
         finally:
@@ -331,6 +375,9 @@ def stand_ins(card: Card) -> dict[str, Any]:
             yield
         finally:
             card.tape = None
+            for place, old in card.before.values():
+                place.copy_(old)
+            card.before = {}
 
     def nothing(*_: Any, **__: Any) -> None:
         pass
@@ -386,6 +433,19 @@ def generators(card: Card) -> type:
     return Generator
 
 
+def grouped(card: Card) -> Callable[..., Any]:
+    """What optimisers ask for: lists of tensors by device and type, told apart by where they are pretended to be."""
+    real = torch._C._group_tensors_by_device_and_dtype
+
+    def groups(lists: Any, with_indices: bool = False) -> Any:
+        return {
+            (NAME if card.holds(found[0][0]) else device, dtype): (found, numbers)
+            for (device, dtype), (found, numbers) in real(lists, with_indices).items()
+        }
+
+    return groups
+
+
 def no_compiler(*_: Any, **__: Any) -> Any:
     """A pretended card runs no machine code."""
     raise RuntimeError("there is no compiler for a pretended card")
@@ -423,6 +483,12 @@ def pretended(limit: float = float("inf")) -> Iterator[Card]:
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         stack.enter_context(mock.patch.object(torch, "Generator", generators(card)))
         stack.enter_context(mock.patch.object(torch, "compile", no_compiler))
+        stack.enter_context(mock.patch.object(torch.Tensor, "record_stream", lambda tensor, stream: None))
+        # Inference mode hides copies between devices from the modes.
+        stack.enter_context(
+            mock.patch.object(torch, "inference_mode", lambda mode=True: torch.no_grad() if mode else nullcontext())
+        )
+        stack.enter_context(mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", grouped(card)))
         stack.enter_context(mock.patch.object(threading.Thread, "run", run_there))
         for name in ("__enter__", "__exit__"):  # `with device:` goes below all other modes, where it would not be seen
             stack.enter_context(mock.patch.object(DeviceContext, name, getattr(TorchFunctionMode, name)))

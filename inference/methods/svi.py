@@ -414,7 +414,7 @@ class SVI:
             return {n: v[:1] for n, v in draws.items()}, found, warnings
         by_row = target.row_ratios(leaves, 200, seconds) if hasattr(target, "row_ratios") else None
         if by_row is not None:
-            steps = ladder(by_row, min(BLOCK, len(by_row)))
+            steps = ladder(by_row.cpu(), min(BLOCK, len(by_row)))
             bad = float((steps.khat > KHAT_LIMIT).double().mean())
             found |= {"khat": float(np.median(steps.khat.numpy())), "khat_bad_rows": bad, "ladder": repr(steps)}
             if bad > BAD_ROWS:

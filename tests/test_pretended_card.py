@@ -1,0 +1,255 @@
+"""Fits on a card that is pretended: the answers of the processor, nothing left behind, and the refusals of a real card."""
+
+import gc
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pretended_card import pretended
+from torch import nn
+
+from inference import EM, HMC, NUTS, SVI, fit
+from inference.lazy_rows import LazyRows
+from zoo import GMM, PPCA, GaussianHMM
+
+CUDA = torch.cuda.is_available()
+pytestmark = pytest.mark.skipif(CUDA, reason="a CUDA device is here: pytest --device cuda")
+
+
+def clusters(n=300, d=3):
+    generator = torch.Generator().manual_seed(0)
+    centres = 4 * torch.randn(3, d, generator=generator, dtype=torch.float64)
+    z = torch.randint(3, (n,), generator=generator)
+    return centres[z] + torch.randn(n, d, generator=generator, dtype=torch.float64)
+
+
+@pytest.fixture
+def card():
+    with pretended() as found:
+        yield found
+
+
+# -- the pretence ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_card_refuses_is_refused(card):
+    """Two devices in one operation, NumPy's look, the wrong generator, also under vmap and in a backward pass."""
+    x = torch.randn(5, 3, device="cuda", requires_grad=True)
+    for work in (
+        lambda: x + torch.ones(3),
+        lambda: torch.stack([x[0], torch.ones(3)]),
+        lambda: torch.vmap(lambda row: row * torch.ones(3))(x),
+        lambda: torch.ones(5, 3)[torch.arange(2, device="cuda")],
+        lambda: torch.ones(3).add_(x[0].detach()),
+    ):
+        with pytest.raises(RuntimeError, match="same device"):
+            work()
+    with pytest.raises(TypeError, match="cuda:0 device type tensor to numpy"):
+        np.asarray(x.detach())
+    with pytest.raises(RuntimeError, match="generator"):
+        torch.randn(3, device="cuda", generator=torch.Generator())
+
+    class Forgetful(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * torch.full((3,), 2.0)
+
+    with pytest.raises(RuntimeError, match="same device"):
+        Forgetful.apply(x).sum().backward()
+
+
+def test_what_a_card_takes_is_taken(card):
+    """Numbers without dimension, indices of the processor, copies, views, gradients; and it is known where each lies."""
+    x = torch.randn(5, 3, device="cuda", requires_grad=True)
+    for made in (
+        x * torch.tensor(2.0),
+        x[torch.arange(2)],
+        x[0].T,
+        x.double(),
+        x.new_zeros(3),
+        torch.zeros_like(x),
+        torch.tensor([1.0], device="cuda"),
+        torch.autograd.grad((x**2).sum(), x)[0],
+        torch.vmap(lambda row: row * torch.ones(3, device=row.device))(x),
+        torch.zeros(3).to(x),
+        nn.Linear(3, 2).to("cuda")(x),
+    ):
+        assert made.is_cuda and made.device == torch.device("cuda:0")
+    assert x.cpu().device.type == x.to("cpu").device.type == torch.zeros(3).device.type == "cpu"
+    with torch.device("cuda"):
+        assert torch.ones(2).is_cuda and torch.as_tensor(1.0).is_cuda and not torch.ones(2, device="cpu").is_cuda
+
+
+def test_recorded_operations_are_repeated_in_their_memory(card):
+    """And a look at a number, which a recording cannot hold, is refused."""
+    y = torch.zeros(4, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        total = (y + 1).sum()
+    y.fill_(3.0)
+    assert total.item() == 4.0
+    graph.replay()
+    assert total.item() == 16.0
+    with pytest.raises(RuntimeError, match="capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        total.item()
+
+
+def test_the_pretence_ends():
+    """Also after an error."""
+    with pytest.raises(KeyError), pretended():
+        assert torch.cuda.is_available()
+        raise KeyError
+    assert not torch.cuda.is_available() and torch.Generator().device.type == "cpu"
+
+
+# -- fits ------------------------------------------------------------------------------------------------------------------
+
+
+def bare(x):
+    """Knows nothing of devices: every tensor it makes must be made where the data are."""
+    weights = pyro.sample("weights", dist.Dirichlet(torch.ones(3)))
+    with pyro.plate("components", 3):
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(2), 5.0 * torch.ones(2)).to_event(1))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.Normal(mu[z], torch.tensor([1.0, 1.0])).to_event(1), obs=x)
+
+
+def regression(X, y):
+    w = pyro.sample("w", dist.Normal(torch.zeros(X.shape[1]), 3.0).to_event(1))
+    noise = pyro.sample("noise", dist.HalfNormal(torch.tensor(1.0)))
+    with pyro.plate("data", len(X)):
+        pyro.sample("y", dist.Normal(X @ w, noise), obs=y)
+
+
+class Autoencoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.decoder = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+        self.encoder = nn.Linear(3, 4).double()
+
+    def model(self, x):
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.decoder(z), torch.tensor(0.5)).to_event(1), obs=x)
+
+    def guide(self, x):
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("data", len(x)):
+            loc, log_scale = self.encoder(x).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+
+X = clusters()
+PAIR = {"X": X[:, :2].contiguous(), "y": X[:, 2].contiguous()}
+WALK = torch.randn(20, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+QUICK = {"steps": 40, "starts": 1, "draws": 20}
+CASES = {
+    "em": (GMM(3), X, EM(restarts=2)),
+    "em of a bare story": (bare, X[:, :2].contiguous(), EM(restarts=2)),
+    "incremental em": (GMM(3), X, EM(restarts=1, driver="incremental", batch_size=100)),
+    "em of rows with gaps": (GMM(2), X.masked_fill(torch.rand(X.shape) < 0.1, torch.nan), EM(restarts=1, max_iter=5)),
+    "em of PPCA": (PPCA(1), X, EM()),
+    "em of a chain": (GaussianHMM(2), WALK, EM(restarts=1, max_iter=5)),
+    "em by gradient": (regression, PAIR, EM(restarts=1)),
+    "svi": (regression, PAIR, SVI(guide="full_rank", **QUICK)),
+    "svi in batches": (regression, PAIR, SVI(guide="mean_field", batch_size=50, **QUICK)),
+    "svi, latents summed out": (bare, X[:, :2].contiguous(), SVI(guide="mean_field", **QUICK)),
+    "svi of networks": (Autoencoder, X, SVI(guide="story", batch_size=50, **QUICK)),
+    "svi, eager": (regression, PAIR, SVI(guide="mean_field", mode="eager", **QUICK)),
+    "svi, recorded": (regression, PAIR, SVI(guide="mean_field", mode="cudagraph", batch_size=50, **QUICK)),
+    "svi of networks, recorded": (Autoencoder, X, SVI(guide="story", mode="cudagraph", **QUICK)),
+    "hmc": (regression, PAIR, HMC(chains=4, warmup=60, draws=30, backend="graph")),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_card_answers_as_the_processor_does(case):
+    """The same draws, in the processor's memory; nothing stays on the card, and the seed and the random state are kept."""
+    story, data, method = CASES[case]
+    made = (lambda: story()) if isinstance(story, type) else (lambda: story)
+    plain = "graph" if getattr(method, "mode", "") == "cudagraph" else getattr(method, "mode", None)
+    wanted_method = SVI(**{**vars(method), "mode": plain}) if isinstance(method, SVI) else method
+    wanted = fit(made(), data, wanted_method, seed=1, device="cpu")
+    state = torch.get_rng_state()
+    with pretended() as card:
+        found = fit(made(), data, method, seed=1, device="cuda")
+        assert found.diagnostics["device"].startswith("cuda")
+        if isinstance(method, SVI) and method.mode == "cudagraph":
+            assert found.diagnostics["mode"] == "cudagraph", found.diagnostics["reason"]
+        gc.collect()
+        assert card.used() == 0
+        assert found.problem.device.type == "cpu"
+        assert all(not v.is_cuda for v in (*found.draws.values(), *found.problem.kwargs.values()))
+        rows = found.log_prob()
+    assert torch.equal(torch.get_rng_state(), state)
+    np.testing.assert_allclose(found.history, wanted.history, rtol=1e-6)
+    for name, value in wanted.draws.items():
+        torch.testing.assert_close(found.draws[name], value, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(rows, wanted.log_prob(), rtol=1e-5, atol=1e-5)
+
+
+def test_chains_of_nuts_stay_on_the_processor():
+    """Their machine code cannot see a card; whoever asked for one is told."""
+    with pretended():
+        found = fit(regression, PAIR, NUTS(chains=1, warmup=20, draws=10), seed=1, device="cuda")
+    assert found.diagnostics["device"].startswith('cpu ("cuda": the chains of nuts run in machine code')
+
+
+@pytest.mark.parametrize("method", [EM(restarts=1, max_iter=8), SVI(guide="mean_field", batch_size=64, **QUICK)])
+def test_rows_that_do_not_fit_the_card_travel(method):
+    """Half of the card's free memory is not enough for them: blocks and batches come one by one, to the same answer."""
+    story, x = (GMM(3), clusters(4000)) if method.name == "em" else (regression, clusters(4000))
+    data = x if method.name == "em" else {"X": x[:, :2].contiguous(), "y": x[:, 2].contiguous()}
+    wanted = fit(story, data, method, seed=1, device="cpu")
+    with pretended() as card, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "mem_get_info", lambda *_: (x.numel() * 8, 1 << 30))
+        patch.setattr("inference.methods.em.mixture.FEATURES", 5000)
+        patch.setattr("inference.methods.em.mixture.KEEP", 0)
+        found = fit(story, data, method, seed=1, device="cuda")
+        assert all(isinstance(v, LazyRows) for v in found.problem.kwargs.values() if isinstance(v, torch.Tensor))
+        assert card.used() == 0
+    np.testing.assert_allclose(found.history, wanted.history, rtol=1e-6)
+
+
+def test_a_full_card_is_told_with_a_smaller_batch():
+    """And gives back what the fit held."""
+    x = clusters(4000)
+    with pretended(limit=x.numel() * 8 * 1.5) as card:
+        with pytest.raises(MemoryError, match=r"out of memory.*saw 4000 of 4000 rows: try SVI\(batch_size=\d+\)"):
+            fit(regression, {"X": x[:, :2].contiguous(), "y": x[:, 2].contiguous()}, SVI(**QUICK), seed=0, device="cuda")
+        gc.collect()
+        assert card.used() == 0
+
+
+def test_a_story_with_a_tensor_of_the_processor_is_told():
+    """Both devices are named, and what to do."""
+    kept = torch.ones(len(X), dtype=torch.float64)
+
+    def story(x):
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(3), 5.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu * kept[:, None], 1.0).to_event(1), obs=x)
+
+    with pretended(), pytest.raises(ValueError, match="data are on device 'cuda'.*holds tensors on 'cpu'.*device='cpu'"):
+        fit(story, X, SVI(**QUICK), seed=0, device="cuda")
+
+
+@pytest.mark.parametrize("first", ["cpu", "cuda"])
+def test_a_climb_goes_on_on_another_device(first, tmp_path):
+    """A checkpoint of a card is continued on the processor, and the other way round, to the answer of one run."""
+    second = "cuda" if first == "cpu" else "cpu"
+    options = {"restarts": 1, "tol": 0.0, "checkpoint": tmp_path / "climb"}
+    with pretended():
+        fit(GMM(3), X, EM(max_iter=5, **options), seed=1, device=first)
+        found = fit(GMM(3), X, EM(max_iter=12, **options), seed=1, device=second)
+    wanted = fit(GMM(3), X, EM(max_iter=12, restarts=1, tol=0.0), seed=1)
+    np.testing.assert_allclose(found.history, wanted.history, rtol=1e-9)
