@@ -61,7 +61,7 @@ class ToCard:
 
     def __init__(self, device: torch.device, cuda: Any = None, pinned: Callable[[int], Tensor] | None = None) -> None:
         self.device, self.cuda = device, torch.cuda if cuda is None else cuda
-        self._pinned = pinned or (lambda n: torch.empty(n, dtype=torch.uint8, pin_memory=True))
+        self._pinned = pinned or (lambda n: torch.empty(n, dtype=torch.uint8, pin_memory=True, device="cpu"))
         self._side = self.cuda.Stream(device)
         self._buffers: list[Tensor | None] = [None] * BUFFERS
         self._events: list[Any] = [None] * BUFFERS
