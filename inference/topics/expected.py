@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import cards
 from .documents import CELLS, Block, Documents, blocks
 
 if TYPE_CHECKING:
@@ -76,14 +77,14 @@ class Counts:
 
 
 class ExpectedCounts:
-    """One corpus and its concentrations, ready to climb.
+    """One corpus and its concentrations, ready to climb, in memory or on the card where alpha is.
 
     Parameters
     ----------
     documents
         Counts of words.
     alpha, eta
-        Concentrations (K,), and (V, 1) or (V, K).
+        Concentrations (K,), and (V, 1) or (V, K); they say on which device the work is done.
     learn_alpha, learn_eta
         Whether they are learned; eta is scaled as a whole.
     tied
@@ -105,14 +106,14 @@ class ExpectedCounts:
     ) -> None:
         self.documents, self.tied = documents, tied
         self.learn_alpha, self.learn_eta = learn_alpha, learn_eta
+        K, V, total, where = len(alpha), documents.num_words, documents.num_tokens, alpha.device
         # a start needs some steps: blocks of a small corpus are smaller
-        cells = min(CELLS, max(64, len(documents.words) // STEPS))
-        self.blocks = blocks(documents, dtype, cells)
+        cells = min(cards.cells_of(where, K, CELLS), max(64, len(documents.words) // STEPS))
+        self.blocks = blocks(documents, dtype, cells, where)
         self.random = torch.Generator().manual_seed(seed)
-        K, V, total = len(alpha), documents.num_words, documents.num_tokens
-        noise = torch.rand(V, K, generator=self.random, dtype=torch.float64).to(dtype) + 1.0
-        N = noise * (total / (V * K) / 1.5)
-        n = torch.full((len(documents), K), total / max(1, len(documents)) / K, dtype=dtype)
+        noise = torch.rand(V, K, generator=self.random, dtype=torch.float64) + 1.0
+        N = (noise * (total / (V * K) / 1.5)).to(where)  # double, as small changes are added up in it for long
+        n = torch.full((len(documents), K), total / max(1, len(documents)) / K, dtype=dtype, device=where)
         self.state = Counts(N, N.sum(0), n, alpha.to(dtype).clone(), eta.to(dtype).clone())
         self.passes, self.window = 0, 1
         self.trial = TRIAL if total > MANY else TRIAL_FEW
@@ -123,13 +124,9 @@ class ExpectedCounts:
 
     def resume(self, state: Counts) -> None:
         """Topics of another corpus's climb: places get their probabilities under them, and are counted anew, twice."""
-        self.state.N, self.state.Nk = state.N.clone(), state.Nk.clone()
+        self.state.N, self.state.Nk = state.N.double(), state.Nk.double()
         for _ in range(2):
             self.spread(state.eta)
-
-    def order(self) -> list[Block]:
-        """All blocks in random order."""
-        return [self.blocks[i] for i in self.shuffled()]
 
     def shuffled(self) -> list[int]:
         """Numbers of all blocks in random order."""
@@ -140,11 +137,14 @@ class ExpectedCounts:
     def begin(self, passes: int = PASSES) -> None:
         """Stochastic passes, then probabilities for every place."""
         s, tokens = self.state, max(self.documents.num_tokens, 1.0)
-        sharp = s.eta * SHARPER
+        sharp, dtype = s.eta * SHARPER, s.n.dtype
+        sizes = torch.stack([b.counts.sum() for b in self.blocks]).tolist() if self.blocks else []
         step, first = 0, True
         for _ in range(passes):
-            for block in self.order():
-                W = (s.N[block.flat] + sharp[block.flat]).view(*block.words.shape, -1) / (s.Nk + sharp.sum(0))
+            for i in self.shuffled():
+                block = self.blocks[i]
+                table = ((s.N + sharp) / (s.Nk + sharp.sum(0))).to(dtype)
+                W = table[block.flat].view(*block.words.shape, -1)
                 n = (
                     s.n[block.rows]
                     if not first
@@ -152,9 +152,9 @@ class ExpectedCounts:
                 )
                 n, r = settle(W, block.counts, n, s.alpha, ROUNDS)
                 s.n[block.rows] = n
-                share = float(block.counts.sum()) / tokens
                 rho = (step + DELAY) ** -DECAY
-                s.N.mul_(1 - rho).index_add_(0, block.flat, (r * (rho / max(share, 1e-12))).reshape(-1, r.shape[-1]))
+                s.N.mul_(1 - rho)
+                block.add(s.N, r * (rho / max(sizes[i] / tokens, 1e-12)))
                 s.Nk = s.N.sum(0)
                 step += 1
             first = False
@@ -163,57 +163,51 @@ class ExpectedCounts:
     def spread(self, eta: Tensor) -> None:
         """Give every place its probabilities under the present topics, and count anew."""
         s = self.state
-        table = (s.N + eta) / (s.Nk + eta.sum(0))
+        table = ((s.N + eta) / (s.Nk + eta.sum(0))).to(s.n.dtype)
         s.N = torch.zeros_like(s.N)
         s.kept = []
         for block in self.blocks:
             W = table[block.flat].view(*block.words.shape, -1)
             s.n[block.rows], r = settle(W, block.counts, s.n[block.rows], s.alpha, 1)
             s.kept.append(r)
-            s.N.index_add_(0, block.flat, r.reshape(-1, r.shape[-1]))
+            block.add(s.N, r)
         s.Nk = s.N.sum(0)
 
     # -- passes ------------------------------------------------------------------------------------------------------
 
     def sweep(self) -> float:
         """One pass over all blocks; the log-likelihood of every word given all others, summed."""
-        s, total = self.state, 0.0
+        s, dtype = self.state, self.state.n.dtype
         learn = self.learn_alpha and self.passes >= BURN and self.passes % EVERY == 0
-        gain, weight = torch.zeros_like(s.alpha), torch.zeros(())
+        gain, weight = torch.zeros_like(s.alpha), torch.zeros((), device=s.alpha.device)
+        total = torch.zeros((), dtype=torch.float64, device=s.alpha.device)
         for i in self.shuffled():
             block, old = self.blocks[i], s.kept[i]
             c = block.counts.unsqueeze(2)
             own = old / c.clamp_min(1.0)
-            word = (
-                s.N.index_select(0, block.flat)
-                .view_as(old)
-                .sub_(own)
-                .add_(s.eta[block.flat].view(*block.words.shape, -1))
-            )
-            word.clamp_min_(1e-7).div_(s.Nk + s.eta.sum(0))
-            n = s.n[block.rows]
-            p = torch.sub(n.unsqueeze(1), own).add_(s.alpha).clamp_min_(1e-7).mul_(word)
+            p = (s.N + s.eta).to(dtype).index_select(0, block.flat).view_as(old).sub_(own).clamp_min_(1e-7)
+            p.div_((s.Nk + s.eta.sum(0)).to(dtype))
+            p.mul_(torch.sub(s.n[block.rows].unsqueeze(1), own, out=own).add_(s.alpha).clamp_min_(1e-7))
             norm = p.sum(2, keepdim=True)
             length = block.counts.sum(1, keepdim=True) - 1 + s.alpha.sum()
-            total += float((block.counts * (norm.squeeze(2) / length.clamp_min(1e-7)).log()).sum())
+            total += (block.counts * (norm.squeeze(2) / length.clamp_min(1e-7)).log()).sum(dtype=torch.float64)
             p.div_(norm)
             if learn:
                 g, w = concentration_terms(p, block.counts, s.alpha)
                 gain, weight = gain + g, weight + w
             new = p.mul_(c)
             s.kept[i], s.n[block.rows] = new, new.sum(1)
-            change = new - old
-            s.N.index_add_(0, block.flat, change.view(-1, change.shape[-1]))
-            s.Nk += change.sum((0, 1))
+            block.add(s.N, torch.sub(new, old, out=own))
+            s.Nk = s.N.sum(0)
         s.N.clamp_(min=0)
         s.Nk = s.N.sum(0)
         if learn:
             s.alpha = (s.alpha * gain / weight).clamp(LEAST, MOST)
             s.alpha = s.alpha.mean().expand_as(s.alpha).clone() if self.tied else s.alpha
         if self.learn_eta and self.passes >= BURN and self.passes % EVERY == 0:
-            s.eta = s.eta * eta_factor(s.N, s.eta)
+            s.eta = s.eta * eta_factor(s.N, s.eta).to(s.eta)
         self.passes += 1
-        return total
+        return float(total)
 
 
 def settle(W: Tensor, counts: Tensor, n: Tensor, alpha: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
@@ -278,6 +272,9 @@ def climb(
 
     Parameters
     ----------
+    alpha, eta
+        Concentrations (K,), and (V, 1) or (V, K), on the device of the work: word by word in machine code on a processor,
+        blocks of documents at once on a card.
     tol
         Stop when the log-likelihood of a word rises by less.
     tick, over
@@ -288,7 +285,8 @@ def climb(
     """
     from .words import WordByWord, library
 
-    kind = ExpectedCounts if library() is None else WordByWord
+    by_blocks = cards.on_card(alpha.device) or library() is None
+    kind = ExpectedCounts if by_blocks else WordByWord
     learn = learn_alpha or learn_eta
     aside, rest = set_aside(documents, seed) if learn else (None, documents)
     best: ExpectedCounts | WordByWord | None = None
@@ -359,7 +357,7 @@ class Watch:
         from .perplexity import complete
 
         state = self.run.state
-        score = complete(state.phi.double(), state.alpha.double(), *self.halves)
+        score = complete(state.phi.double().cpu(), state.alpha.double().cpu(), *self.halves)
         value = float(np.exp(-float(score.sum()) / max(self.halves[1].num_tokens, 1.0)))
         if self.seen and value > min(self.seen) * 1.0005:
             self.ended = True
