@@ -12,7 +12,7 @@ import torch
 from inference import EM, SVI, fit, lazy_rows, load, rehearsal, sparse_rows
 from inference.lazy_rows import LazyRows
 from inference.sparse_rows import Counts, Rows
-from inference.topics import shares, streamed
+from inference.topics import shares, streamed, visits
 from inference.topics.documents import Documents
 from zoo import GMM, LDA, Corpus, MultinomialMixture, load_corpus, open_corpus, open_table, store_corpus
 from zoo.data import mapped, stored
@@ -252,7 +252,7 @@ def test_topics_of_documents_on_disk(corpus, on_disk, few_rows, monkeypatch, dri
     cut, longest = Documents.cut, []
     monkeypatch.setattr(Documents, "cut", lambda self, a, b: longest.append(b - a) or cut(self, a, b))
     first, second = (fit(story, data, method, seed=0) for data in (corpus, on_disk))
-    assert max(longest) <= streamed.FEWEST and second.problem.admixture.documents(second.problem.kwargs).on_disk
+    assert max(longest) <= visits.FEWEST and second.problem.admixture.documents(second.problem.kwargs).on_disk
     for name, value in first.draws.items():
         assert torch.equal(second.draws[name], value), name
     assert first.history == second.history and len(first.history) <= 8

@@ -78,5 +78,3 @@ class SortedSums:
         for lengths in self.levels:
             part = torch.segment_reduce(part, "sum", lengths=lengths, axis=0, unsafe=True, initial=0.0).double()
         table.add_(part)
-
-

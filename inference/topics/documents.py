@@ -179,8 +179,8 @@ def blocks(
     device: torch.device | str = "cpu",
 ) -> list[Block]:
     """Blocks of documents of similar width on a device, at most `cells` places each."""
-    words = torch.from_numpy(np.require(documents.words, np.int64, "CW"))
-    counts = torch.from_numpy(np.require(documents.counts, np.float64, "CW"))
+    words = torch.from_numpy(np.require(documents.words, np.int64, ["C", "W"]))
+    counts = torch.from_numpy(np.require(documents.counts, np.float64, ["C", "W"]))
     if cards.on_card(device):
         words = words.int()  # half the way there
     widths = np.diff(documents.starts)

@@ -79,7 +79,7 @@ class Climb:
         common = (N.sum(0) + 0.5) / (N.sum() + 0.5 * form.num_words)
         phi = (N + 50.0 * common) / (N.sum(1, keepdim=True) + 50.0)
         start = phi.log() - common.log().mean()
-        base = common.log() - common.log().mean() if walk.base else walk.loc.to(self.dtype)
+        base = common.log() - common.log().mean() if walk.base else walk.loc.to(self.alpha)
         T = form.num_slices
         step = self.drift or walk.step
         self.walks = Walks(start.expand(T, -1, -1).clone(), base, walk.first, step)
@@ -246,7 +246,7 @@ def run_em(problem: Problem, em: Any) -> Posterior:
             **parts_of(problem, climb, 1),
         },
         history=climb.history,
-        diagnostics={"plan": plan(form), "iterations": len(climb.history), "drift": climb.walks.step},
+        diagnostics={"plan": plan(form), "iterations": len(climb.history), "drift": climb.walks.step, "device": "cpu"},
         warnings=notes + want_notes(problem),
         timings=meter.timings,
         converged=converged,
@@ -268,7 +268,9 @@ def run_svi(problem: Problem, svi: Any) -> Posterior:
     notes = [stopped] if stopped else []
     points = parts_of(problem, climb, count)
     if points:
-        notes.append(f"{', '.join(points)} stay at their mode: the bands leave out their uncertainty, and what follows from it")
+        notes.append(
+            f"{', '.join(points)} stay at their mode: the bands leave out their uncertainty, and what follows from it"
+        )
     return Posterior(
         kind="variational",
         method=svi,
@@ -280,6 +282,7 @@ def run_svi(problem: Problem, svi: Any) -> Posterior:
             "mode": "Newton steps",
             "steps": len(climb.history),
             "drift": climb.walks.step,
+            "device": "cpu",
         },
         warnings=[
             *notes,

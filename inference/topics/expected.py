@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from . import cards
-from .documents import CELLS, Block, Documents, blocks
+from .documents import CELLS, Documents, blocks
 
 if TYPE_CHECKING:
     from .words import WordByWord
@@ -70,6 +70,11 @@ class Counts:
     def phi(self) -> Tensor:
         """Posterior means of the topics given the counts, (K, V)."""
         return ((self.N + self.eta) / (self.Nk + self.eta.sum(0))).T
+
+    def to(self, device: torch.device) -> Counts:
+        """The same on a device, without the probabilities of single places."""
+        N, Nk, n, alpha, eta = (t.to(device) for t in (self.N, self.Nk, self.n, self.alpha, self.eta))
+        return Counts(N, Nk, n, alpha, eta)
 
     def copy(self) -> Counts:
         """The same without the probabilities of single places."""
@@ -283,10 +288,7 @@ def climb(
     Where concentrations are learned, some documents are set aside to tell when that stops helping; they come back for the
     last passes, with concentrations fixed.
     """
-    from .words import WordByWord, library
-
-    by_blocks = cards.on_card(alpha.device) or library() is None
-    kind = ExpectedCounts if by_blocks else WordByWord
+    kind = engine(alpha.device)
     learn = learn_alpha or learn_eta
     aside, rest = set_aside(documents, seed) if learn else (None, documents)
     best: ExpectedCounts | WordByWord | None = None
@@ -325,6 +327,13 @@ def climb(
         if abs(history[-1] - history[-2]) < tol * tokens:
             break
     return Climbed(best.state, history, converged or watch.ended, stopped, watch.seen, trials)
+
+
+def engine(device: torch.device) -> type[ExpectedCounts] | type[WordByWord]:
+    """What climbs on a device: word by word on a processor with a C compiler, else blocks of documents at once."""
+    from .words import WordByWord, library
+
+    return ExpectedCounts if cards.on_card(device) or library() is None else WordByWord
 
 
 def still(history: list[float], window: int, least: float) -> bool:

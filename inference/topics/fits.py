@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,14 @@ from tqdm import tqdm
 
 from ..guard import Deadline
 from ..meter import Meter
-from . import expected
+from . import cards, expected
 from . import streamed as streaming
 from .form import Admixture
 from .gibbs import sample
+from .guide_weights import dirichlet_draws, heights, num_weights, untrusted, weighed
 from .streamed import StreamedBayes
 from .variational import VariationalBayes, mean_log
-from .words import Places, library, padded, settle
+from .words import library
 
 if TYPE_CHECKING:
     from ..methods.em import EM
@@ -31,14 +33,14 @@ if TYPE_CHECKING:
 
 #: EM's `tol` is for a row; words are many and a change of this many tolerances a word is little.
 WORD_TOL = 100.0
+#: Entries of the documents that a device is timed on.
+TRIED = 500_000
 #: Numbers that draws of the topics may take, and draws at least.
 DRAW_NUMBERS, DRAWS = 25_000_000, 25
-#: Importance weights of a guide, fewer where there are so many pairs of words and topics.
-WEIGHTS, FEW_WEIGHTS, MANY_CELLS = 200, 25, 5_000_000
 
 
-def plan(form: Admixture) -> str:
-    """How EM would run, in words."""
+def plan(form: Admixture, device: torch.device | str = "cpu") -> str:
+    """How EM would run on a device, in words."""
     lines = ["EM plan (topic model)"]
     if form.walk:
         lines.append(
@@ -53,6 +55,8 @@ def plan(form: Admixture) -> str:
     params = (form.alpha_param, form.eta_param, form.walk.step_param if form.walk else None)
     lines += [f"  {name:<12} learned on expected counts, stopped by documents set aside" for name in params if name]
     way = "word by word, in machine code" if library() else "blocks of documents at once (there is no C compiler)"
+    if cards.on_card(device) and not form.walk:
+        way = f"large blocks of documents at once on {device}, counts added up in a fixed order and in double precision"
     lines.append(f"  {'passes':<12} {way}")
     return "\n".join(lines)
 
@@ -122,18 +126,19 @@ def run_em(problem: Problem, em: EM) -> Posterior:
 
             sizes = {s.name: math.prod(s.shape) for s in problem.structure.learned}
             ranks = problem.ranks
-            streamed = documents.on_disk or ranks.shares_rows if em.driver == "auto" else em.driver != "incremental"
-            driver = "stepwise" if em.driver == "auto" else em.driver
+            where = problem.device
+            streamed = keeps_nothing(documents, form, em, ranks, where)
+            driver = em.driver if em.driver in ("batch", "stepwise") else "stepwise"
             climb = partial(streaming.climb, driver=driver, ranks=ranks) if streamed else expected.climb
             end = climb(
-                documents, form.alpha.cpu(), eta.contiguous().cpu(),
+                documents, form.alpha.to(where), eta.contiguous().to(where),
                 learn_alpha=form.alpha_param is not None, learn_eta=form.eta_param is not None,
                 tied=sizes.get(form.alpha_param or "", 0) == 1 < form.num_topics,
                 restarts=em.restarts, max_iter=em.max_iter, tol=WORD_TOL * em.tol, seed=problem.seed,
                 tick=tick, over=over,
             )  # fmt: skip
         state = end.state
-        kept = {} if streamed else {"theta.concentration": (state.n + state.alpha).double()}
+        kept = {} if streamed else {"theta.concentration": (state.n + state.alpha).double().cpu()}
         draws = {form.topics: normalised(state.phi)[None]}
         draws |= learned(problem, form, state.alpha, state.eta[:1] if same else state.eta.T)
         meter.mark("run")
@@ -148,7 +153,7 @@ def run_em(problem: Problem, em: EM) -> Posterior:
         draws=draws,
         history=end.history,
         diagnostics={
-            "plan": plan(form),
+            "plan": plan(form, where),
             "iterations": len(end.history),
             ("log_likelihood_a_word" if streamed else "leave_one_out"): end.history[-1] / tokens,
             **({} if streamed else {"validation_perplexity": end.validation}),
@@ -159,6 +164,48 @@ def run_em(problem: Problem, em: EM) -> Posterior:
         converged=end.converged,
         extra={"topics": kept, "keep_labels": True},
     )
+
+
+def keeps_nothing(documents: Any, form: Admixture, em: EM, ranks: Any, where: torch.device) -> bool:
+    """Whether documents are let go after a visit: on disk, held apart by ranks, or too many for the card, unless asked for.
+
+    Raises
+    ------
+    ValueError
+        `driver="incremental"`, which keeps the topics of every word, does not fit the card.
+    """
+    if em.driver not in ("auto", "incremental"):
+        return True
+    bytes_an_entry = cards.PLACE_BYTES + 4 * form.num_topics * (2 if em.restarts > 1 else 1)
+    fits = not cards.on_card(where) or cards.keeps(documents, cards.SIMILAR * bytes_an_entry, where)
+    if em.driver == "incremental":
+        if not fits:
+            raise ValueError(
+                f"EM(driver='incremental') keeps the topics of every distinct word of every document: "
+                f"{len(documents.words):,} entries x {form.num_topics} topics take more than half of what {where} has free; "
+                f"use driver='stepwise', which keeps none, or restarts=1"
+            )
+        return False
+    return documents.on_disk or ranks.shares_rows or not fits
+
+
+def trial(problem: Problem, method: Any) -> Callable[[], Any]:
+    """A pass over the first documents where the problem is, to be timed."""
+    form, where = problem.admixture, problem.device
+    whole = form.documents(problem.kwargs)
+    last = int(np.searchsorted(np.asarray(whole.starts), TRIED, side="right")) - 1
+    documents = whole.cut(0, min(len(whole), max(1, last)))
+    alpha, eta = form.alpha.float().to(where), form.eta.float().to(where)
+    if method.name == "svi":
+        return VariationalBayes(documents, alpha, eta).sweep
+    if keeps_nothing(whole, form, method, problem.ranks, where):
+        N = documents.num_tokens / eta.numel() * (0.5 + torch.rand(eta.T.shape, generator=torch.Generator())).to(where)
+        return streaming.StreamedCounts(
+            documents, expected.Counts(N, N.sum(0), N[:0], alpha, eta.T.contiguous())
+        ).full_pass
+    run = expected.engine(where)(documents, alpha, eta.T.contiguous())
+    run.begin()
+    return run.sweep
 
 
 def several(what: str, objective: str, trials: list[list[float]]) -> dict[str, Any]:
@@ -196,11 +243,13 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
     with deadline_of(problem) as over, Meter() as meter:
         documents = form.documents(problem.kwargs)
         ranks = problem.ranks
-        streamed = documents.on_disk or ranks.shares_rows
+        where = problem.device
+        held = not cards.on_card(where) or cards.keeps(documents, cards.SIMILAR * cards.PLACE_BYTES, where)
+        streamed = documents.on_disk or ranks.shares_rows or not held
         kind = partial(StreamedBayes, ranks=ranks) if streamed else VariationalBayes
         late = (lambda: ranks.first(over())) if ranks.shares_rows else over
         runs = [
-            kind(documents, form.alpha.float().cpu(), form.eta.float().cpu(), seed=1000 * problem.seed + r)
+            kind(documents, form.alpha.float().to(where), form.eta.float().to(where), seed=1000 * problem.seed + r)
             for r in range(svi.starts or 1)
         ]
         meter.mark("setup")
@@ -233,8 +282,8 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
         bound = run.bound()
         if not converged and not warnings:
             warnings.append(f"SVI did not converge in {svi.steps} sweeps: the bound was still rising; raise steps")
-        lam = run.lam
-        assert lam is not None
+        assert run.lam is not None
+        lam = run.lam.cpu()
         count = max(DRAWS, min(svi.draws, DRAW_NUMBERS // max(1, lam.numel())))
         weights = 0 if streamed else num_weights(documents, form)
         phi = dirichlet_draws(lam, max(count, weights), problem.seed)
@@ -251,7 +300,7 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
         history=history,
         diagnostics={
             "guide": "dirichlet",
-            "mode": "natural gradients",
+            "mode": "natural gradients" + (f", large blocks of documents on {where}" if cards.on_card(where) else ""),
             "steps": len(history),
             "elbo": bound,
             "elbo_error": 0.0,
@@ -261,65 +310,8 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
         warnings=warnings,
         timings=meter.timings,
         converged=converged,
-        extra={"topics": {"phi.concentration": lam} | ({} if streamed else {"theta.concentration": run.gamma})},
+        extra={"topics": {"phi.concentration": lam} | ({} if streamed else {"theta.concentration": run.gamma.cpu()})},
     )
-
-
-def num_weights(documents: Any, form: Any) -> int:
-    """Draws of the guide that are weighed."""
-    return FEW_WEIGHTS if documents.counts.size * form.num_topics > MANY_CELLS else WEIGHTS
-
-
-def weighed(documents: Any, phi: Tensor, lam: Tensor, run: Any, seed: int) -> dict[str, float]:
-    """k-hat and effective share of importance weights p(w, theta, phi) / q(theta, phi), topics of words summed out."""
-    from ..diagnostics import pareto_khat
-
-    gamma = run.gamma.double()
-    count, theta = len(phi), dirichlet_draws(gamma, len(phi), seed + 1)
-    pairs = (
-        (run.eta.double().cpu().expand_as(lam), lam, phi),
-        (run.alpha.double().cpu().expand_as(gamma), gamma, theta),
-    )
-    built = library() if count == FEW_WEIGHTS else None
-    weights = heights(documents, phi[None], theta[None])[0] if built is None else told(built, documents, phi, theta)
-    for prior, guide, values in pairs:
-        constant = float((log_beta(guide) - log_beta(prior)).sum())
-        weights = weights + np.array([constant + float(((prior - guide) * v.log()).sum()) for v in values])
-    ratio = np.exp(weights - weights.max())
-    return {"khat": pareto_khat(weights), "weight_ess": float(ratio.sum() ** 2 / (ratio**2).sum() / count)}
-
-
-def log_beta(concentration: Tensor) -> Tensor:
-    """Logarithm of the normaliser of Dirichlets (..., K), (...)."""
-    return concentration.lgamma().sum(-1) - concentration.sum(-1).lgamma()
-
-
-def told(built: Any, documents: Any, phi: Tensor, theta: Tensor) -> np.ndarray:
-    """log p of all words at topics (S, K, V) and shares (S, D, K), in machine code and single precision, (S,)."""
-    places, none = Places(documents), padded(torch.zeros(phi.shape[1]))
-    return np.array([settle(built, places, padded(p.T), padded(t), none, 0) for p, t in zip(phi, theta, strict=True)])
-
-
-def untrusted(found: dict[str, float], form: Any) -> list[str]:
-    """A warning where the weights say that spreads are wrong."""
-    from ..diagnostics import KHAT_LIMIT
-
-    if not found:
-        return ["k-hat is not known: documents are read piece by piece, and their shares are not kept"]
-    if not found["khat"] > KHAT_LIMIT:
-        return []
-    instead = "" if form.alpha_param or form.eta_param else "; Gibbs() draws from the posterior itself"
-    return [
-        f"k-hat is {found['khat']:.2f} > {KHAT_LIMIT}: independent topics and shares miss a part of the posterior, and what "
-        f"they say about spread is not to be trusted{instead}"
-    ]
-
-
-def dirichlet_draws(concentration: Tensor, count: int, seed: int) -> Tensor:
-    """Draws (count, K, V); NumPy's gamma variates, which are several times as fast as torch's for small concentrations."""
-    random, shape = np.random.default_rng(seed), concentration.numpy()
-    gamma = torch.from_numpy(np.stack([random.standard_gamma(shape) for _ in range(count)])).clamp_min(1e-300)
-    return gamma / gamma.sum(-1, keepdim=True)
 
 
 def improve_concentrations(run: VariationalBayes, form: Admixture, steps: int, burn: int = 5) -> None:
@@ -386,19 +378,9 @@ def run_gibbs(problem: Problem, gibbs: Gibbs) -> Posterior:
         problem=problem,
         draws=draws,
         chains=gibbs.chains,
-        diagnostics={"sampler": "partially collapsed Gibbs", "draws": phi.shape[1]},
+        diagnostics={"sampler": "partially collapsed Gibbs", "draws": phi.shape[1], "device": "cpu"},
         warnings=warnings,
         timings=meter.timings,
         sample_stats={"log_likelihood": height},
         converged=not late,
     )
-
-
-def heights(documents: Any, phi: Tensor, theta: Tensor) -> np.ndarray:
-    """log p(words | topics, shares) of every draw: phi (C, S, K, V) and theta (C, S, D, K) -> (C, S)."""
-    owner = torch.from_numpy(np.repeat(np.arange(len(documents)), np.diff(documents.starts)))
-    words, counts = torch.from_numpy(documents.words).long(), torch.from_numpy(documents.counts).to(phi.dtype)
-    found = [
-        [float(counts @ (t[owner] * p[:, words].T).sum(-1).log()) for p, t in zip(a, b)] for a, b in zip(phi, theta)
-    ]
-    return np.array(found)

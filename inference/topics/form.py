@@ -256,12 +256,12 @@ def read_walk(joint: LogJoint, form: Admixture, fn: Any, again: Any, owner: Any,
 def row_density(form: Admixture, topics: Tensor, theta: Tensor, documents: Documents) -> Tensor:
     """log p(w_d, theta_d | topics) in our own words, for topics (K, V) or (K, T, V) and shares (D, K)."""
     phi = topics if form.times is None else topics.softmax(-1)
-    rows = torch.from_numpy(np.repeat(np.arange(len(documents)), np.diff(documents.starts)))
-    v = torch.from_numpy(documents.words)
+    rows = torch.from_numpy(np.repeat(np.arange(len(documents)), np.diff(documents.starts))).to(theta.device)
+    v = torch.from_numpy(documents.words).to(theta.device)
     if form.times is None:
         shares = phi[:, v]
     else:
-        shares = phi[:, torch.from_numpy(np.asarray(documents.times))[rows], v]
+        shares = phi[:, torch.from_numpy(np.asarray(documents.times)).to(theta.device)[rows], v]
     log_p = (theta[rows] * shares.mT).sum(-1).log() * torch.from_numpy(documents.counts).to(theta)
     total = theta.new_zeros(len(documents)).index_add_(0, rows, log_p)
     return total + td.Dirichlet(form.alpha.to(theta), validate_args=False).log_prob(theta)

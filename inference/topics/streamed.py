@@ -17,7 +17,7 @@ visits a run of its own under the same topics.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,63 +27,19 @@ from torch import Tensor
 from torch.distributions import Dirichlet, kl_divergence
 
 from ..distributed import ALONE, Ranks
-from ..streaming import Stream
-from .documents import Block, Documents, blocks
+from . import cards
+from .documents import Block, Documents
 from .expected import DELAY, LEAST, MOST, Climbed, Counts, concentration_terms, eta_factor, settle
 from .expected import climb as climb_in_memory
 from .variational import FEW_ROUNDS, ROUNDS, VariationalBayes, local_step, mean_log
+from .visits import Visits
 
-#: Documents of a run at least and at most, and entries at most; a pass has a hundred runs where it can.
-FEWEST, READ, ENTRIES, RUNS = 64, 4096, 1_000_000, 100
 #: Documents from all over that the start is made from.
 SAMPLE = 2000
 #: Stochastic passes, the power with which their weights fall, and rounds within a document.
 PASSES, DECAY, SETTLED = 2, 0.7, 12
 #: Full passes before concentrations are learned.
 BURN = 2
-
-
-def runs_of(documents: Documents) -> list[tuple[int, int]]:
-    """First and last (excluded) document of every run."""
-    size = min(READ, max(FEWEST, -(-len(documents) // RUNS)))
-    found, a, n = [], 0, len(documents)
-    while a < n:
-        b = min(a + size, n)
-        starts = np.asarray(documents.starts[a : b + 1])
-        b = a + max(1, int(np.searchsorted(starts, starts[0] + ENTRIES, side="right")) - 1) if b > a + 1 else b
-        found.append((a, min(b, n)))
-        a = found[-1][1]
-    return found
-
-
-def reader(documents: Documents) -> Stream:
-    """Reads runs of documents ahead."""
-
-    def read(run: tuple[int, int]) -> tuple[Tensor, ...]:
-        part = documents.cut(*run)
-        kinds = ((part.starts, np.int64), (part.words, np.int64), (part.counts, np.float64))
-        return tuple(torch.from_numpy(np.array(v, dtype=k)) for v, k in kinds)
-
-    return Stream(read)
-
-
-def pieces(documents: Documents, order: list[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], Documents]]:
-    """Runs of documents in the order given, in memory."""
-    for run, (starts, words, counts) in reader(documents).each(order):
-        yield run, Documents(starts.numpy(), words.numpy(), counts.numpy(), documents.num_words)
-
-
-def shuffled(
-    documents: Documents, runs: list[tuple[int, int]], random: torch.Generator, ranks: Ranks
-) -> Iterator[Documents]:
-    """Runs in random order; where other ranks have more of them, none at the end."""
-    order = [runs[i] for i in torch.randperm(len(runs), generator=random).tolist()]
-    most = max(ranks.gather(len(runs)))
-    for _, part in pieces(documents, order):
-        yield part
-    empty = np.zeros(0, np.int64)
-    for _ in range(most - len(runs)):
-        yield Documents(np.zeros(1, np.int64), empty, np.zeros(0), documents.num_words)
 
 
 def some_documents(documents: Documents, count: int, seed: int, ranks: Ranks = ALONE) -> Documents:
@@ -110,7 +66,7 @@ class StreamedCounts:
     documents
         Counts of words, perhaps on disk.
     start
-        The end of a climb on some of them.
+        The end of a climb on some of them, on the device of the work.
     learn_alpha, learn_eta, tied
         As for `ExpectedCounts`.
     """
@@ -125,7 +81,8 @@ class StreamedCounts:
         seed: int = 0,
         ranks: Ranks = ALONE,
     ) -> None:
-        self.documents, self.runs, self.ranks = documents, runs_of(documents), ranks
+        self.documents, self.ranks, self.where = documents, ranks, start.alpha.device
+        self.visits = Visits(documents, len(start.alpha), self.where)
         self.tokens = max(total(ranks, documents.num_tokens), 1.0)
         self.learn_alpha, self.learn_eta, self.tied = learn_alpha, learn_eta, tied
         self.random = torch.Generator().manual_seed(seed)
@@ -138,17 +95,19 @@ class StreamedCounts:
         s = self.state
         return ((s.N + s.eta) / (s.Nk + s.eta.sum(0))).float()
 
-    def visit(self, table: Tensor, part: Documents, S: Tensor, learn: bool = False) -> tuple[float, Tensor, Tensor]:
+    def visit(
+        self, table: Tensor, some: Iterable[Block], S: Tensor, learn: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Add the expected counts of some documents to S (V, K); their log-likelihood, and terms for alpha."""
-        alpha, value = self.state.alpha, 0.0
-        gain, weight = torch.zeros_like(alpha), torch.zeros(())
-        for block in blocks(part):
+        alpha, value = self.state.alpha, torch.zeros((), dtype=torch.float64, device=self.where)
+        gain, weight = torch.zeros_like(alpha), torch.zeros((), device=self.where)
+        for block in some:
             W = table[block.flat].view(*block.words.shape, -1)
             length = block.counts.sum(1, keepdim=True)
             n, r = settle(W, block.counts, length.expand(-1, len(alpha)) / len(alpha), alpha, SETTLED)
-            S.index_add_(0, block.flat, r.view(-1, r.shape[-1]).to(S.dtype))
+            block.add(S, r)
             shares = (n + alpha) / (length + alpha.sum())
-            value += float(torch.xlogy(block.counts, (W @ shares.unsqueeze(2)).squeeze(2)).sum(dtype=torch.float64))
+            value += torch.xlogy(block.counts, (W @ shares.unsqueeze(2)).squeeze(2)).sum(dtype=torch.float64)
             if learn:
                 g, w = concentration_terms(r / block.counts.unsqueeze(2).clamp_min(1.0), block.counts, alpha)
                 gain, weight = gain + g, weight + w
@@ -157,10 +116,10 @@ class StreamedCounts:
     def stochastic_pass(self) -> None:
         """All runs in random order, each moving the counts towards what it would make of all documents."""
         s = self.state
-        for part in shuffled(self.documents, self.runs, self.random, self.ranks):
-            S = torch.zeros_like(s.N, dtype=torch.float32)
-            self.visit(self.table(), part, S)
-            S, seen = self.ranks.add(S, torch.tensor(part.num_tokens))
+        for some, tokens in self.visits.shuffled(self.random, self.ranks, torch.float32):
+            S = torch.zeros_like(s.N, dtype=cards.sum_dtype(s.alpha))
+            self.visit(self.table(), some, S)
+            S, seen = self.ranks.add(S, torch.tensor(tokens, device=self.where))
             rho = (self.steps + DELAY) ** -DECAY
             s.N.mul_(1 - rho).add_(S, alpha=rho * self.tokens / max(float(seen), 1.0))
             s.Nk = s.N.sum(0)
@@ -168,14 +127,10 @@ class StreamedCounts:
 
     def full_pass(self) -> float:
         """The counts of all documents under the present topics; returns the log-likelihood under these."""
-        s, value = self.state, 0.0
+        s, new = self.state, torch.zeros_like(self.state.N)
         learn = self.learn_alpha and self.passes >= BURN
-        table, new = self.table(), torch.zeros_like(s.N)
-        gain, weight = torch.zeros_like(s.alpha), torch.zeros(())
-        for _, part in pieces(self.documents, self.runs):
-            v, g, w = self.visit(table, part, new, learn)
-            value, gain, weight = value + v, gain + g, weight + w
-        new, sums, gain, weight = self.ranks.add(new, torch.tensor(value, dtype=torch.float64), gain, weight)
+        value, gain, weight = self.visit(self.table(), self.visits.all(torch.float32), new, learn)
+        new, value, gain, weight = self.ranks.add(new, value, gain, weight)
         s.N, s.Nk = new, new.sum(0)
         if learn:
             s.alpha = (s.alpha * gain / weight).clamp(LEAST, MOST)
@@ -183,7 +138,7 @@ class StreamedCounts:
         if self.learn_eta and self.passes >= BURN:
             s.eta = s.eta * eta_factor(s.N, s.eta).to(s.eta)
         self.passes += 1
-        return float(sums)
+        return float(value)
 
 
 def total(ranks: Ranks, own: float) -> float:
@@ -210,14 +165,15 @@ def climb(
 ) -> Climbed:
     """A start in memory, stochastic passes ("stepwise", not "batch"), then full passes until they help no more.
 
-    Parameters are those of `expected.climb`; restarts are judged on the documents of the start.
+    Parameters are those of `expected.climb`; restarts are judged on the documents of the start, which are worked on by the
+    processor whatever the device, so that the same topics are refined everywhere.
     """
     late = (lambda: ranks.first(over())) if ranks.shares_rows else over
     some = some_documents(documents, SAMPLE, seed, ranks)
     first = climb_in_memory(
-        some, alpha, eta, restarts=restarts, max_iter=min(30, max_iter), tol=tol, seed=seed, over=over
+        some, alpha.cpu(), eta.cpu(), restarts=restarts, max_iter=min(30, max_iter), tol=tol, seed=seed, over=over
     )
-    state = ranks.first(first.state) if ranks.shares_rows else first.state
+    state = (ranks.first(first.state) if ranks.shares_rows else first.state).to(alpha.device)
     run = StreamedCounts(documents, state, learn_alpha, learn_eta, tied, seed, ranks)
     history: list[float] = []
     converged, stopped = False, ""
@@ -247,15 +203,14 @@ class StreamedBayes(VariationalBayes):
 
     def __post_init__(self) -> None:
         self.random = torch.Generator().manual_seed(self.seed)
-        if self.lam is None:
-            shape = torch.full(self.eta.shape, 100.0, dtype=self.eta.dtype)
-            self.lam = torch._standard_gamma(shape, generator=self.random) / 100.0
+        self.lam = self.first_lam() if self.lam is None else self.lam
         self.blocks = []
-        self.gamma = torch.zeros(0, len(self.alpha), dtype=self.alpha.dtype)
-        self.runs, self.tokens = runs_of(self.documents), max(total(self.ranks, self.documents.num_tokens), 1.0)
+        self.gamma = self.alpha.new_zeros(0, len(self.alpha))
+        self.visits = Visits(self.documents, len(self.alpha), self.alpha.device)
+        self.tokens = max(total(self.ranks, self.documents.num_tokens), 1.0)
         self.steps = 0
         if self.ranks.shares_rows:
-            self.lam = self.ranks.first(self.lam)
+            self.lam = self.ranks.first(self.lam.cpu()).to(self.alpha)
         self._mean_logs = torch.zeros_like(self.alpha)
 
     @property
@@ -263,29 +218,27 @@ class StreamedBayes(VariationalBayes):
         """Mean of E[log theta] over the documents of the last sweep."""
         return self._mean_logs
 
-    def visit(self, table: Tensor, block: Block) -> tuple[Tensor, Tensor, float]:
+    def visit(self, table: Tensor, block: Block) -> tuple[Tensor, Tensor, Tensor]:
         """As of the parent, always from equal shares."""
         W = table[block.flat].view(*block.words.shape, -1)
         start = self.alpha + block.counts.sum(1, keepdim=True) / len(self.alpha)
         rounds = FEW_ROUNDS if self.fresh else ROUNDS
         gamma, theta, ratio, norm = local_step(W, block.counts, start, self.alpha, self.still, rounds)
         self._seen += mean_log(gamma).sum(0)
-        bound = torch.xlogy(block.counts, norm).sum()
-        bound = bound - kl_divergence(Dirichlet(gamma), Dirichlet(self.alpha.expand_as(gamma))).sum()
-        return ratio.unsqueeze(2) * theta.unsqueeze(1), W, float(bound)
+        return ratio.unsqueeze(2) * theta.unsqueeze(1), W, self.part_of_bound(block, gamma, norm)
 
     def sweep(self) -> float:
         """One full step; returns the bound before it."""
         assert self.lam is not None
         table = mean_log(self.lam).exp().T.contiguous()
-        S, own = torch.zeros_like(table, dtype=torch.float64), 0.0
+        S = torch.zeros_like(table, dtype=torch.float64)
+        own = torch.zeros((), dtype=torch.float64, device=table.device)
         self._seen = torch.zeros_like(self.alpha)
-        for _, part in pieces(self.documents, self.runs):
-            for block in blocks(part, self.alpha.dtype):
-                r, _, value = self.visit(table, block)
-                S.index_add_(0, block.flat, r.view(-1, r.shape[-1]).double())
-                own += value
-        S, sums, seen = self.ranks.add(S, torch.tensor(own, dtype=torch.float64), self._seen)
+        for block in self.visits.all(self.alpha.dtype):
+            r, _, value = self.visit(table, block)
+            block.add(S, r)
+            own += value
+        S, sums, seen = self.ranks.add(S, own, self._seen)
         bound = float(sums) - float(kl_divergence(Dirichlet(self.lam), Dirichlet(self.eta)).sum())
         self.lam = self.eta + (S.to(table) * table).T
         self._mean_logs = seen / max(1, self.ranks.total(len(self.documents)))
@@ -295,15 +248,15 @@ class StreamedBayes(VariationalBayes):
         """Steps along the natural gradients of one run of documents each."""
         assert self.lam is not None
         self._seen = torch.zeros_like(self.alpha)
-        for part in shuffled(self.documents, self.runs, self.random, self.ranks):
+        for some, tokens in self.visits.shuffled(self.random, self.ranks, self.alpha.dtype):
             table = mean_log(self.lam).exp().T.contiguous()
-            S = torch.zeros_like(table)
-            for block in blocks(part, self.alpha.dtype):
+            S = torch.zeros_like(table, dtype=cards.sum_dtype(table))
+            for block in some:
                 r, _, _ = self.visit(table, block)
-                S.index_add_(0, block.flat, r.view(-1, r.shape[-1]))
-            S, some = self.ranks.add(S, torch.tensor(part.num_tokens))
-            rho, share = (self.steps + DELAY) ** -DECAY, float(some) / self.tokens
-            target = self.eta + ((S * table).T / share if share else 0.0)
+                block.add(S, r)
+            S, seen = self.ranks.add(S, torch.tensor(tokens, device=table.device))
+            rho, share = (self.steps + DELAY) ** -DECAY, float(seen) / self.tokens
+            target = self.eta + ((S.to(table) * table).T / share if share else 0.0)
             self.lam = (1 - rho) * self.lam + rho * target
             self.steps += 1
 

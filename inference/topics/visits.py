@@ -1,0 +1,134 @@
+"""Documents brought to where they are worked on, run after run, in blocks.
+
+In the processor's memory a run of neighbours is cut out, worked on and let go, the next one read meanwhile.  On a card the
+counts stay where they take no more than half of what is free, laid out once for passes over all; otherwise runs are read and
+copied while the present one is worked on, larger ones for passes over all, as a card needs more to be busy with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..distributed import Ranks
+from ..streaming import Stream
+from . import cards
+from .documents import CELLS, Block, Documents, blocks, side_by_side
+
+#: Documents of a run at least and at most, and entries at most; a pass has a hundred runs where it can.
+FEWEST, READ, ENTRIES, RUNS = 64, 4096, 1_000_000, 100
+#: Documents and entries, at most, of a run on a card in a pass over all.
+WIDE, WIDE_ENTRIES = 65_536, 8_000_000
+
+Run = tuple[int, int]
+
+
+def runs_of(documents: Documents, read: int = READ, entries: int = ENTRIES, runs: int = RUNS) -> list[Run]:
+    """First and last (excluded) document of every run."""
+    size = min(read, max(FEWEST, -(-len(documents) // runs)))
+    found, a, n = [], 0, len(documents)
+    while a < n:
+        b = min(a + size, n)
+        starts = np.asarray(documents.starts[a : b + 1])
+        b = a + max(1, int(np.searchsorted(starts, starts[0] + entries, side="right")) - 1) if b > a + 1 else b
+        found.append((a, min(b, n)))
+        a = found[-1][1]
+    return found
+
+
+class Visits:
+    """The documents of a corpus in blocks on a device.
+
+    Parameters
+    ----------
+    documents
+        Counts of words, perhaps on disk.
+    topics
+        K, by which the size of blocks on a card is chosen.
+    device
+        Where the work is done.
+
+    Attributes
+    ----------
+    stays
+        Whether the counts lie on the card.
+    """
+
+    def __init__(self, documents: Documents, topics: int, device: torch.device) -> None:
+        self.documents, self.device = documents, device
+        self.card = cards.on_card(device)
+        self.runs = runs_of(documents)
+        self.cells = cards.cells_of(device, topics, CELLS)
+        self.stays = self.card and cards.keeps(documents, 8 + cards.PLACE_BYTES * cards.SIMILAR, device)
+        self._held: tuple[Tensor, Tensor] | None = None
+        self._laid: list[Block] = []
+
+    def all(self, dtype: torch.dtype) -> Iterator[Block]:
+        """Blocks of all documents once, with counts of this kind."""
+        if self.stays:
+            if not self._laid:
+                widths = np.diff(np.asarray(self.documents.starts))
+                self._laid = side_by_side(widths, *self.held(), self.documents.num_words, self.cells)
+            yield from (block.to(dtype) for block in self._laid)
+            return
+        runs = self.runs if not self.card else runs_of(self.documents, WIDE, WIDE_ENTRIES, 1)
+        for found, _ in self.each(runs, dtype):
+            yield from found
+
+    def shuffled(
+        self, random: torch.Generator, ranks: Ranks, dtype: torch.dtype
+    ) -> Iterator[tuple[list[Block], float]]:
+        """Runs in random order, each as blocks and its number of words; where other ranks have more runs, none at the end."""
+        order = [self.runs[i] for i in torch.randperm(len(self.runs), generator=random).tolist()]
+        most = max(ranks.gather(len(self.runs)))
+        yield from self.each(order, dtype)
+        for _ in range(most - len(self.runs)):
+            yield [], 0.0
+
+    def each(self, order: list[Run], dtype: torch.dtype) -> Iterator[tuple[list[Block], float]]:
+        """Runs in the order given, each as blocks and its number of words."""
+        if not self.card:
+            for _, (starts, words, counts) in Stream(self.cut).each(order):
+                part = Documents(starts.numpy(), words.numpy(), counts.numpy(), self.documents.num_words)
+                yield blocks(part, dtype), part.num_tokens
+            return
+        for (a, b), (words, counts) in self.arriving(order):
+            widths = np.diff(np.asarray(self.documents.starts[a : b + 1], dtype=np.int64))
+            found = side_by_side(widths, words, counts.to(dtype), self.documents.num_words, self.cells)
+            yield found, float(counts.sum(dtype=torch.float64))
+
+    def arriving(self, order: list[Run]) -> Iterator[tuple[Run, tuple[Tensor, Tensor]]]:
+        """Words and counts of runs on the card."""
+        if self.stays:
+            words, counts = self.held()
+            for a, b in order:
+                part = slice(int(self.documents.starts[a]), int(self.documents.starts[b]))
+                yield (a, b), (words[part], counts[part])
+            return
+        for run, (words, counts) in Stream(self.compact, self.device).each(order):
+            yield run, (words, counts)
+
+    def held(self) -> tuple[Tensor, Tensor]:
+        """Words and counts of all documents on the card, copied there once."""
+        if self._held is None:
+            words, counts = self.compact((0, len(self.documents)))
+            self._held = words.to(self.device), counts.to(self.device)
+        return self._held
+
+    def cut(self, run: Run) -> tuple[Tensor, ...]:
+        """starts, words and counts of a run in memory."""
+        part = self.documents.cut(*run)
+        kinds = ((part.starts, np.int64), (part.words, np.int64), (part.counts, np.float64))
+        return tuple(torch.from_numpy(np.array(v, dtype=k)) for v, k in kinds)
+
+    def compact(self, run: Run) -> tuple[Tensor, Tensor]:
+        """Words and counts of a run in four bytes each, as they travel to a card."""
+        part = slice(int(self.documents.starts[run[0]]), int(self.documents.starts[run[1]]))
+        words, counts = (
+            np.array(self.documents.words[part], np.int32),
+            np.array(self.documents.counts[part], np.float32),
+        )
+        return torch.from_numpy(words), torch.from_numpy(counts)
