@@ -1,4 +1,4 @@
-"""Topic models as a card works on them (large blocks, sums in a fixed order, counts that stay or are streamed), on the processor.
+"""Topic models as a card works on them (large blocks, ordered sums, counts that stay or are streamed), on the processor.
 
 `pytest --device cuda` runs them on a real one.
 """
@@ -138,7 +138,7 @@ def test_a_document_chooses_as_all_assignments_say(card):
 
 
 def test_full_passes_of_a_card_are_those_of_the_processor(documents, monkeypatch):
-    """Same start, same number of passes: the log joint a word and the log-likelihood agree to 1e-6, stochastic passes included."""
+    """Same start, same number of passes: the log joint a word and the log-likelihood agree to 1e-6; a stochastic pass too."""
     alpha, eta = prior(documents)
     first = climb(documents.take(np.arange(100)), alpha, eta, max_iter=10, seed=1).state
 
