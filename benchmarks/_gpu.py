@@ -147,7 +147,7 @@ def ap_like(data: Path | None, quick: bool) -> tuple[np.ndarray, np.ndarray, np.
         return m.indptr.astype(np.int64), m.indices.astype(np.int64), m.data.astype(np.float64), m.shape[1]
     D, V, N, _ = AP_SIZE if not quick else (150, 800, 15_000, 0)
     rng = np.random.default_rng(0)
-    zipf = 1.0 / (np.arange(V) + 10.0)
+    zipf = 1.0 / (np.arange(V) + 3.0)
     topics = [rng.permutation(V) for _ in range(100 if not quick else 5)]
     chances = zipf / zipf.sum()
     starts, words, counts = [0], [], []
@@ -155,8 +155,9 @@ def ap_like(data: Path | None, quick: bool) -> tuple[np.ndarray, np.ndarray, np.
     for length in lengths:
         chosen, shares = rng.choice(len(topics), 3), rng.dirichlet([0.5, 0.5, 0.5])
         common = rng.choice(V, length // 3, p=chances)
+        rest = length - length // 3
         own = [
-            topics[t][rng.choice(V, n, p=chances)] for t, n in zip(chosen, rng.multinomial(length, shares), strict=True)
+            topics[t][rng.choice(V, n, p=chances)] for t, n in zip(chosen, rng.multinomial(rest, shares), strict=True)
         ]
         ids, often = np.unique(np.concatenate([common, *own]), return_counts=True)
         words.append(ids)

@@ -48,6 +48,11 @@ def keeps(documents: Documents, bytes_an_entry: float, device: torch.device) -> 
     return len(documents.words) * bytes_an_entry <= streaming.SHARE * streaming.free_bytes(device)
 
 
+def stay(documents: Documents, device: torch.device) -> bool:
+    """Whether the counts of all documents stay on a card, in blocks and as they came."""
+    return on_card(device) and keeps(documents, 8 + PLACE_BYTES * SIMILAR, device)
+
+
 class SortedSums:
     """Sums of rows by key, always in the same order.
 

@@ -54,11 +54,24 @@ def plan(form: Admixture, device: torch.device | str = "cpu") -> str:
     lines += [f"  {form.z:<12} probabilities for every distinct word of every document"] if form.z else []
     params = (form.alpha_param, form.eta_param, form.walk.step_param if form.walk else None)
     lines += [f"  {name:<12} learned on expected counts, stopped by documents set aside" for name in params if name]
-    way = "word by word, in machine code" if library() else "blocks of documents at once (there is no C compiler)"
-    if cards.on_card(device) and not form.walk:
-        way = f"large blocks of documents at once on {device}, counts added up in a fixed order and in double precision"
+    way = way_of(device) if not form.walk else way_of("cpu")
     lines.append(f"  {'passes':<12} {way}")
     return "\n".join(lines)
+
+
+def way_of(device: torch.device | str) -> str:
+    """How passes over documents are made on a device."""
+    if cards.on_card(device):
+        return f"large blocks of documents at once on {device}, counts added up in a fixed order and in double precision"
+    return "word by word, in machine code" if library() else "blocks of documents at once (there is no C compiler)"
+
+
+def way_of_streams(documents: Any, device: torch.device) -> str:
+    """The same where nothing of a document is kept."""
+    if not cards.on_card(device):
+        return "blocks of documents at once, each inferred anew at every visit"
+    stay = "whose counts stay there" if cards.stay(documents, device) else "whose counts are read ahead and copied"
+    return f"{way_of(device)}; documents, {stay}, are inferred anew at every visit"
 
 
 def refuse_options(em: EM, dynamic: bool = False) -> None:
@@ -128,6 +141,7 @@ def run_em(problem: Problem, em: EM) -> Posterior:
             ranks = problem.ranks
             where = problem.device
             streamed = keeps_nothing(documents, form, em, ranks, where)
+            ran = way_of_streams(documents, where) if streamed else way_of(where)
             driver = em.driver if em.driver in ("batch", "stepwise") else "stepwise"
             climb = partial(streaming.climb, driver=driver, ranks=ranks) if streamed else expected.climb
             end = climb(
@@ -154,6 +168,7 @@ def run_em(problem: Problem, em: EM) -> Posterior:
         history=end.history,
         diagnostics={
             "plan": plan(form, where),
+            "ran": ran,
             "iterations": len(end.history),
             ("log_likelihood_a_word" if streamed else "leave_one_out"): end.history[-1] / tokens,
             **({} if streamed else {"validation_perplexity": end.validation}),
@@ -246,6 +261,7 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
         where = problem.device
         held = not cards.on_card(where) or cards.keeps(documents, cards.SIMILAR * cards.PLACE_BYTES, where)
         streamed = documents.on_disk or ranks.shares_rows or not held
+        ran = way_of_streams(documents, where) if streamed else way_of(where)
         kind = partial(StreamedBayes, ranks=ranks) if streamed else VariationalBayes
         late = (lambda: ranks.first(over())) if ranks.shares_rows else over
         runs = [
@@ -300,7 +316,8 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
         history=history,
         diagnostics={
             "guide": "dirichlet",
-            "mode": "natural gradients" + (f", large blocks of documents on {where}" if cards.on_card(where) else ""),
+            "mode": "natural gradients",
+            **({"ran": ran} if cards.on_card(where) else {}),
             "steps": len(history),
             "elbo": bound,
             "elbo_error": 0.0,

@@ -62,7 +62,7 @@ class Visits:
         self.card = cards.on_card(device)
         self.runs = runs_of(documents)
         self.cells = cards.cells_of(device, topics, CELLS)
-        self.stays = self.card and cards.keeps(documents, 8 + cards.PLACE_BYTES * cards.SIMILAR, device)
+        self.stays = cards.stay(documents, device)
         self._held: tuple[Tensor, Tensor] | None = None
         self._laid: list[Block] = []
 
