@@ -26,7 +26,8 @@ from _gpu import Bench, ap_like, card_in_words, note, replicated, rounds_of, tim
 from _mixtures import clusters, our_iterations, our_score, same_start
 from _peers import Case, Report, arguments, available_cores, per_iteration
 
-SHORT, LONG = 2, 12
+#: Iterations of the short and the long run, and of the long one on small data, whose iterations are short.
+SHORT, LONG, QUICK = 2, 12, 42
 #: Rows of the part on which card and processor are compared, and its iterations.
 PART, PART_ITERATIONS = 50_000, 5
 
@@ -71,7 +72,7 @@ def gmm(case: Case, bench: Bench) -> None:
         start = same_start(few, "full", K)[1]
         run = synchronised(our_iterations(x, "full", K, start=start, device=bench.device), bench.device)
         run(1)
-        rounds = per_iteration({"it": run}, bench.repeats, SHORT, LONG)["it"].rounds
+        rounds = per_iteration({"it": run}, bench.repeats, SHORT, QUICK if bench.quick else LONG)["it"].rounds
         spent = timed(case, f"{bench.device}, {dtype}", rounds)
         D = x.shape[1]
         work, read = 4.0 * K * (1 + D + D * (D + 1) // 2) * rows, float(x.numel() * x.element_size())
@@ -282,7 +283,7 @@ def stream(case: Case, bench: Bench) -> None:
     for name, room in (("resident", nullcontext), ("streamed", no_room)):
         with room():
             run(1)
-            rounds = per_iteration({"it": run}, bench.repeats, SHORT, LONG)["it"].rounds
+            rounds = per_iteration({"it": run}, bench.repeats, SHORT, QUICK if bench.quick else LONG)["it"].rounds
         rate[name] = timed(case, f"mixture, {name}", rounds)
     case.goal("mixture: streamed rate as a share of the resident", rate["resident"] / rate["streamed"], 0.8)
 

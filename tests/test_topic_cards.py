@@ -281,3 +281,10 @@ def test_a_pass_can_be_timed(corpus, method, monkeypatch):
     step = step_of(problem, method)
     step()
     assert np.isfinite(step()) and torch.equal(torch.get_rng_state(), before)
+
+
+def test_too_little_memory_is_told_for_sparse_counts(corpus):
+    """A sparse matrix has no len(): the advice must not end in another error."""
+    from inference.guard import smaller
+
+    assert f"{len(corpus)} rows" in smaller(EM(), corpus.counts.tocsr())

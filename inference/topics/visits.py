@@ -8,6 +8,7 @@ copied while the present one is worked on, larger ones for passes over all, as a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -115,7 +116,7 @@ class Visits:
         """Words and counts of all documents on the card, copied there once."""
         if self._held is None:
             words, counts = self.compact((0, len(self.documents)))
-            self._held = words.to(self.device), counts.to(self.device)
+            self._held = words.to(self.device, torch.int32), counts.to(self.device).float()
         return self._held
 
     def cut(self, run: Run) -> tuple[Tensor, ...]:
@@ -126,9 +127,16 @@ class Visits:
 
     def compact(self, run: Run) -> tuple[Tensor, Tensor]:
         """Words and counts of a run in four bytes each, as they travel to a card."""
+        words, counts = self.narrow
         part = slice(int(self.documents.starts[run[0]]), int(self.documents.starts[run[1]]))
-        words, counts = (
-            np.array(self.documents.words[part], np.int32),
-            np.array(self.documents.counts[part], np.float32),
-        )
-        return torch.from_numpy(words), torch.from_numpy(counts)
+        if self.documents.on_disk:  # a copy, as what is mapped may not be written to
+            return torch.from_numpy(np.array(words[part])), torch.from_numpy(np.array(counts[part]))
+        return torch.from_numpy(words[part]), torch.from_numpy(counts[part])
+
+    @cached_property
+    def narrow(self) -> tuple[np.ndarray, np.ndarray]:
+        """Words and counts of all documents, in memory narrowed once: otherwise every pass would do so again."""
+        words, counts = self.documents.words, self.documents.counts
+        if self.documents.on_disk:
+            return words, counts
+        return np.require(words, np.int32, ["C", "W"]), np.require(counts, np.float32, ["C", "W"])
