@@ -251,7 +251,7 @@ def test_a_fit_repeats_says_what_ran_and_is_saved(corpus, card, method, tmp_path
     part = corpus[:120]
     first, again = (fit(LDA(4), part, method, seed=5) for _ in range(2))
     assert torch.equal(first.draws["phi"], again.draws["phi"]) and first.history == again.history
-    assert "ran: large blocks of documents at once on cpu" in first.why()
+    assert "ran: large blocks of documents at once on " in first.why()
     assert ("whose counts stay there" in first.why()) == (getattr(method, "driver", "") == "batch")
     assert all(v.device.type == "cpu" for v in first.draws.values())
     back = load_posterior(first.save(tmp_path / "topics.pt"), LDA(4))
