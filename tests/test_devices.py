@@ -114,6 +114,24 @@ def test_auto_takes_the_faster_of_two(monkeypatch):
     assert found is not problem and found.asked == "auto"
 
 
+@pytest.mark.parametrize("method", [EM(), EM(driver="batch"), SVI()], ids=["em", "batch", "svi"])
+def test_topic_models_are_timed_on_both(monkeypatch, method):
+    """A pass over documents on each device, and the faster one taken; the card is made up."""
+    monkeypatch.setattr(devices, "available", lambda: ["cpu", "other"])
+    real, made = devices.step_of, []
+
+    def counted(problem, chosen):
+        step = real(problem, chosen)
+        made.append(step)
+        return step if len(made) == 2 else lambda: [step() for _ in range(4)]
+
+    monkeypatch.setattr(devices, "step_of", counted)
+    corpus = load_corpus()[:60]
+    problem = prepare(LDA(3), corpus, seed=0)
+    found, choice = settled(problem, method, lambda device: prepare(LDA(3), corpus, seed=0))
+    assert choice.device == "other" and found is not problem and set(choice.timings) == {"step_cpu", "step_other"}
+
+
 def test_what_runs_on_the_processor_is_not_tried_elsewhere(monkeypatch):
     monkeypatch.setattr(devices, "available", lambda: ["cpu", "cuda"])
     monkeypatch.setattr(devices, "step_of", lambda *a: pytest.fail("a step was made"))
