@@ -123,7 +123,7 @@ def test_topic_models_are_timed_on_both(monkeypatch, method):
     def counted(problem, chosen):
         step = real(problem, chosen)
         made.append(step)
-        return step if len(made) == 2 else lambda: [step() for _ in range(4)]
+        return step if len(made) == 2 else lambda: [step() for _ in range(12)]
 
     monkeypatch.setattr(devices, "step_of", counted)
     corpus = load_corpus()[:60]

@@ -7,7 +7,10 @@ single precision and from there on in double: the same card gives the same bits.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +18,10 @@ from torch import Tensor
 from .. import streaming
 
 if TYPE_CHECKING:
+    from ..problem import Problem
     from .documents import Documents
+
+T = TypeVar("T")
 
 #: Places times topics of a block on a card: a table of so many floats takes 128 MB.
 NUMBERS = 2**25
@@ -31,6 +37,17 @@ PLACE_BYTES = 24
 def on_card(device: torch.device | str) -> bool:
     """Whether work on a device is a card's: few large steps, sums in a fixed order."""
     return torch.device(device).type != "cpu"
+
+
+def processor_first(run: Callable[[Problem, Any], T]) -> Callable[[Problem, Any], T]:
+    """Inside, tensors that name no device are made on the processor, not on the card as a story's: what lies there says so."""
+
+    @wraps(run)
+    def inside(problem: Problem, method: Any) -> T:
+        with torch.device("cpu") if on_card(problem.device) else nullcontext():
+            return run(problem, method)
+
+    return inside
 
 
 def cells_of(device: torch.device, topics: int, least: int) -> int:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,7 +20,7 @@ from .form import Admixture
 from .gibbs import sample
 from .guide_weights import dirichlet_draws, heights, num_weights, untrusted, weighed
 from .streamed import StreamedBayes
-from .variational import VariationalBayes, mean_log
+from .variational import VariationalBayes, improve_concentrations
 from .words import library
 
 if TYPE_CHECKING:
@@ -62,7 +61,9 @@ def plan(form: Admixture, device: torch.device | str = "cpu") -> str:
 def way_of(device: torch.device | str) -> str:
     """How passes over documents are made on a device."""
     if cards.on_card(device):
-        return f"large blocks of documents at once on {device}, counts added up in a fixed order and in double precision"
+        return (
+            f"large blocks of documents at once on {device}, counts added up in a fixed order and in double precision"
+        )
     return "word by word, in machine code" if library() else "blocks of documents at once (there is no C compiler)"
 
 
@@ -113,6 +114,7 @@ def learned(problem: Problem, form: Admixture, alpha: Tensor, eta: Tensor) -> di
     return found
 
 
+@cards.processor_first
 def run_em(problem: Problem, em: EM) -> Posterior:
     """Expected counts; the points are posterior means."""
     from ..posterior import Posterior
@@ -206,6 +208,14 @@ def keeps_nothing(documents: Any, form: Admixture, em: EM, ranks: Any, where: to
 
 def trial(problem: Problem, method: Any) -> Callable[[], Any]:
     """A pass over the first documents where the problem is, to be timed."""
+    step = begun(problem, method)
+    again = cards.processor_first(lambda problem, method: step())
+    return lambda: again(problem, method)
+
+
+@cards.processor_first
+def begun(problem: Problem, method: Any) -> Callable[[], Any]:
+    """That pass, everything that is done once behind it."""
     form, where = problem.admixture, problem.device
     whole = form.documents(problem.kwargs)
     last = int(np.searchsorted(np.asarray(whole.starts), TRIED, side="right")) - 1
@@ -246,6 +256,7 @@ def normalised(phi: Tensor) -> Tensor:
 # -- variational Bayes ---------------------------------------------------------------------------------------------------
 
 
+@cards.processor_first
 def run_svi(problem: Problem, svi: SVI) -> Posterior:
     """Dirichlet factors by natural gradients; the bound is that of q(phi) q(theta) q(z)."""
     from ..posterior import Posterior
@@ -331,40 +342,10 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
     )
 
 
-def improve_concentrations(run: VariationalBayes, form: Admixture, steps: int, burn: int = 5) -> None:
-    """The concentrations under which the bound is highest, where the story learns them and the first steps are over."""
-    if steps < burn:
-        return
-    if form.alpha_param is not None:
-        run.alpha = dirichlet_maximum(run.alpha, run.mean_logs)
-    if form.eta_param is not None and run.lam is not None:
-        V, total = run.eta.shape[1], float(mean_log(run.lam).mean(0).sum())
-
-        def loss(log_eta: float) -> float:
-            e = math.exp(log_eta)
-            return -(math.lgamma(V * e) - V * math.lgamma(e) + (e - 1) * total)
-
-        best = minimize_scalar(loss, bounds=(math.log(1e-4), math.log(20.0)), method="bounded")
-        run.eta = torch.full_like(run.eta, math.exp(best.x))
-
-
-def dirichlet_maximum(alpha: Tensor, mean_logs: Tensor, rounds: int = 20) -> Tensor:
-    """The Dirichlet whose mean logarithms are these, by Newton steps in linear time (Blei et al. 2003, appendix A.2)."""
-    for _ in range(rounds):
-        total = alpha.sum()
-        g = total.digamma() - alpha.digamma() + mean_logs
-        h, z = -torch.polygamma(1, alpha), torch.polygamma(1, total)
-        step = (g - (g / h).sum() / (1 / z + (1 / h).sum())) / h
-        new = torch.where(alpha - step > 0, alpha - step, alpha / 2)
-        if float(((new - alpha).abs() / alpha).max()) < 1e-8:
-            return new
-        alpha = new.clamp(1e-4, 50.0)
-    return alpha
-
-
 # -- Gibbs ---------------------------------------------------------------------------------------------------------------
 
 
+@cards.processor_first
 def run_gibbs(problem: Problem, gibbs: Gibbs) -> Posterior:
     """Draws of topics and shares from the exact posterior."""
     from ..posterior import Posterior
