@@ -228,7 +228,7 @@ def run(
             posterior = agreed(posterior, ranks)
     threads = 1 if problem.small else torch.get_num_threads()  # sums over more are grouped otherwise
     found = {"device": str(problem.device), "threads": threads}
-    posterior = replace(posterior, diagnostics={**found, **posterior.diagnostics})  # a method may know better
+    posterior = replace(posterior, diagnostics={**posterior.diagnostics, **found})
     timings = dict(posterior.timings)
     timings["setup"] = timings.get("setup", 0.0) + setup
     timings["total"] = setup + time.perf_counter() - start

@@ -288,3 +288,73 @@ def test_too_little_memory_is_told_for_sparse_counts(corpus):
     from inference.guard import smaller
 
     assert f"{len(corpus)} rows" in smaller(EM(), corpus.counts.tocsr())
+
+
+# -- on a card that is pretended --------------------------------------------------------------------------------------
+
+
+def on_and_off(story, data, method, tmp_path):
+    """The same fit on a pretended card and on the processor; the first also saved there and read here."""
+    pretended = pytest.importorskip("pretended_card").pretended
+    with pretended():
+        there = fit(story, data, method, seed=3, device="cuda")
+        path = there.save(tmp_path / "topics.pt")
+    here, back = fit(story, data, method, seed=3, device="cpu"), load_posterior(path, story)
+    kept = [*there.draws.values(), *(v for v in there.extra["topics"].values() if isinstance(v, torch.Tensor))]
+    assert all(v.device.type == "cpu" for v in kept)
+    for name in there.draws:
+        assert torch.equal(back.draws[name], there.draws[name])
+    assert torch.equal(back.local("theta"), there.local("theta"))
+    return there, here
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("driver", ["batch", "stepwise"])
+def test_passes_on_a_card_end_where_those_of_the_processor_do(corpus, tmp_path, driver, learned):
+    """Operands on two devices, a look by NumPy, or another start would show; log likelihoods agree to 1e-6 a word."""
+    story = LDA(3, None, None) if learned else LDA(3)
+    there, here = on_and_off(story, corpus[:90], EM(driver=driver, max_iter=5), tmp_path)
+    np.testing.assert_allclose(
+        np.array(there.history) / corpus[:90].num_tokens,
+        np.array(here.history) / corpus[:90].num_tokens,
+        atol=1e-6,
+        rtol=0,
+    )
+    torch.testing.assert_close(there.draws["phi"], here.draws["phi"], rtol=1e-3, atol=1e-6)
+    assert "device: cuda" in there.why() and "whose counts stay there" in there.why()
+
+
+def test_a_climb_on_a_card_is_as_good(corpus, tmp_path):
+    """Other steps to the same kind of end: the log-likelihood a word is not lower by more than two hundredths."""
+    there, here = on_and_off(LDA(3), corpus[:90], EM(restarts=2, max_iter=25), tmp_path)
+    assert there.diagnostics["leave_one_out"] > here.diagnostics["leave_one_out"] - 0.02
+    assert "theta.concentration" in there.extra["topics"]
+
+
+def test_the_bound_on_a_card_is_that_of_the_processor(corpus, tmp_path):
+    """Natural gradients from the same start: the same sweeps give the same bounds."""
+    there, here = on_and_off(LDA(3), corpus[:90], SVI(steps=6, starts=1, draws=30), tmp_path)
+    np.testing.assert_allclose(there.history, here.history, rtol=1e-6)
+    assert there.diagnostics["elbo"] == pytest.approx(here.diagnostics["elbo"], rel=1e-6)
+
+
+def test_counts_that_are_streamed_to_a_card(corpus, tmp_path, monkeypatch):
+    """Where the card has no room they travel run by run, and the passes are the same."""
+    monkeypatch.setattr(cards, "keeps", lambda *a: False)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)  # of a stream that is pretended
+    there, here = on_and_off(LDA(3), corpus.counts.tocsr()[:90], EM(driver="batch", max_iter=4), tmp_path)
+    np.testing.assert_allclose(there.history, here.history, rtol=1e-6)
+    assert "read ahead and copied" in there.why()
+
+
+def test_full_passes_on_a_card_wait_for_it_once(documents):
+    """A number looked at in every block would keep the card idle; one look a pass, at the log-likelihood, is enough."""
+    pretended = pytest.importorskip("pretended_card").pretended
+    alpha, eta = prior(documents, K=3)
+    first = climb(documents.take(np.arange(60)), alpha, eta, max_iter=3, seed=1).state
+    with pretended() as card:
+        run = StreamedCounts(documents, first.to(torch.device("cuda")))
+        run.full_pass()
+        before = card.waits
+        run.full_pass()
+        assert card.waits - before == 1

@@ -246,7 +246,7 @@ def run_em(problem: Problem, em: Any) -> Posterior:
             **parts_of(problem, climb, 1),
         },
         history=climb.history,
-        diagnostics={"plan": plan(form), "iterations": len(climb.history), "drift": climb.walks.step, "device": "cpu"},
+        diagnostics={"plan": plan(form), "iterations": len(climb.history), "drift": climb.walks.step},
         warnings=notes + want_notes(problem),
         timings=meter.timings,
         converged=converged,
@@ -282,7 +282,6 @@ def run_svi(problem: Problem, svi: Any) -> Posterior:
             "mode": "Newton steps",
             "steps": len(climb.history),
             "drift": climb.walks.step,
-            "device": "cpu",
         },
         warnings=[
             *notes,

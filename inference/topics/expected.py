@@ -149,7 +149,7 @@ class ExpectedCounts:
             for i in self.shuffled():
                 block = self.blocks[i]
                 table = ((s.N + sharp) / (s.Nk + sharp.sum(0))).to(dtype)
-                W = table[block.flat].view(*block.words.shape, -1)
+                W = table.index_select(0, block.flat).view(*block.words.shape, -1)
                 n = (
                     s.n[block.rows]
                     if not first
@@ -172,7 +172,7 @@ class ExpectedCounts:
         s.N = torch.zeros_like(s.N)
         s.kept = []
         for block in self.blocks:
-            W = table[block.flat].view(*block.words.shape, -1)
+            W = table.index_select(0, block.flat).view(*block.words.shape, -1)
             s.n[block.rows], r = settle(W, block.counts, s.n[block.rows], s.alpha, 1)
             s.kept.append(r)
             block.add(s.N, r)

@@ -376,7 +376,7 @@ def run_gibbs(problem: Problem, gibbs: Gibbs) -> Posterior:
         problem=problem,
         draws=draws,
         chains=gibbs.chains,
-        diagnostics={"sampler": "partially collapsed Gibbs", "draws": phi.shape[1], "device": "cpu"},
+        diagnostics={"sampler": "partially collapsed Gibbs", "draws": phi.shape[1]},
         warnings=warnings,
         timings=meter.timings,
         sample_stats={"log_likelihood": height},

@@ -102,7 +102,7 @@ class StreamedCounts:
         alpha, value = self.state.alpha, torch.zeros((), dtype=torch.float64, device=self.where)
         gain, weight = torch.zeros_like(alpha), torch.zeros((), device=self.where)
         for block in some:
-            W = table[block.flat].view(*block.words.shape, -1)
+            W = table.index_select(0, block.flat).view(*block.words.shape, -1)
             length = block.counts.sum(1, keepdim=True)
             n, r = settle(W, block.counts, length.expand(-1, len(alpha)) / len(alpha), alpha, SETTLED)
             block.add(S, r)
@@ -220,7 +220,7 @@ class StreamedBayes(VariationalBayes):
 
     def visit(self, table: Tensor, block: Block) -> tuple[Tensor, Tensor, Tensor]:
         """As of the parent, always from equal shares."""
-        W = table[block.flat].view(*block.words.shape, -1)
+        W = table.index_select(0, block.flat).view(*block.words.shape, -1)
         start = self.alpha + block.counts.sum(1, keepdim=True) / len(self.alpha)
         rounds = FEW_ROUNDS if self.fresh else ROUNDS
         gamma, theta, ratio, norm = local_step(W, block.counts, start, self.alpha, self.still, rounds)

@@ -86,7 +86,7 @@ class VariationalBayes:
 
     def visit(self, table: Tensor, block: Block) -> tuple[Tensor, Tensor, Tensor]:
         """gamma of a block given exp(E[log phi]) as (V, K), its places' responsibilities, and its part of the bound."""
-        W = table[block.flat].view(*block.words.shape, -1)
+        W = table.index_select(0, block.flat).view(*block.words.shape, -1)
         start = self.gamma[block.rows]
         if self.fresh:
             start = self.alpha + block.counts.sum(1, keepdim=True) / len(self.alpha)
@@ -215,7 +215,7 @@ def shares_given(table: Tensor, alpha: Tensor, documents: Documents, still: floa
     gamma = torch.ones(len(documents), len(alpha), dtype=alpha.dtype)
     for first, part in in_parts(documents):
         for block in blocks(part, alpha.dtype):
-            W = table[block.flat].view(*block.words.shape, -1)
+            W = table.index_select(0, block.flat).view(*block.words.shape, -1)
             start = alpha + block.counts.sum(1, keepdim=True) / len(alpha)
             gamma[first + block.rows] = local_step(W, block.counts, start, alpha, still)[0]
     return gamma
