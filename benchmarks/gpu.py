@@ -184,16 +184,16 @@ def vae(case: Case, bench: Bench) -> None:
     sides = [*sides, ("cpu", "graph"), ("cpu", "inductor")] if bench.device == "cuda" else sides[:1]
     for device, mode in sides:
         try:
-            torch.manual_seed(0)
-            target = PairTarget(prepare(VAE(), x, seed=0, device=device), 1, batch, mode)
-            options = SVI(lr=1e-3)
-            ascent = Ascent(target, target.start(), options.lr, 10**9, options.tol, options.patience)
+            problem = prepare(VAE(), x, seed=0, device=device)
+            with problem.scope(0):
+                target, options = PairTarget(problem, 1, batch, mode), SVI(lr=1e-3)
+                ascent = Ascent(target, target.start(), options.lr, 10**9, options.tol, options.patience)
 
-            def steps(step: Any = ascent.step) -> None:
-                for _ in range(block):
-                    step()
+                def steps(step: Any = ascent.step) -> None:
+                    for _ in range(block):
+                        step()
 
-            rounds = rounds_of(steps, device, bench.repeats, 1, bench.share)
+                rounds = rounds_of(steps, device, bench.repeats, 1, bench.share)
         except Exception as error:  # a mode that this machine cannot run is told, with the others' times
             note(case, f"{device}, {mode}", f"{type(error).__name__}: {str(error).splitlines()[0][:120]}")
             continue
