@@ -12,6 +12,9 @@ import scipy.sparse as sp
 
 from .stored import DOCUMENTS, Ragged, StoredRows, store_corpus
 
+#: Numbers of a table of counts beyond which a story is given compressed rows.
+DENSE = 20_000_000
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Corpus:
@@ -354,7 +357,8 @@ class Corpus:
         elif "num_words" in names:
             given[names[0]], given["num_words"] = self.padded_tokens(), self.num_words
         else:
-            given[names[0]] = self.counts if self.on_disk else self.counts.toarray()
+            large = len(self) * self.num_words > DENSE
+            given[names[0]] = self.counts if self.on_disk or large else self.counts.toarray()
         if "times" in names and self.times is not None:
             given["times"] = self.times
             given["num_slices"] = int(self.times.max()) + 1

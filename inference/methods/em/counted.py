@@ -10,19 +10,42 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
 import torch
 from torch import Tensor
 
-from ...lazy_rows import LazyRows, Numbers
+from ...lazy_rows import CELLS, LazyRows, Numbers
 from ...sparse_rows import Rows, stored_rows
 from ...streaming import Stream
 from .families import Family
 
 #: Entries of a block of rows: with words of 4 bytes and counts of 8, some megabytes.
 ENTRIES = 500_000
+#: A dense table of so many numbers (not more: it may be a file), of which less than this share are not 0, is compressed.
+LARGE, LARGEST, SHARE = 1_000_000, 100_000_000, 0.1
+#: Rows on which that share is looked at.
+LOOK = 512
+KINDS = {torch.float32: np.float32, torch.float64: np.float64}
+
+
+def suits(value: Any, family: Family) -> bool:
+    """Whether a table of values is worked on as compressed rows.
+
+    It is where the family's statistic is the value itself, and the table is stored so or has few numbers besides 0, on the
+    processor: a card multiplies dense blocks faster than it gathers.
+    """
+    if family.linear is None or not isinstance(value, Tensor) or value.device.type != "cpu" or value.ndim != 2:
+        return False
+    if isinstance(value, LazyRows):
+        rows = stored_rows(value)
+        return rows is not None and value.source.shape[1] == rows.num_words
+    if not LARGE <= value.numel() <= LARGEST or (value.is_floating_point() and bool(value.sum().isnan())):
+        return False
+    some = value[torch.linspace(0, len(value) - 1, min(len(value), LOOK)).long()]
+    return float((some != 0).double().mean()) < SHARE
 
 
 @dataclass(frozen=True)
@@ -41,18 +64,16 @@ class Counted:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, value: Tensor, family: Family, dtype: torch.dtype) -> Counted | None:
-        """Those of a table that is stored so, on the processor, where the family's statistic is the value itself."""
-        if family.linear is None or not isinstance(value, LazyRows) or value.device.type != "cpu" or value.ndim != 2:
-            return None
+    def of(cls, value: Tensor, dtype: torch.dtype) -> Counted:
+        """Those of a table (N, V): as they are stored, or what a dense one has besides zeros."""
         rows = stored_rows(value)
-        return None if rows is None or value.source.shape[1] != rows.num_words else cls(rows, dtype)
-
-    @classmethod
-    def from_table(cls, value: Tensor, dtype: torch.dtype) -> Counted:
-        """Those of a dense table (N, V)."""
-        made = sp.csr_matrix(value.numpy())
-        return cls(Rows(made.indptr, made.indices, made.data, value.shape[1]), dtype)
+        if rows is not None:
+            return cls(rows, dtype)
+        step, kind = max(1, CELLS // value.shape[1]), KINDS.get(dtype, np.float64)
+        parts = [sp.csr_matrix(value[a : a + step].numpy()) for a in range(0, len(value), step)]
+        starts = np.concatenate([[0], np.cumsum(np.concatenate([np.diff(p.indptr) for p in parts]))])
+        words = np.concatenate([p.indices.astype(np.int32) for p in parts])
+        return cls(Rows(starts, words, np.concatenate([p.data.astype(kind) for p in parts]), value.shape[1]), dtype)
 
     def read(self, rows: Numbers) -> tuple[Tensor, ...]:
         """Starts, columns and counts of some rows, in memory."""
@@ -64,8 +85,8 @@ class Counted:
         else:
             which, _, part = kept.entries(rows)
             starts = np.concatenate([[0], np.cumsum(np.bincount(which, minlength=len(rows)))])
-        kind = np.float32 if self.dtype == torch.float32 else np.float64
-        words, counts = np.array(kept.words[part]), np.array(kept.counts[part], dtype=kind)
+        load = np.array if kept.on_disk else np.asarray  # read here, and not when a page is first touched
+        words, counts = load(kept.words[part]), load(kept.counts[part], dtype=KINDS.get(self.dtype, np.float64))
         return torch.from_numpy(starts.astype(words.dtype, copy=False)), torch.from_numpy(words), torch.from_numpy(counts)
 
     def matrix(self, pieces: tuple[Tensor, ...]) -> sp.csr_matrix:

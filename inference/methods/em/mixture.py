@@ -21,8 +21,7 @@ from torch import Tensor
 from ...distributed import ALONE, Ranks
 from ...handlers import unwrap
 from ...joint import LogJoint
-from ...lazy_rows import LazyRows
-from .counted import Counted, back, times
+from .counted import Counted, back, suits, times
 from .estep import Expectation, Part, expectation, few_rows, slots_now
 from .families import Statistics
 from .plan import Plan
@@ -129,7 +128,7 @@ class MixtureKernel:
         if latent not in plan.terms or len(plan.terms) < 2 or joint.problem.all_rows < 2:
             return None
         kernel = cls(joint, plan, latent, joint.structure[latent].states or 1, ranks=joint.problem.ranks)
-        kernel.counts = frozenset(t.name for t in kernel.observed() if kernel.stored(t) is not None)
+        kernel.counts = frozenset(t.name for t in kernel.observed() if kernel.sparse(t))
         if not kernel.ranks.every(kernel.agrees(theta, parts)):
             return None
         kernel.collect(theta, parts)
@@ -157,12 +156,10 @@ class MixtureKernel:
                 return False
         return True
 
-    def stored(self, term: Term) -> Counted | None:
-        """The values of a site as the compressed rows in which they were given, where these are all that matters."""
+    def sparse(self, term: Term) -> bool:
+        """Whether the values of a site are worked on as compressed rows."""
         value = self.joint.problem.kwargs.get(self.joint.structure[term.name].argument or "")
-        if term.family is None or term.masked or term.shift is not None or not isinstance(value, Tensor):
-            return None
-        return Counted.of(value, term.family, self.joint.problem.dtype)
+        return term.family is not None and not term.masked and term.shift is None and suits(value, term.family)
 
     def observed(self) -> list[Term]:
         """All terms but the latent's own."""
@@ -196,8 +193,7 @@ class MixtureKernel:
             self.dtype = torch.float32 if single else self.joint.problem.dtype
             for term in (t for t in self.observed() if t.name in plain and t.name in self.counts):
                 column = self.columns[term.name]
-                column.counted = self.stored(term) if isinstance(column.value, LazyRows) else None
-                column.counted = column.counted or Counted.from_table(column.value, self.dtype)
+                column.counted = Counted.of(column.value, self.dtype)
             self.place()
             self.turn()
             self.add_up()
