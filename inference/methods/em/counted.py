@@ -87,7 +87,11 @@ class Counted:
             starts = np.concatenate([[0], np.cumsum(np.bincount(which, minlength=len(rows)))])
         load = np.array if kept.on_disk else np.asarray  # read here, and not when a page is first touched
         words, counts = load(kept.words[part]), load(kept.counts[part], dtype=KINDS.get(self.dtype, np.float64))
-        return torch.from_numpy(starts.astype(words.dtype, copy=False)), torch.from_numpy(words), torch.from_numpy(counts)
+        return (
+            torch.from_numpy(starts.astype(words.dtype, copy=False)),
+            torch.from_numpy(words),
+            torch.from_numpy(counts),
+        )
 
     def matrix(self, pieces: tuple[Tensor, ...]) -> sp.csr_matrix:
         """SciPy's form of what was read."""

@@ -308,20 +308,15 @@ class MixtureKernel:
         step = max(256, step)
         last = self.rows if last is None else min(last, self.rows)
         found = [slice(a, min(a + step, last)) for a in range(first, last, step)]
-        for counted in self.counted:
+        for counted, _ in self.counted:
             found = [part for rows in found for part in counted.fitting(rows)]
         return found
 
     @property
-    def counted(self) -> list[Counted]:
-        """Compressed rows of the sites that have them, in the order of their features."""
-        found = (self.columns[t.name].counted for t in self.observed())
-        return [c for c in found if c is not None]
-
-    def counted_places(self) -> list[tuple[Counted, slice]]:
-        """The same with their features."""
-        places = [p for p in self.layout if p.start >= self.dense]
-        return [(c, slice(p.start, p.stop)) for c, p in zip(self.counted, places, strict=True)]
+    def counted(self) -> list[tuple[Counted, slice]]:
+        """Compressed rows of the sites that have them, and their features."""
+        found = ((self.columns[p.term].counted, slice(p.start, p.stop)) for p in self.layout)
+        return [(c, place) for c, place in found if c is not None]
 
     def features(self, rows: slice | Tensor) -> Tensor:
         """(features, rows): ones, then every statistic, but for those of compressed rows."""
@@ -452,7 +447,7 @@ class MixtureKernel:
         runs = len(W)
         flat = W.reshape(-1, W.shape[-1]).to(self.dtype)
         S, total = torch.zeros_like(flat, dtype=W.dtype), W.new_zeros(runs)
-        places = [place for _, place in self.counted_places()]
+        places = [place for _, place in self.counted]
         for block, counted in self.with_counts(rows):
             phi = self.block(block)
             n = phi.shape[1]
@@ -476,7 +471,7 @@ class MixtureKernel:
 
     def with_counts(self, rows: list[slice]) -> Iterator[tuple[slice, tuple[Any, ...]]]:
         """Blocks of rows, and those of their values that are compressed rows."""
-        kept = self.counted
+        kept = [c for c, _ in self.counted]
         yield from zip(rows, zip(*(c.each(rows) for c in kept), strict=True) if kept else [()] * len(rows), strict=True)
 
     def block(self, rows: slice) -> Tensor:
@@ -508,7 +503,7 @@ class MixtureKernel:
         phi = self.features(rows)
         hot = softened(labels, self.states, softness(self.observed())).to(phi).transpose(1, 2)
         hot = hot.reshape(-1, len(rows))
-        found = [hot @ phi.T, *(back(c.block(rows.cpu().numpy()), hot) for c in self.counted)]
+        found = [hot @ phi.T, *(back(c.block(rows.cpu().numpy()), hot) for c, _ in self.counted)]
         S = torch.cat(found, 1).reshape(len(labels), self.states, -1)
         return self.ranks.add(S.to(self.joint.problem.dtype))[0]
 
