@@ -72,11 +72,12 @@ class Multinomial(dist.Multinomial):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log of the multinomial coefficient, and of the product of probabilities; (...,) of values (..., V)."""
-        probs = self._categorical.__dict__.get("probs")
-        if probs is None or value.ndim == 0:
+        known = self._categorical.__dict__
+        if "logits" in known or value.ndim == 0:  # logits may be -inf, where the product would not be a number
             return super().log_prob(value)
         if self._validate_args:
             self._validate_sample(value)
+        probs = known["probs"]
         tiny = torch.finfo(probs.dtype).eps
         value, log_p = value.to(probs.dtype), collapsed(probs).clamp(tiny, 1 - tiny).log()
         orders = (value.sum(-1) + 1).lgamma() - (value + 1).lgamma().sum(-1)
