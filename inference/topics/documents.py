@@ -14,8 +14,8 @@ from ..sparse_rows import SPAN, Rows, is_mapped
 
 #: Word places of a block: its topics x places stay in the cache.
 CELLS = 8192
-#: Documents of a block at most.
-MOST = 512
+#: Documents of a block at most, and those of a file that are held.
+MOST, PART = 512, 4096
 
 
 @dataclass(frozen=True)
@@ -176,11 +176,12 @@ def blocks(documents: Documents, dtype: torch.dtype = torch.float32, cells: int 
     return found
 
 
-def in_parts(documents: Documents, size: int = 4096) -> Iterator[tuple[int, Documents]]:
+def in_parts(documents: Documents, size: int | None = None) -> Iterator[tuple[int, Documents]]:
     """Documents that lie on disk some at a time, others all at once, with the number of the first."""
     if not documents.on_disk:
         yield 0, documents
         return
+    size = size or PART
     for a in range(0, len(documents), size):
         yield a, documents.cut(a, min(a + size, len(documents)))
 

@@ -67,7 +67,7 @@ def refuse_options(em: EM, dynamic: bool = False) -> None:
             "probability 0; use estimate='map' with small concentrations"
         )
     for name, unset in (
-        ("driver", ("auto", "incremental") if dynamic else DRIVERS),
+        ("driver", ("auto", "incremental", "batch") if dynamic else DRIVERS),
         ("start", (None,)),
         ("checkpoint", (None,)),
         ("kernels", (True,)),
