@@ -9,12 +9,12 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from inference import EM, SVI, fit, lazy_rows, load, rehearsal, sparse_rows
+from inference import EM, SVI, Gibbs, fit, lazy_rows, load, rehearsal, sparse_rows
 from inference.lazy_rows import LazyRows
 from inference.sparse_rows import Counts, Rows
 from inference.topics import shares, streamed
 from inference.topics.documents import Documents
-from zoo import GMM, LDA, Corpus, MultinomialMixture, load_corpus, open_corpus, open_table, store_corpus
+from zoo import GMM, LDA, Corpus, MultinomialMixture, TokenLDA, load_corpus, open_corpus, open_table, store_corpus
 from zoo.data import mapped, stored
 
 EVERYTHING = {
@@ -339,3 +339,18 @@ def test_methods_that_see_all_rows_are_refused_in_time(narrow, few_rows, monkeyp
     with pytest.raises(ValueError, match="nuts sees all rows at once"):
         fit(MultinomialMixture(3), on_disk, "nuts", seed=0)
     assert not [t for t in threading.enumerate() if t.name == "reads ahead" and t.is_alive() and not t.daemon]
+
+
+def test_stories_that_tell_every_word_take_small_corpora_only(narrow, few_rows, tmp_path, monkeypatch):
+    """A topic for every word is held in memory: a large corpus is refused with its size before its words are read."""
+    on_disk = narrow.save(tmp_path / "narrow")
+    kept = fit(TokenLDA(2), on_disk, Gibbs(chains=1, warmup=2, draws=2), seed=0)
+    assert kept.draws["phi"].shape == (2, 2, 60)
+    monkeypatch.setattr(stored, "TOLD", 2000)
+    monkeypatch.setattr(type(on_disk), "tokens", lambda *_: pytest.fail("words were read"))
+    with pytest.raises(ValueError, match=r"tells every word of its .* documents: at least .*LDA"):
+        fit(TokenLDA(2), on_disk, "gibbs")
+    monkeypatch.setattr(lazy_rows, "CELLS", 1000)
+    monkeypatch.setattr(lazy_rows, "LEAST", 100)
+    with pytest.raises(ValueError, match=r"gibbs sees all rows at once: .* rows x .* GB"):
+        fit(LDA(2), on_disk, "gibbs")

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: Documents and entries that are held at once.
 DOCUMENTS, ENTRIES = 20_000, 4_000_000
+#: Word ids of a corpus on disk that may be told one by one.
+TOLD = 4_000_000
 #: Entries from which positions need 64 bits.
 LONG = 2**31 - 1
 #: Layout of a folder.
@@ -87,6 +89,26 @@ class Ragged(Sequence):
             return tuple(self[i] for i in range(*index.indices(len(self))))
         i = range(len(self))[index]
         return np.asarray(self.values[int(self.starts[i]) : int(self.starts[i + 1])], dtype=np.int64)
+
+
+def check_told(corpus: Corpus) -> None:
+    """Refuse to tell the words of a corpus on disk one by one where they are many.
+
+    Raises
+    ------
+    ValueError
+        With the size, and what to do.
+    """
+    if not corpus.on_disk:
+        return
+    size = corpus.counts.nnz  # all words are no fewer, and these need not be read to be known
+    size = size if size > TOLD else len(corpus) * int(corpus.lengths.max(initial=0))
+    if size > TOLD:
+        raise ValueError(
+            f"{corpus.name!r} is on disk, and this story tells every word of its {len(corpus):,} documents: at least {size:,} "
+            f"numbers at once ({8e-9 * size:,.1f} GB), and a topic for each. Take part of the corpus (corpus[:1000]), or a "
+            f"story of counts (LDA), which reads them run by run"
+        )
 
 
 class Growing:

@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 import scipy.sparse as sp
 
-from .stored import DOCUMENTS, Ragged, StoredRows, store_corpus
+from .stored import DOCUMENTS, Ragged, StoredRows, check_told, store_corpus
 
 #: Numbers of a table of counts beyond which a story is given compressed rows.
 DENSE = 20_000_000
@@ -346,6 +346,11 @@ class Corpus:
         A story with `words` gets distinct words and their counts side by side, one with `num_words` alone gets word ids in
         order, any other a table (D, V) of counts as its first argument; `times` and `num_slices` are added where they
         are asked for.
+
+        Raises
+        ------
+        ValueError
+            A corpus on disk is too large for its words to be told one by one.
         """
         if not names:
             return {}
@@ -355,6 +360,7 @@ class Corpus:
             given["words"], given["w"] = [StoredRows(self.counts, v) for v in views] if self.on_disk else self.padded()
             given["num_words"] = self.num_words
         elif "num_words" in names:
+            check_told(self)
             given[names[0]], given["num_words"] = self.padded_tokens(), self.num_words
         else:
             large = len(self) * self.num_words > DENSE
