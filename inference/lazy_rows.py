@@ -132,7 +132,8 @@ class LazyRows(Tensor):
         if isinstance(chosen, slice) and count * self.width > CELLS and not rest:
             return self.like(self.source.cut(chosen.start, chosen.stop))
         found = self.made(chosen, "these rows")
-        found = found[0] if isinstance(index, int) else found
+        if isinstance(index, int):
+            return found[0][rest] if rest else found[0]
         return found[(slice(None), *rest)] if rest else found
 
     def numbers(self, index: Any) -> Numbers:

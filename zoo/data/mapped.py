@@ -60,7 +60,7 @@ def open_table(
 def _mapped(path: Path) -> np.memmap:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
+    except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{path.name} is no table of numbers: {error}") from None
 
 

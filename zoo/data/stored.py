@@ -44,10 +44,7 @@ class StoredCounts(sp.csr_matrix):
         ValueError
             Files are missing, damaged, or do not fit each other.
         """
-        try:
-            indptr, indices, data = (np.load(folder / f"{n}.npy", mmap_mode="r") for n in ("indptr", "indices", "data"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{folder} is no corpus that was stored, or is damaged: {error}") from None
+        indptr, indices, data = (_whole_numbers(folder / f"{n}.npy") for n in ("indptr", "indices", "data"))
         fits = len(indptr) == shape[0] + 1 and len(indices) == len(data)
         if not fits or int(indptr[0]) != 0 or int(indptr[-1]) != len(data):
             raise ValueError(
@@ -63,6 +60,24 @@ class StoredCounts(sp.csr_matrix):
     def on_disk(self) -> bool:
         """Whether these are still the files, and not some of their rows."""
         return isinstance(self.data, np.memmap)
+
+
+def _whole_numbers(path: Path) -> np.ndarray:
+    """A list of whole numbers, mapped."""
+    found = _opened(path)
+    if found.ndim != 1 or found.dtype.kind not in "iu":
+        raise ValueError(
+            f"{path.parent} is damaged: {path.name} holds {found.dtype} {found.shape}, and a list of whole numbers is wanted"
+        )
+    return found
+
+
+def _opened(path: Path) -> np.ndarray:
+    """A file of a folder, mapped."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path.parent} is no corpus that was stored, or is damaged: {path.name}: {error}") from None
 
 
 class StoredRows:
@@ -316,9 +331,9 @@ def open_corpus(path: str | os.PathLike[str], keep: str | os.PathLike[str] | Non
     fields: dict[str, Any] = {n: card[n] for n in ("name", "description", "source") if n in card}
     fields |= {n: tuple(card.get(n, ())) for n in ("vocabulary", "labels", "authors", "titles")}
     if (path / "times.npy").exists():
-        fields["times"] = np.load(path / "times.npy", mmap_mode="r")
+        fields["times"] = _opened(path / "times.npy")
     if (path / "tokens.npy").exists():
-        flat, starts = (np.load(path / f"{n}.npy", mmap_mode="r") for n in ("tokens", "token_starts"))
+        flat, starts = (_whole_numbers(path / f"{n}.npy") for n in ("tokens", "token_starts"))
         fields["sequences"] = Ragged(flat, starts)
     return Corpus(StoredCounts.opened(path, shape), **fields)
 

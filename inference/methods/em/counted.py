@@ -79,14 +79,12 @@ class Counted:
         """Starts, columns and counts of some rows, in memory."""
         kept = self.rows
         if isinstance(rows, slice):
-            starts = np.asarray(kept.starts[rows.start : rows.stop + 1])
-            part: Numbers = slice(int(starts[0]), int(starts[-1]))
-            starts = starts - starts[0]
+            starts, words, counts = kept.stretch(rows.start, rows.stop)
         else:
-            which, _, part = kept.entries(rows)
+            which, _, number = kept.entries(rows)
+            words, counts = kept.loaded(number)
             starts = np.concatenate([[0], np.cumsum(np.bincount(which, minlength=len(rows)))])
-        load = np.array if kept.on_disk else np.asarray  # read here, and not when a page is first touched
-        words, counts = load(kept.words[part]), load(kept.counts[part], dtype=KINDS.get(self.dtype, np.float64))
+        counts = np.asarray(counts, dtype=KINDS.get(self.dtype, np.float64))
         return (
             torch.from_numpy(starts.astype(words.dtype, copy=False)),
             torch.from_numpy(words),
