@@ -141,7 +141,7 @@ class Growing:
 
     def append(self, values: np.ndarray) -> None:
         """Some more numbers."""
-        np.ascontiguousarray(values, dtype=self.dtype).tofile(self._file)
+        self._file.write(np.ascontiguousarray(values, dtype=self.dtype).data)
         self.count += len(values)
 
     def __enter__(self) -> Self:
@@ -177,6 +177,8 @@ def store_corpus(folder: str | os.PathLike[str], parts: Iterable[Any], **about: 
     ------
     FileExistsError
         The folder is there already.
+    OSError
+        There is no room for it.
     ValueError
         No parts, parts over different words, counts that are no whole numbers, or lists that only some parts have.
 
@@ -193,8 +195,12 @@ def store_corpus(folder: str | os.PathLike[str], parts: Iterable[Any], **about: 
     try:
         _write(beside, parts, about)
         os.replace(beside, folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno:
+            raise OSError(
+                error.errno, f"{folder} was not stored, and nothing of it is left: {error.strerror}"
+            ) from error
         raise
     return open_corpus(folder)
 
