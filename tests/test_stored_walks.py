@@ -86,3 +86,18 @@ def test_times_that_do_not_fit_are_told(corpus, on_disk):
         fit(DTM(2), {**on_disk.as_arguments(["w", "words", "times", "num_words", "num_slices"]), "num_slices": 3}, EM())
     with pytest.raises(ValueError, match="the documents have no times"):
         fit(DTM(2), dataclasses.replace(on_disk, times=None), EM())
+
+
+def test_runs_of_documents_word_by_word_are_those_in_blocks(monkeypatch):
+    """Machine code and matrix products give the same counts, log-likelihood and terms for the concentrations."""
+    random = np.random.default_rng(0)
+    documents = Documents.of(random.poisson(0.5, (300, 40)))
+    start = streamed.climb_in_memory(documents, torch.full((4,), 0.3), torch.full((40, 1), 0.1), max_iter=3).state
+    ends = []
+    for built in (streamed.library(), None):
+        monkeypatch.setattr(streamed, "library", lambda built=built: built)
+        run = streamed.StreamedCounts(documents, start, learn_alpha=True)
+        S = torch.zeros(40, 4, dtype=torch.float64)
+        ends.append((S, *run.visit(run.table(), documents, S, learn=True)))
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(torch.as_tensor(a).double(), torch.as_tensor(b).double(), rtol=2e-4, atol=2e-3)

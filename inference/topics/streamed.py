@@ -32,6 +32,8 @@ from .documents import Block, Documents, blocks
 from .expected import DELAY, LEAST, MOST, Climbed, Counts, concentration_terms, eta_factor, settle
 from .expected import climb as climb_in_memory
 from .variational import FEW_ROUNDS, ROUNDS, VariationalBayes, local_step, mean_log
+from .words import Places, improvement, library, padded
+from .words import settle as settle_places
 
 #: Documents of a run at least and at most, and entries at most; a pass has a hundred runs where it can.
 FEWEST, READ, ENTRIES, RUNS = 64, 4096, 1_000_000, 100
@@ -132,6 +134,7 @@ class StreamedCounts:
         N = start.N.double() * (self.tokens / max(float(start.Nk.sum()), 1.0))
         self.state = Counts(N, N.sum(0), N.new_zeros(0, N.shape[1]), start.alpha.clone(), start.eta.clone())
         self.steps = self.passes = 0
+        self.native = library()
 
     def table(self) -> Tensor:
         """Topics as shares of the words, (V, K)."""
@@ -140,6 +143,24 @@ class StreamedCounts:
 
     def visit(self, table: Tensor, part: Documents, S: Tensor, learn: bool = False) -> tuple[float, Tensor, Tensor]:
         """Add the expected counts of some documents to S (V, K); their log-likelihood, and terms for alpha."""
+        visit = self.by_block if self.native is None else self.by_word
+        return visit(table, part, S, learn)
+
+    def by_word(self, table: Tensor, part: Documents, S: Tensor, learn: bool) -> tuple[float, Tensor, Tensor]:
+        """In machine code, word by word."""
+        assert self.native is not None
+        alpha, lengths = self.state.alpha, torch.from_numpy(part.lengths).float()
+        K, tables = len(alpha), padded(table)
+        n, found = padded((lengths / K)[:, None].expand(-1, K)), torch.zeros_like(tables)
+        none = torch.empty_like(n) if learn else None
+        value = settle_places(self.native, Places(part), tables, n, padded(alpha), SETTLED, S=found, none=none)
+        S += found[:, :K]
+        if none is None:
+            return value, torch.zeros_like(alpha), torch.zeros(())
+        return value, *improvement(alpha, n[:, :K], 1.0 - none[:, :K], lengths)
+
+    def by_block(self, table: Tensor, part: Documents, S: Tensor, learn: bool) -> tuple[float, Tensor, Tensor]:
+        """The same in blocks of documents."""
         alpha, value = self.state.alpha, 0.0
         gain, weight = torch.zeros_like(alpha), torch.zeros(())
         for block in blocks(part):
