@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..sparse_rows import SPAN, Rows, is_mapped
+from ..sparse_rows import SPAN, Rows, check_entries, check_starts, is_mapped
 from . import cards
 
 #: Word places of a block: its topics x places stay in the cache.
 CELLS = 8192
-#: Documents of a block at most.
-MOST = 512
+#: Documents of a block at most, and those of a file that are held.
+MOST, PART = 512, 4096
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,12 @@ class Documents:
     def cut(self, first: int, last: int) -> Documents:
         """Consecutive documents, in memory."""
         starts = np.asarray(self.starts[first : last + 1], dtype=np.int64)
+        if self.on_disk:
+            check_starts(starts[:-1], starts[1:], len(self.words))
         part = slice(int(starts[0]), int(starts[-1]))
         words, counts = np.array(self.words[part], dtype=np.int64), np.array(self.counts[part], dtype=np.float64)
+        if self.on_disk:
+            check_entries(words, counts, self.num_words)
         times = None if self.times is None else self.times[first:last]
         return Documents(starts - starts[0], words, counts, self.num_words, times)
 
@@ -119,11 +123,15 @@ class Documents:
 
     def take(self, which: np.ndarray) -> Documents:
         """Some of the documents, in the order given."""
+        if self.on_disk:
+            check_starts(np.asarray(self.starts[which]), np.asarray(self.starts[which + 1]), len(self.words))
         spans = [np.arange(self.starts[d], self.starts[d + 1]) for d in which]
         index = np.concatenate(spans) if spans else np.zeros(0, np.int64)
         starts = np.concatenate([[0], np.cumsum([len(s) for s in spans])]).astype(np.int64)
         times = None if self.times is None else self.times[which]
         words, counts = np.asarray(self.words[index], np.int64), np.asarray(self.counts[index], np.float64)
+        if self.on_disk:
+            check_entries(words, counts, self.num_words)
         return Documents(starts, words, counts, self.num_words, times)
 
     def tokens(self, rng: np.random.Generator) -> list[np.ndarray]:
@@ -224,11 +232,12 @@ def plan(widths: np.ndarray, cells: int, card: bool = False) -> Iterator[np.ndar
         i = j
 
 
-def in_parts(documents: Documents, size: int = 4096) -> Iterator[tuple[int, Documents]]:
+def in_parts(documents: Documents, size: int | None = None) -> Iterator[tuple[int, Documents]]:
     """Documents that lie on disk some at a time, others all at once, with the number of the first."""
     if not documents.on_disk:
         yield 0, documents
         return
+    size = size or PART
     for a in range(0, len(documents), size):
         yield a, documents.cut(a, min(a + size, len(documents)))
 

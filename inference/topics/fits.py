@@ -70,7 +70,7 @@ def way_of(device: torch.device | str) -> str:
 def way_of_streams(documents: Any, device: torch.device) -> str:
     """The same where nothing of a document is kept."""
     if not cards.on_card(device):
-        return "blocks of documents at once, each inferred anew at every visit"
+        return f"{way_of(device)}; documents are inferred anew at every visit"
     stay = "whose counts stay there" if cards.stay(documents, device) else "whose counts are read ahead and copied"
     return f"{way_of(device)}; documents, {stay}, are inferred anew at every visit"
 
@@ -85,7 +85,7 @@ def refuse_options(em: EM, dynamic: bool = False) -> None:
             "probability 0; use estimate='map' with small concentrations"
         )
     for name, unset in (
-        ("driver", ("auto", "incremental") if dynamic else DRIVERS),
+        ("driver", ("auto", "incremental", "batch") if dynamic else DRIVERS),
         ("start", (None,)),
         ("checkpoint", (None,)),
         ("kernels", (True,)),

@@ -96,6 +96,13 @@ class Admixture:
         if self.layout == "table":
             return Documents.from_table(value, times)
         if self.layout == "pairs":
+            if kwargs.get(str(self.words)) is None:  # counts of all words in their order
+                if value.shape[-1] != self.num_words:
+                    raise ValueError(
+                        f"{self.argument} has {value.shape[-1]} columns and the topics are over {self.num_words} words: give "
+                        f"{self.words}, the words that the columns count, or a column for every word"
+                    )
+                return Documents.from_table(value, times)
             return Documents.from_rows(kwargs[str(self.words)].cpu().numpy(), value, self.num_words, times)
         inside = (value >= 0) & (value < self.num_words)
         return Documents.from_rows(np.where(inside, value, 0), inside, self.num_words, times)

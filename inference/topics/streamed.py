@@ -17,7 +17,7 @@ visits a run of its own under the same topics.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,9 @@ from .documents import Block, Documents
 from .expected import DELAY, LEAST, MOST, Climbed, Counts, concentration_terms, eta_factor, settle
 from .expected import climb as climb_in_memory
 from .variational import FEW_ROUNDS, ROUNDS, VariationalBayes, local_step, mean_log
-from .visits import Visits
+from .visits import Piece, Visits
+from .words import Places, improvement, library, padded
+from .words import settle as settle_places
 
 #: Documents from all over that the start is made from.
 SAMPLE = 2000
@@ -89,6 +91,7 @@ class StreamedCounts:
         N = start.N.double() * (self.tokens / max(float(start.Nk.sum()), 1.0))
         self.state = Counts(N, N.sum(0), N.new_zeros(0, N.shape[1]), start.alpha.clone(), start.eta.clone())
         self.steps = self.passes = 0
+        self.native = library()
 
     def table(self) -> Tensor:
         """Topics as shares of the words, (V, K)."""
@@ -96,9 +99,28 @@ class StreamedCounts:
         return ((s.N + s.eta) / (s.Nk + s.eta.sum(0))).float()
 
     def visit(
-        self, table: Tensor, some: Iterable[Block], S: Tensor, learn: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, table: Tensor, piece: Piece, S: Tensor, learn: bool = False
+    ) -> tuple[Tensor | float, Tensor, Tensor]:
         """Add the expected counts of some documents to S (V, K); their log-likelihood, and terms for alpha."""
+        if isinstance(piece, Documents) and self.native is not None:
+            return self.by_word(table, piece, S, learn)
+        return self.by_block(table, self.visits.blocks(piece, torch.float32), S, learn)
+
+    def by_word(self, table: Tensor, part: Documents, S: Tensor, learn: bool) -> tuple[float, Tensor, Tensor]:
+        """In machine code, word by word."""
+        assert self.native is not None
+        alpha, lengths = self.state.alpha, torch.from_numpy(part.lengths).float()
+        K, tables = len(alpha), padded(table)
+        n, found = padded((lengths / K)[:, None].expand(-1, K)), torch.zeros_like(tables)
+        none = torch.empty_like(n) if learn else None
+        value = settle_places(self.native, Places(part), tables, n, padded(alpha), SETTLED, S=found, none=none)
+        S += found[:, :K]
+        if none is None:
+            return value, torch.zeros_like(alpha), torch.zeros(())
+        return value, *improvement(alpha, n[:, :K], 1.0 - none[:, :K], lengths)
+
+    def by_block(self, table: Tensor, some: list[Block], S: Tensor, learn: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """The same in blocks of documents, on the device of the work."""
         alpha, value = self.state.alpha, torch.zeros((), dtype=torch.float64, device=self.where)
         gain, weight = torch.zeros_like(alpha), torch.zeros((), device=self.where)
         for block in some:
@@ -116,9 +138,9 @@ class StreamedCounts:
     def stochastic_pass(self) -> None:
         """All runs in random order, each moving the counts towards what it would make of all documents."""
         s = self.state
-        for some, tokens in self.visits.shuffled(self.random, self.ranks, torch.float32):
+        for piece, tokens in self.visits.shuffled(self.random, self.ranks):
             S = torch.zeros_like(s.N, dtype=cards.sum_dtype(s.alpha))
-            self.visit(self.table(), some, S)
+            self.visit(self.table(), piece, S)
             S, seen = self.ranks.add(S, torch.tensor(tokens, device=self.where))
             rho = (self.steps + DELAY) ** -DECAY
             s.N.mul_(1 - rho).add_(S, alpha=rho * self.tokens / max(float(seen), 1.0))
@@ -129,7 +151,11 @@ class StreamedCounts:
         """The counts of all documents under the present topics; returns the log-likelihood under these."""
         s, new = self.state, torch.zeros_like(self.state.N)
         learn = self.learn_alpha and self.passes >= BURN
-        value, gain, weight = self.visit(self.table(), self.visits.all(torch.float32), new, learn)
+        table, value = self.table(), torch.zeros((), dtype=torch.float64, device=self.where)
+        gain, weight = torch.zeros_like(s.alpha), torch.zeros((), device=self.where)
+        for piece in self.visits.all():
+            v, g, w = self.visit(table, piece, new, learn)
+            value, gain, weight = value + v, gain + g, weight + w
         new, value, gain, weight = self.ranks.add(new, value, gain, weight)
         s.N, s.Nk = new, new.sum(0)
         if learn:
@@ -234,10 +260,11 @@ class StreamedBayes(VariationalBayes):
         S = torch.zeros_like(table, dtype=torch.float64)
         own = torch.zeros((), dtype=torch.float64, device=table.device)
         self._seen = torch.zeros_like(self.alpha)
-        for block in self.visits.all(self.alpha.dtype):
-            r, _, value = self.visit(table, block)
-            block.add(S, r)
-            own += value
+        for piece in self.visits.all():
+            for block in self.visits.blocks(piece, self.alpha.dtype):
+                r, _, value = self.visit(table, block)
+                block.add(S, r)
+                own += value
         S, sums, seen = self.ranks.add(S, own, self._seen)
         bound = float(sums) - float(kl_divergence(Dirichlet(self.lam), Dirichlet(self.eta)).sum())
         self.lam = self.eta + (S.to(table) * table).T
@@ -248,10 +275,10 @@ class StreamedBayes(VariationalBayes):
         """Steps along the natural gradients of one run of documents each."""
         assert self.lam is not None
         self._seen = torch.zeros_like(self.alpha)
-        for some, tokens in self.visits.shuffled(self.random, self.ranks, self.alpha.dtype):
+        for piece, tokens in self.visits.shuffled(self.random, self.ranks):
             table = mean_log(self.lam).exp().T.contiguous()
             S = torch.zeros_like(table, dtype=cards.sum_dtype(table))
-            for block in some:
+            for block in self.visits.blocks(piece, self.alpha.dtype):
                 r, _, _ = self.visit(table, block)
                 block.add(S, r)
             S, seen = self.ranks.add(S, torch.tensor(tokens, device=table.device))

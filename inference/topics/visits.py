@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import Ranks
+from ..sparse_rows import check_entries, check_starts
 from ..streaming import Stream
 from . import cards
 from .documents import CELLS, Block, Documents, blocks, side_by_side
@@ -25,6 +26,8 @@ FEWEST, READ, ENTRIES, RUNS = 64, 4096, 1_000_000, 100
 WIDE, WIDE_ENTRIES = 65_536, 8_000_000
 
 Run = tuple[int, int]
+#: Some documents: as they are on a processor, in blocks on a card.
+Piece = Documents | list[Block]
 
 
 def runs_of(documents: Documents, read: int = READ, entries: int = ENTRIES, runs: int = RUNS) -> list[Run]:
@@ -38,6 +41,18 @@ def runs_of(documents: Documents, read: int = READ, entries: int = ENTRIES, runs
         found.append((a, min(b, n)))
         a = found[-1][1]
     return found
+
+
+def pieces(documents: Documents, order: list[Run]) -> Iterator[tuple[Run, Documents]]:
+    """Runs of documents in the order given, in memory, the next one read meanwhile."""
+
+    def read(run: Run) -> tuple[Tensor, ...]:
+        part = documents.cut(*run)
+        kinds = ((part.starts, np.int64), (part.words, np.int64), (part.counts, np.float64))
+        return tuple(torch.from_numpy(np.array(v, dtype=k)) for v, k in kinds)
+
+    for run, (starts, words, counts) in Stream(read).each(order):
+        yield run, Documents(starts.numpy(), words.numpy(), counts.numpy(), documents.num_words)
 
 
 class Visits:
@@ -67,39 +82,40 @@ class Visits:
         self._held: tuple[Tensor, Tensor] | None = None
         self._laid: list[Block] = []
 
-    def all(self, dtype: torch.dtype) -> Iterator[Block]:
-        """Blocks of all documents once, with counts of this kind."""
+    def all(self) -> Iterator[Piece]:
+        """All documents once."""
         if self.stays:
             if not self._laid:
                 widths = np.diff(np.asarray(self.documents.starts))
                 self._laid = side_by_side(widths, *self.held(), self.documents.num_words, self.cells)
-            yield from (block.to(dtype) for block in self._laid)
+            yield self._laid
             return
         runs = self.runs if not self.card else runs_of(self.documents, WIDE, WIDE_ENTRIES, 1)
-        for found, _ in self.each(runs, dtype):
-            yield from found
+        for found, _ in self.each(runs):
+            yield found
 
-    def shuffled(
-        self, random: torch.Generator, ranks: Ranks, dtype: torch.dtype
-    ) -> Iterator[tuple[list[Block], float]]:
-        """Runs in random order, each as blocks and its number of words; where other ranks have more runs, none at the end."""
+    def shuffled(self, random: torch.Generator, ranks: Ranks) -> Iterator[tuple[Piece, float]]:
+        """Runs in random order, each with its number of words; where other ranks have more runs, none at the end."""
         order = [self.runs[i] for i in torch.randperm(len(self.runs), generator=random).tolist()]
         most = max(ranks.gather(len(self.runs)))
-        yield from self.each(order, dtype)
+        yield from self.each(order)
         for _ in range(most - len(self.runs)):
             yield [], 0.0
 
-    def each(self, order: list[Run], dtype: torch.dtype) -> Iterator[tuple[list[Block], float]]:
-        """Runs in the order given, each as blocks and its number of words."""
+    def each(self, order: list[Run]) -> Iterator[tuple[Piece, float]]:
+        """Runs in the order given, each with its number of words."""
         if not self.card:
-            for _, (starts, words, counts) in Stream(self.cut).each(order):
-                part = Documents(starts.numpy(), words.numpy(), counts.numpy(), self.documents.num_words)
-                yield blocks(part, dtype), part.num_tokens
+            for _, part in pieces(self.documents, order):
+                yield part, part.num_tokens
             return
         for (a, b), (words, counts) in self.arriving(order):
             widths = np.diff(np.asarray(self.documents.starts[a : b + 1], dtype=np.int64))
-            found = side_by_side(widths, words, counts.to(dtype), self.documents.num_words, self.cells)
+            found = side_by_side(widths, words, counts.float(), self.documents.num_words, self.cells)
             yield found, float(counts.sum(dtype=torch.float64))
+
+    def blocks(self, piece: Piece, dtype: torch.dtype) -> list[Block]:
+        """Some documents in blocks, with counts of this kind."""
+        return blocks(piece, dtype) if isinstance(piece, Documents) else [block.to(dtype) for block in piece]
 
     def arriving(self, order: list[Run]) -> Iterator[tuple[Run, tuple[Tensor, Tensor]]]:
         """Words and counts of runs on the card."""
@@ -119,18 +135,19 @@ class Visits:
             self._held = words.to(self.device, torch.int32), counts.to(self.device).float()
         return self._held
 
-    def cut(self, run: Run) -> tuple[Tensor, ...]:
-        """starts, words and counts of a run in memory."""
-        part = self.documents.cut(*run)
-        kinds = ((part.starts, np.int64), (part.words, np.int64), (part.counts, np.float64))
-        return tuple(torch.from_numpy(np.array(v, dtype=k)) for v, k in kinds)
-
     def compact(self, run: Run) -> tuple[Tensor, Tensor]:
         """Words and counts of a run in four bytes each, as they travel to a card."""
         words, counts = self.narrow
         part = slice(int(self.documents.starts[run[0]]), int(self.documents.starts[run[1]]))
-        if self.documents.on_disk:  # a copy, as what is mapped may not be written to
-            return torch.from_numpy(np.array(words[part])), torch.from_numpy(np.array(counts[part]))
+        if self.documents.on_disk:
+            starts = np.asarray(self.documents.starts[run[0] : run[1] + 1], dtype=np.int64)
+            check_starts(starts[:-1], starts[1:], len(words))
+            words, counts = (
+                np.array(words[part]),
+                np.array(counts[part]),
+            )  # copies: what is mapped may not be written to
+            check_entries(words, counts, self.documents.num_words)
+            return torch.from_numpy(words), torch.from_numpy(counts)
         return torch.from_numpy(words[part]), torch.from_numpy(counts[part])
 
     @cached_property
