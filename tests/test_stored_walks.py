@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from inference import EM, SVI, fit
-from inference.topics import dynamic_streamed, forecast_concentration, perplexity, shares, streamed, topic_share
+from inference.topics import dynamic_streamed, forecast_concentration, perplexity, shares, streamed, topic_share, visits
 from inference.topics.documents import Documents
 from zoo import DTM, Corpus
 from zoo.data import load
@@ -24,7 +24,7 @@ def corpus():
 
 @pytest.fixture
 def on_disk(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(streamed, "FEWEST", 50)
+    monkeypatch.setattr(visits, "FEWEST", 50)
     monkeypatch.setattr("inference.sparse_rows.FEW", 0)
     monkeypatch.setattr("inference.rehearsal.MANY_ROWS", 100)
     return corpus.save(tmp_path / "corpus")
