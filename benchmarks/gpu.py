@@ -82,8 +82,8 @@ def gmm(case: Case, bench: Bench) -> None:
         if bench.device == "cuda":
             here = min(rows, len(few))
             cpu = our_iterations(few[:here], "full", K, start=start)
-            seconds = per_iteration({"it": cpu}, 1, 1, 3)["it"].median
-            if time.perf_counter() + 8 * seconds * rows / here < end:
+            seconds = per_iteration({"it": cpu}, 1, 1, QUICK if bench.quick else 3)["it"].median
+            if here < rows and time.perf_counter() + 8 * seconds * rows / here < end:
                 cpu, here = our_iterations(x.cpu(), "full", K, start=start), rows
                 seconds = per_iteration({"it": cpu}, 1, 1, 3)["it"].median
             note(case, f"{dtype}: rows that the cpu was timed on", float(here))
