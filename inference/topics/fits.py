@@ -6,7 +6,6 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
@@ -20,7 +19,8 @@ from .form import Admixture
 from .gibbs import sample
 from .streamed import StreamedBayes
 from .variational import VariationalBayes, mean_log
-from .words import Places, library, padded, settle
+from .weights import dirichlet_draws, heights, num_weights, untrusted, weighed
+from .words import library
 
 if TYPE_CHECKING:
     from ..methods.em import EM
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 WORD_TOL = 100.0
 #: Numbers that draws of the topics may take, and draws at least.
 DRAW_NUMBERS, DRAWS = 25_000_000, 25
-#: Importance weights of a guide, fewer where there are so many pairs of words and topics.
-WEIGHTS, FEW_WEIGHTS, MANY_CELLS = 200, 25, 5_000_000
 
 
 def plan(form: Admixture) -> str:
@@ -151,7 +149,7 @@ def run_em(problem: Problem, em: EM) -> Posterior:
             "plan": plan(form),
             "iterations": len(end.history),
             ("log_likelihood_a_word" if streamed else "leave_one_out"): end.history[-1] / tokens,
-            **({} if streamed else {"validation_perplexity": end.validation}),
+            **({"validation_perplexity": end.validation} if end.validation or not streamed else {}),
             **several("restarts", "log-likelihood", end.trials),
         },
         warnings=warnings + want_notes(problem),
@@ -236,10 +234,10 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
         lam = run.lam
         assert lam is not None
         count = max(DRAWS, min(svi.draws, DRAW_NUMBERS // max(1, lam.numel())))
-        weights = 0 if streamed else num_weights(documents, form)
+        weights = num_weights(documents, form)
         phi = dirichlet_draws(lam, max(count, weights), problem.seed)
         draws: dict[str, Tensor] = {form.topics: phi[:count]}
-        trusted = weighed(documents, phi[:weights], lam.double(), run, problem.seed) if weights else {}
+        trusted = weighed(documents, phi[:weights], lam.double(), run, problem.seed, ranks, over)
         warnings += untrusted(trusted, form)
         draws |= {n: v.expand(count, *v.shape[1:]) for n, v in learned(problem, form, run.alpha, run.eta[:1]).items()}
         meter.mark("run")
@@ -263,63 +261,6 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
         converged=converged,
         extra={"topics": {"phi.concentration": lam} | ({} if streamed else {"theta.concentration": run.gamma})},
     )
-
-
-def num_weights(documents: Any, form: Any) -> int:
-    """Draws of the guide that are weighed."""
-    return FEW_WEIGHTS if documents.counts.size * form.num_topics > MANY_CELLS else WEIGHTS
-
-
-def weighed(documents: Any, phi: Tensor, lam: Tensor, run: Any, seed: int) -> dict[str, float]:
-    """k-hat and effective share of importance weights p(w, theta, phi) / q(theta, phi), topics of words summed out."""
-    from ..diagnostics import pareto_khat
-
-    gamma = run.gamma.double()
-    count, theta = len(phi), dirichlet_draws(gamma, len(phi), seed + 1)
-    pairs = (
-        (run.eta.double().cpu().expand_as(lam), lam, phi),
-        (run.alpha.double().cpu().expand_as(gamma), gamma, theta),
-    )
-    built = library() if count == FEW_WEIGHTS else None
-    weights = heights(documents, phi[None], theta[None])[0] if built is None else told(built, documents, phi, theta)
-    for prior, guide, values in pairs:
-        constant = float((log_beta(guide) - log_beta(prior)).sum())
-        weights = weights + np.array([constant + float(((prior - guide) * v.log()).sum()) for v in values])
-    ratio = np.exp(weights - weights.max())
-    return {"khat": pareto_khat(weights), "weight_ess": float(ratio.sum() ** 2 / (ratio**2).sum() / count)}
-
-
-def log_beta(concentration: Tensor) -> Tensor:
-    """Logarithm of the normaliser of Dirichlets (..., K), (...)."""
-    return concentration.lgamma().sum(-1) - concentration.sum(-1).lgamma()
-
-
-def told(built: Any, documents: Any, phi: Tensor, theta: Tensor) -> np.ndarray:
-    """log p of all words at topics (S, K, V) and shares (S, D, K), in machine code and single precision, (S,)."""
-    places, none = Places(documents), padded(torch.zeros(phi.shape[1]))
-    return np.array([settle(built, places, padded(p.T), padded(t), none, 0) for p, t in zip(phi, theta, strict=True)])
-
-
-def untrusted(found: dict[str, float], form: Any) -> list[str]:
-    """A warning where the weights say that spreads are wrong."""
-    from ..diagnostics import KHAT_LIMIT
-
-    if not found:
-        return ["k-hat is not known: documents are read piece by piece, and their shares are not kept"]
-    if not found["khat"] > KHAT_LIMIT:
-        return []
-    instead = "" if form.alpha_param or form.eta_param else "; Gibbs() draws from the posterior itself"
-    return [
-        f"k-hat is {found['khat']:.2f} > {KHAT_LIMIT}: independent topics and shares miss a part of the posterior, and what "
-        f"they say about spread is not to be trusted{instead}"
-    ]
-
-
-def dirichlet_draws(concentration: Tensor, count: int, seed: int) -> Tensor:
-    """Draws (count, K, V); NumPy's gamma variates, which are several times as fast as torch's for small concentrations."""
-    random, shape = np.random.default_rng(seed), concentration.numpy()
-    gamma = torch.from_numpy(np.stack([random.standard_gamma(shape) for _ in range(count)])).clamp_min(1e-300)
-    return gamma / gamma.sum(-1, keepdim=True)
 
 
 def improve_concentrations(run: VariationalBayes, form: Admixture, steps: int, burn: int = 5) -> None:
@@ -392,13 +333,3 @@ def run_gibbs(problem: Problem, gibbs: Gibbs) -> Posterior:
         sample_stats={"log_likelihood": height},
         converged=not late,
     )
-
-
-def heights(documents: Any, phi: Tensor, theta: Tensor) -> np.ndarray:
-    """log p(words | topics, shares) of every draw: phi (C, S, K, V) and theta (C, S, D, K) -> (C, S)."""
-    owner = torch.from_numpy(np.repeat(np.arange(len(documents)), np.diff(documents.starts)))
-    words, counts = torch.from_numpy(documents.words).long(), torch.from_numpy(documents.counts).to(phi.dtype)
-    found = [
-        [float(counts @ (t[owner] * p[:, words].T).sum(-1).log()) for p, t in zip(a, b)] for a, b in zip(phi, theta)
-    ]
-    return np.array(found)

@@ -29,7 +29,7 @@ from torch.distributions import Dirichlet, kl_divergence
 from ..distributed import ALONE, Ranks
 from ..streaming import Stream
 from .documents import Block, Documents, blocks
-from .expected import DELAY, LEAST, MOST, Climbed, Counts, concentration_terms, eta_factor, settle
+from .expected import DELAY, LEAST, MOST, Climbed, Counts, Watch, concentration_terms, eta_factor, settle
 from .expected import climb as climb_in_memory
 from .variational import FEW_ROUNDS, ROUNDS, VariationalBayes, local_step, mean_log
 from .words import Places, improvement, library, padded
@@ -41,8 +41,10 @@ FEWEST, READ, ENTRIES, RUNS = 64, 4096, 1_000_000, 100
 SAMPLE = 2000
 #: Stochastic passes, the power with which their weights fall, and rounds within a document.
 PASSES, DECAY, SETTLED = 2, 0.7, 12
-#: Full passes before concentrations are learned.
-BURN = 2
+#: Full passes before concentrations are learned, between looks at documents set aside, and at most after these have come back.
+BURN, LOOKS, LAST = 2, 5, 5
+#: Documents that are set aside.
+ASIDE = 200
 
 
 def runs_of(documents: Documents) -> list[tuple[int, int]]:
@@ -77,24 +79,27 @@ def pieces(documents: Documents, order: list[tuple[int, int]]) -> Iterator[tuple
 
 def shuffled(
     documents: Documents, runs: list[tuple[int, int]], random: torch.Generator, ranks: Ranks
-) -> Iterator[Documents]:
+) -> Iterator[tuple[tuple[int, int], Documents]]:
     """Runs in random order; where other ranks have more of them, none at the end."""
     order = [runs[i] for i in torch.randperm(len(runs), generator=random).tolist()]
     most = max(ranks.gather(len(runs)))
-    for _, part in pieces(documents, order):
-        yield part
+    yield from pieces(documents, order)
     empty = np.zeros(0, np.int64)
     for _ in range(most - len(runs)):
-        yield Documents(np.zeros(1, np.int64), empty, np.zeros(0), documents.num_words)
+        yield (0, 0), Documents(np.zeros(1, np.int64), empty, np.zeros(0), documents.num_words)
+
+
+def some_numbers(n: int, count: int, seed: int) -> np.ndarray:
+    """Numbers of documents from all over, one of every stretch of equal length."""
+    if n <= count:
+        return np.arange(n)
+    edges = np.linspace(0, n, count + 1).astype(np.int64)
+    return np.random.default_rng(seed).integers(edges[:-1], edges[1:])
 
 
 def some_documents(documents: Documents, count: int, seed: int, ranks: Ranks = ALONE) -> Documents:
-    """Documents from all over, one of every stretch of equal length; of all ranks, on every rank."""
-    n = ranks.total(len(documents))
-    chosen = np.arange(n)
-    if n > count:
-        edges = np.linspace(0, n, count + 1).astype(np.int64)
-        chosen = np.random.default_rng(seed).integers(edges[:-1], edges[1:])
+    """Documents from all over; of all ranks, on every rank."""
+    chosen = some_numbers(ranks.total(len(documents)), count, seed)
     if not ranks.shares_rows:
         return documents.take(chosen)
     own = chosen[(chosen >= ranks.offset) & (chosen < ranks.offset + len(documents))] - ranks.offset
@@ -135,6 +140,18 @@ class StreamedCounts:
         self.state = Counts(N, N.sum(0), N.new_zeros(0, N.shape[1]), start.alpha.clone(), start.eta.clone())
         self.steps = self.passes = 0
         self.native = library()
+        self.aside = np.zeros(0, np.int64)
+
+    def leave_out(self, aside: np.ndarray) -> None:
+        """Documents, by their sorted numbers among those of all ranks, that are not counted."""
+        own = aside[(aside >= self.ranks.offset) & (aside < self.ranks.offset + len(self.documents))]
+        self.aside = own - self.ranks.offset
+
+    def counted(self, run: tuple[int, int], part: Documents) -> Documents:
+        """A run without the documents that are left out."""
+        a, b = run
+        out = self.aside[np.searchsorted(self.aside, a) : np.searchsorted(self.aside, b)] - a
+        return part.take(np.delete(np.arange(len(part)), out)) if len(out) else part
 
     def table(self) -> Tensor:
         """Topics as shares of the words, (V, K)."""
@@ -178,7 +195,8 @@ class StreamedCounts:
     def stochastic_pass(self) -> None:
         """All runs in random order, each moving the counts towards what it would make of all documents."""
         s = self.state
-        for part in shuffled(self.documents, self.runs, self.random, self.ranks):
+        for where, whole in shuffled(self.documents, self.runs, self.random, self.ranks):
+            part = self.counted(where, whole)
             S = torch.zeros_like(s.N, dtype=torch.float32)
             self.visit(self.table(), part, S)
             S, seen = self.ranks.add(S, torch.tensor(part.num_tokens))
@@ -193,8 +211,8 @@ class StreamedCounts:
         learn = self.learn_alpha and self.passes >= BURN
         table, new = self.table(), torch.zeros_like(s.N)
         gain, weight = torch.zeros_like(s.alpha), torch.zeros(())
-        for _, part in pieces(self.documents, self.runs):
-            v, g, w = self.visit(table, part, new, learn)
+        for where, whole in pieces(self.documents, self.runs):
+            v, g, w = self.visit(table, self.counted(where, whole), new, learn)
             value, gain, weight = value + v, gain + g, weight + w
         new, sums, gain, weight = self.ranks.add(new, torch.tensor(value, dtype=torch.float64), gain, weight)
         s.N, s.Nk = new, new.sum(0)
@@ -231,7 +249,8 @@ def climb(
 ) -> Climbed:
     """A start in memory, stochastic passes ("stepwise", not "batch"), then full passes until they help no more.
 
-    Parameters are those of `expected.climb`; restarts are judged on the documents of the start.
+    Parameters are those of `expected.climb`; restarts are judged on the documents of the start.  Where concentrations are
+    learned, some documents from all over are set aside to tell when that stops helping; they come back for the last passes.
     """
     late = (lambda: ranks.first(over())) if ranks.shares_rows else over
     some = some_documents(documents, SAMPLE, seed, ranks)
@@ -240,21 +259,38 @@ def climb(
     )
     state = ranks.first(first.state) if ranks.shares_rows else first.state
     run = StreamedCounts(documents, state, learn_alpha, learn_eta, tied, seed, ranks)
+    count = min(ASIDE, ranks.total(len(documents)) // 20) if learn_alpha or learn_eta else 0
+    held = some_documents(documents, count, seed + 1, ranks) if count > 1 else None
+    if held is not None:
+        run.leave_out(some_numbers(ranks.total(len(documents)), count, seed + 1))
+    watch = Watch(run, held, seed, LOOKS)
     history: list[float] = []
     converged, stopped = False, ""
     for _ in range(PASSES if driver == "stepwise" else 0):
         if not late():
             run.stochastic_pass()
-    while len(history) < max_iter:
+    while len(history) < max_iter - (LAST if held is not None and max_iter > LAST else 0):
         history.append(run.full_pass())
         tick(len(history), history[-1] / run.tokens)
+        if watch.worse(len(history)):
+            break
         if len(history) > BURN and abs(history[-1] - history[-2]) < tol * run.tokens:
             converged = True
             break
         if late():
             stopped = "the budget is used up: the best state so far is returned"
             break
-    return Climbed(run.state, history, converged, stopped)
+    if held is not None:
+        run.state = watch.best or run.state
+        run.leave_out(np.zeros(0, np.int64))
+        run.learn_alpha = run.learn_eta = False
+        for _ in range(LAST):
+            if late() and history:
+                break
+            history.append(run.full_pass())
+            if abs(history[-1] - history[-2]) < tol * run.tokens:
+                break
+    return Climbed(run.state, history, converged or watch.ended, stopped, watch.seen)
 
 
 @dataclass
@@ -316,7 +352,7 @@ class StreamedBayes(VariationalBayes):
         """Steps along the natural gradients of one run of documents each."""
         assert self.lam is not None
         self._seen = torch.zeros_like(self.alpha)
-        for part in shuffled(self.documents, self.runs, self.random, self.ranks):
+        for _, part in shuffled(self.documents, self.runs, self.random, self.ranks):
             table = mean_log(self.lam).exp().T.contiguous()
             S = torch.zeros_like(table)
             for block in blocks(part, self.alpha.dtype):
