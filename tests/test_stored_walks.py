@@ -7,9 +7,18 @@ import pytest
 import torch
 
 from inference import EM, SVI, fit
-from inference.topics import dynamic_streamed, forecast_concentration, perplexity, shares, streamed, topic_share, visits
+from inference.topics import (
+    dynamic_streamed,
+    forecast_concentration,
+    perplexity,
+    shares,
+    streamed,
+    topic_share,
+    visits,
+    weights,
+)
 from inference.topics.documents import Documents
-from zoo import DTM, Corpus
+from zoo import DTM, LDA, Corpus
 from zoo.data import load
 
 
@@ -101,3 +110,52 @@ def test_runs_of_documents_word_by_word_are_those_in_blocks(monkeypatch):
         ends.append((S, *run.visit(run.table(), documents, S, learn=True)))
     for a, b in zip(*ends, strict=True):
         torch.testing.assert_close(torch.as_tensor(a).double(), torch.as_tensor(b).double(), rtol=2e-3, atol=2e-3)
+
+
+def test_documents_that_are_left_out_are_not_counted(monkeypatch):
+    """While concentrations are learned: the counts of a pass are those of the others, document by document."""
+    monkeypatch.setattr(visits, "FEWEST", 7)
+    table = np.random.default_rng(0).poisson(0.5, (100, 20))
+    aside = np.array([0, 6, 7, 41, 99])
+    start = streamed.climb_in_memory(Documents.of(table), torch.full((3,), 0.3), torch.full((20, 1), 0.1), max_iter=2)
+    runs = [streamed.StreamedCounts(Documents.of(x), start.state) for x in (table, np.delete(table, aside, 0))]
+    runs[0].state = runs[1].state.copy()
+    runs[0].leave_out(aside)
+    values = [run.full_pass() for run in runs]
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+    torch.testing.assert_close(runs[0].state.N, runs[1].state.N, rtol=1e-5, atol=1e-5)
+    assert float(runs[0].state.N.sum()) == pytest.approx(np.delete(table, aside, 0).sum(), rel=1e-5)
+
+
+def test_concentrations_learned_on_disk_are_watched(tmp_path, monkeypatch):
+    """Documents set aside are looked at while concentrations move, come back, and the passes stay within max_iter."""
+    monkeypatch.setattr("inference.sparse_rows.FEW", 0)
+    monkeypatch.setattr("inference.rehearsal.MANY_ROWS", 100)
+    corpus = Corpus(load("bars", num_data=400).x.numpy().astype(int)).save(tmp_path / "bars")
+    posterior = fit(LDA(4, None, None), corpus, EM(restarts=1, max_iter=17), seed=0)
+    assert len(posterior.diagnostics["validation_perplexity"]) >= 1 and len(posterior.history) <= 17
+    assert posterior.draws["alpha"].shape == (1, 4)
+
+
+def test_weights_of_documents_read_again_are_those_of_all_at_once(tmp_path, monkeypatch):
+    """The k-hat of q(phi) q(theta) on disk: with shares at their means, sums over runs are the sum over all documents."""
+    monkeypatch.setattr(visits, "FEWEST", 7)
+    corpus = Corpus(np.random.default_rng(0).poisson(0.5, (60, 12))).save(tmp_path / "corpus")
+    documents = Documents.of(corpus)
+    run = streamed.StreamedBayes(documents, torch.full((3,), 0.3), torch.full((3, 12), 0.1), seed=0)
+    run.sweep()
+    run.widen()
+    monkeypatch.setattr(
+        weights, "dirichlet_draws", lambda g, count, seed: (g / g.sum(1, keepdim=True)).expand(count, -1, -1)
+    )
+    monkeypatch.setattr("inference.diagnostics.pareto_khat", lambda w: w)
+    phi = torch.distributions.Dirichlet(run.lam).sample((5,))
+    found = weights.weighed(documents, phi, run.lam, run, 0)["khat"]
+    gamma = weights.shares_given(weights.mean_log(run.lam).exp().T.contiguous(), run.alpha, documents)
+    theta = gamma / gamma.sum(1, keepdim=True)
+    x, dirichlet = torch.from_numpy(corpus.counts.toarray()), torch.distributions.Dirichlet
+    for s in range(5):
+        wanted = torch.xlogy(x, theta @ phi[s]).sum()
+        wanted += (dirichlet(run.alpha).log_prob(theta) - dirichlet(gamma).log_prob(theta)).sum()
+        wanted += (dirichlet(run.eta).log_prob(phi[s]) - dirichlet(run.lam).log_prob(phi[s])).sum()
+        assert float(wanted) == pytest.approx(found[s], rel=1e-4)

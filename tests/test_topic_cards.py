@@ -242,6 +242,27 @@ def test_streamed_is_resident(documents, card, monkeypatch, learned):
     torch.testing.assert_close(let_go.state.N, kept.state.N, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("stays", [True, False])
+def test_documents_left_out_count_nothing_on_a_card(documents, card, monkeypatch, stays):
+    """Passes are those of the other documents alone, whether counts lie there or are streamed; later all come back."""
+    monkeypatch.setattr(cards, "keeps", lambda *a: stays)
+    monkeypatch.setattr(visits, "WIDE", 64)
+    aside, (alpha, eta) = np.array([0, 63, 64, 200, 501]), prior(documents)
+    first = climb(documents.take(np.arange(100)), alpha, eta, max_iter=5, seed=1).state
+    rest = documents.take(np.delete(np.arange(502), aside))
+    runs = [StreamedCounts(d, first, learn_alpha=True) for d in (documents, rest)]
+    runs[0].state = runs[1].state.copy()
+    runs[0].leave_out(aside)
+    for _ in range(4):
+        values = [run.full_pass() for run in runs]
+    assert values[0] == pytest.approx(values[1], rel=1e-7)
+    torch.testing.assert_close(runs[0].state.N, runs[1].state.N, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(runs[0].state.alpha, runs[1].state.alpha, rtol=1e-5, atol=0)
+    runs[0].leave_out(np.zeros(0, np.int64))
+    runs[0].full_pass()
+    assert float(runs[0].state.N.sum()) == pytest.approx(documents.num_tokens, rel=1e-6)
+
+
 # -- whole fits -------------------------------------------------------------------------------------------------------
 
 

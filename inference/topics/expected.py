@@ -353,15 +353,15 @@ def set_aside(documents: Documents, seed: int) -> tuple[Documents | None, Docume
 class Watch:
     """Perplexity of the documents set aside: learning ends when it rises."""
 
-    def __init__(self, run: ExpectedCounts | WordByWord, aside: Documents | None, seed: int) -> None:
-        self.run, self.ended = run, False
+    def __init__(self, run: Any, aside: Documents | None, seed: int, every: int = 10) -> None:
+        self.run, self.ended, self.every = run, False, every
         self.seen: list[float] = []
         self.halves = None if aside is None else aside.halves(np.random.default_rng(seed))
         self.best: Counts | None = None
 
     def worse(self, passes: int) -> bool:
-        """Whether it has risen since it was looked at last; a look every ten passes."""
-        if self.halves is None or passes % 10:
+        """Whether it has risen since it was looked at last; a look every so many passes."""
+        if self.halves is None or passes % self.every:
             return False
         from .perplexity import complete
 

@@ -18,9 +18,9 @@ from . import cards, expected
 from . import streamed as streaming
 from .form import Admixture
 from .gibbs import sample
-from .guide_weights import dirichlet_draws, heights, num_weights, untrusted, weighed
 from .streamed import StreamedBayes
 from .variational import VariationalBayes, improve_concentrations
+from .weights import dirichlet_draws, heights, num_weights, untrusted, weighed
 from .words import library
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def run_em(problem: Problem, em: EM) -> Posterior:
             "ran": ran,
             "iterations": len(end.history),
             ("log_likelihood_a_word" if streamed else "leave_one_out"): end.history[-1] / tokens,
-            **({} if streamed else {"validation_perplexity": end.validation}),
+            **({"validation_perplexity": end.validation} if end.validation or not streamed else {}),
             **several("restarts", "log-likelihood", end.trials),
         },
         warnings=warnings + want_notes(problem),
@@ -312,10 +312,10 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
         assert run.lam is not None
         lam = run.lam.cpu()
         count = max(DRAWS, min(svi.draws, DRAW_NUMBERS // max(1, lam.numel())))
-        weights = 0 if streamed else num_weights(documents, form)
+        weights = num_weights(documents, form)
         phi = dirichlet_draws(lam, max(count, weights), problem.seed)
         draws: dict[str, Tensor] = {form.topics: phi[:count]}
-        trusted = weighed(documents, phi[:weights], lam.double(), run, problem.seed) if weights else {}
+        trusted = weighed(documents, phi[:weights], lam.double(), run, problem.seed, ranks, over)
         warnings += untrusted(trusted, form)
         draws |= {n: v.expand(count, *v.shape[1:]) for n, v in learned(problem, form, run.alpha, run.eta[:1]).items()}
         meter.mark("run")

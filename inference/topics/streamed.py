@@ -29,7 +29,7 @@ from torch.distributions import Dirichlet, kl_divergence
 from ..distributed import ALONE, Ranks
 from . import cards
 from .documents import Block, Documents
-from .expected import DELAY, LEAST, MOST, Climbed, Counts, concentration_terms, eta_factor, settle
+from .expected import DELAY, LEAST, MOST, Climbed, Counts, Watch, concentration_terms, eta_factor, settle
 from .expected import climb as climb_in_memory
 from .variational import FEW_ROUNDS, ROUNDS, VariationalBayes, local_step, mean_log
 from .visits import Piece, Visits
@@ -40,17 +40,23 @@ from .words import settle as settle_places
 SAMPLE = 2000
 #: Stochastic passes, the power with which their weights fall, and rounds within a document.
 PASSES, DECAY, SETTLED = 2, 0.7, 12
-#: Full passes before concentrations are learned.
-BURN = 2
+#: Full passes before concentrations are learned, between looks at documents set aside, and at most after these have come back.
+BURN, LOOKS, LAST = 2, 5, 5
+#: Documents that are set aside.
+ASIDE = 200
+
+
+def some_numbers(n: int, count: int, seed: int) -> np.ndarray:
+    """Numbers of documents from all over, one of every stretch of equal length."""
+    if n <= count:
+        return np.arange(n)
+    edges = np.linspace(0, n, count + 1).astype(np.int64)
+    return np.random.default_rng(seed).integers(edges[:-1], edges[1:])
 
 
 def some_documents(documents: Documents, count: int, seed: int, ranks: Ranks = ALONE) -> Documents:
-    """Documents from all over, one of every stretch of equal length; of all ranks, on every rank."""
-    n = ranks.total(len(documents))
-    chosen = np.arange(n)
-    if n > count:
-        edges = np.linspace(0, n, count + 1).astype(np.int64)
-        chosen = np.random.default_rng(seed).integers(edges[:-1], edges[1:])
+    """Documents from all over; of all ranks, on every rank."""
+    chosen = some_numbers(ranks.total(len(documents)), count, seed)
     if not ranks.shares_rows:
         return documents.take(chosen)
     own = chosen[(chosen >= ranks.offset) & (chosen < ranks.offset + len(documents))] - ranks.offset
@@ -92,6 +98,11 @@ class StreamedCounts:
         self.state = Counts(N, N.sum(0), N.new_zeros(0, N.shape[1]), start.alpha.clone(), start.eta.clone())
         self.steps = self.passes = 0
         self.native = library()
+
+    def leave_out(self, aside: np.ndarray) -> None:
+        """Documents, by their sorted numbers among those of all ranks, that are not counted."""
+        own = aside[(aside >= self.ranks.offset) & (aside < self.ranks.offset + len(self.documents))]
+        self.visits.aside = own - self.ranks.offset
 
     def table(self) -> Tensor:
         """Topics as shares of the words, (V, K)."""
@@ -192,7 +203,8 @@ def climb(
     """A start in memory, stochastic passes ("stepwise", not "batch"), then full passes until they help no more.
 
     Parameters are those of `expected.climb`; restarts are judged on the documents of the start, which are worked on by the
-    processor whatever the device, so that the same topics are refined everywhere.
+    processor whatever the device, so that the same topics are refined everywhere.  Where concentrations are learned, some
+    documents from all over are set aside to tell when that stops helping; they come back for the last passes.
     """
     late = (lambda: ranks.first(over())) if ranks.shares_rows else over
     some = some_documents(documents, SAMPLE, seed, ranks)
@@ -201,21 +213,38 @@ def climb(
     )
     state = (ranks.first(first.state) if ranks.shares_rows else first.state).to(alpha.device)
     run = StreamedCounts(documents, state, learn_alpha, learn_eta, tied, seed, ranks)
+    count = min(ASIDE, ranks.total(len(documents)) // 20) if learn_alpha or learn_eta else 0
+    held = some_documents(documents, count, seed + 1, ranks) if count > 1 else None
+    if held is not None:
+        run.leave_out(some_numbers(ranks.total(len(documents)), count, seed + 1))
+    watch = Watch(run, held, seed, LOOKS)
     history: list[float] = []
     converged, stopped = False, ""
     for _ in range(PASSES if driver == "stepwise" else 0):
         if not late():
             run.stochastic_pass()
-    while len(history) < max_iter:
+    while len(history) < max_iter - (LAST if held is not None and max_iter > LAST else 0):
         history.append(run.full_pass())
         tick(len(history), history[-1] / run.tokens)
+        if watch.worse(len(history)):
+            break
         if len(history) > BURN and abs(history[-1] - history[-2]) < tol * run.tokens:
             converged = True
             break
         if late():
             stopped = "the budget is used up: the best state so far is returned"
             break
-    return Climbed(run.state, history, converged, stopped)
+    if held is not None:
+        run.state = watch.best or run.state
+        run.leave_out(np.zeros(0, np.int64))
+        run.learn_alpha = run.learn_eta = False
+        for _ in range(LAST):
+            if late() and history:
+                break
+            history.append(run.full_pass())
+            if abs(history[-1] - history[-2]) < tol * run.tokens:
+                break
+    return Climbed(run.state, history, converged or watch.ended, stopped, watch.seen)
 
 
 @dataclass

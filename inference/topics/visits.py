@@ -8,6 +8,7 @@ copied while the present one is worked on, larger ones for passes over all, as a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -71,6 +72,8 @@ class Visits:
     ----------
     stays
         Whether the counts lie on the card.
+    aside
+        Sorted numbers of documents that are left out.
     """
 
     def __init__(self, documents: Documents, topics: int, device: torch.device) -> None:
@@ -79,6 +82,7 @@ class Visits:
         self.runs = runs_of(documents)
         self.cells = cards.cells_of(device, topics, CELLS)
         self.stays = cards.stay(documents, device)
+        self.aside = np.zeros(0, np.int64)
         self._held: tuple[Tensor, Tensor] | None = None
         self._laid: list[Block] = []
 
@@ -88,7 +92,7 @@ class Visits:
             if not self._laid:
                 widths = np.diff(np.asarray(self.documents.starts))
                 self._laid = side_by_side(widths, *self.held(), self.documents.num_words, self.cells)
-            yield self._laid
+            yield self.counted(self._laid, 0)
             return
         runs = self.runs if not self.card else runs_of(self.documents, WIDE, WIDE_ENTRIES, 1)
         for found, _ in self.each(runs):
@@ -105,13 +109,24 @@ class Visits:
     def each(self, order: list[Run]) -> Iterator[tuple[Piece, float]]:
         """Runs in the order given, each with its number of words."""
         if not self.card:
-            for _, part in pieces(self.documents, order):
+            for (a, b), part in pieces(self.documents, order):
+                out = self.aside[np.searchsorted(self.aside, a) : np.searchsorted(self.aside, b)] - a
+                part = part.take(np.delete(np.arange(len(part)), out)) if len(out) else part
                 yield part, part.num_tokens
             return
         for (a, b), (words, counts) in self.arriving(order):
             widths = np.diff(np.asarray(self.documents.starts[a : b + 1], dtype=np.int64))
             found = side_by_side(widths, words, counts.float(), self.documents.num_words, self.cells)
-            yield found, float(counts.sum(dtype=torch.float64))
+            found = self.counted(found, a)
+            yield found, float(torch.stack([block.counts.sum(dtype=torch.float64) for block in found]).sum())
+
+    def counted(self, found: list[Block], first: int) -> list[Block]:
+        """Blocks in which documents that are left out count nothing; `first` is the number of the first document."""
+        if not len(self.aside):
+            return found
+        aside = torch.from_numpy(self.aside - first).to(self.device)
+        kept = [~torch.isin(block.rows, aside)[:, None] for block in found]
+        return [replace(b, counts=b.counts * k) for b, k in zip(found, kept, strict=True)]
 
     def blocks(self, piece: Piece, dtype: torch.dtype) -> list[Block]:
         """Some documents in blocks, with counts of this kind."""
