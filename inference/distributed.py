@@ -155,15 +155,7 @@ class Ranks:
         try:
             call()
         except RuntimeError as error:
-            _Process.lost = True
-            line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise RankError(
-                f"rank {self.rank} of {self.size} lost another rank: one of them ended or fell silent, so that the fit "
-                f"cannot go on ({line[:160]}). What a checkpoint held stays; start again with it, with as many ranks as "
-                f"you like",
-                rank=self.rank,
-                size=self.size,
-            ) from error
+            raise lost(self, error) from error
 
     def together(self, call: Callable[[], T]) -> T:
         """The call's value, or on every rank the first error that any rank met: nobody waits for one who has left.
@@ -178,6 +170,8 @@ class Ranks:
         value, error = None, None
         try:
             value = call()
+        except RankError:  # there is nobody to tell
+            raise
         except Exception as caught:  # whatever it is, the others must hear of it
             error = caught
         told = self.gather(None if error is None else f"{type(error).__name__}: {error}")
@@ -241,10 +235,21 @@ ALONE = Ranks()
 
 
 class _Process:
-    """What this process knows: whether another rank is lost, and how often it has waited for all."""
+    """What this process knows: whether another rank is lost."""
 
     lost = False
-    waits = 0
+
+
+def lost(ranks: Ranks, error: BaseException) -> RankError:
+    """What to raise where a talk with another rank has failed; from now on nothing is said to the others."""
+    _Process.lost = True
+    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return RankError(
+        f"rank {ranks.rank} of {ranks.size} lost another rank: one of them ended or fell silent, so that the fit cannot go on "
+        f"({line[:160]}). What a checkpoint held stays; start again with it, with as many ranks as you like",
+        rank=ranks.rank,
+        size=ranks.size,
+    )
 
 
 def start(share: str) -> Ranks:
@@ -318,30 +323,3 @@ def own_device(device: str | torch.device) -> str | torch.device:
     chosen = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     torch.cuda.set_device(chosen)
     return chosen
-
-
-def wait_for_all(ranks: Ranks, every: float = 0.05) -> None:
-    """Wait until every rank has come here, however long that takes: long work is no silence.
-
-    An exchange gives up after `PATIENCE`; this asks the ranks' common store instead.
-    """
-    if not ranks.several:
-        return
-    from torch.distributed.distributed_c10d import _get_default_store
-
-    store = _get_default_store()
-    _Process.waits += 1
-    name = f"zoo/wait/{_Process.waits}"
-    try:
-        count = store.add(name, 1)
-        while count < ranks.size:
-            time.sleep(every)
-            every = min(1.0, 1.2 * every)
-            count = store.add(name, 0)
-    except RuntimeError as error:
-        _Process.lost = True
-        raise RankError(
-            f"rank {ranks.rank} of {ranks.size} lost another rank while it waited: {str(error).splitlines()[0][:160]}",
-            rank=ranks.rank,
-            size=ranks.size,
-        ) from error
