@@ -34,6 +34,8 @@ SHARES = ("split", "own", "alone")
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 #: Seconds that a rank waits for the others in one exchange; a dead rank is noticed at once, only a silent one takes as long.
 PATIENCE = 1800.0
+#: Seconds that a rank waits for the others to come: machines do not start at the same moment.
+JOINING = 300.0
 
 
 @dataclass(frozen=True)
@@ -276,15 +278,39 @@ def start(share: str) -> Ranks:
                 f"WORLD_SIZE={os.environ['WORLD_SIZE']} says that there are several processes, and {', '.join(missing)} "
                 f"is not set: start them with torchrun, or pass ranks='alone'"
             )
-        cuda = torch.cuda.is_available()
-        try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=PATIENCE))
-        except (RuntimeError, ValueError) as error:
-            raise RankError(f"the ranks did not find each other: {str(error).splitlines()[0]}") from error
-        atexit.register(leave)
+        join()
     if dist.get_world_size() < 2:
         return ALONE
     return Ranks(dist.get_rank(), dist.get_world_size(), (), share)
+
+
+def join() -> None:
+    """Find the others.
+
+    Raises
+    ------
+    RankError
+        They did not come, or cannot be reached.
+    """
+    import torch.distributed as dist
+
+    kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        store, rank, size = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=JOINING))))
+        dist.init_process_group(
+            kinds, store=dist.PrefixStore("zoo", store), rank=rank, world_size=size, timeout=timedelta(seconds=PATIENCE)
+        )
+    except (RuntimeError, ValueError) as error:
+        where = ":".join(os.environ[n] for n in ENVIRONMENT[2:])
+        raise RankError(
+            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did not find the others at {where} within {JOINING:g} s: "
+            f"{str(error).splitlines()[0][:200]}. Start every rank, with the same MASTER_ADDR and MASTER_PORT, which all "
+            f"machines can reach; where a machine has several networks or its name leads nowhere, set GLOO_SOCKET_IFNAME to "
+            f"the network that the others see (ip addr lists them; lo where all ranks are on one machine)",
+            rank=int(os.environ["RANK"]),
+            size=int(os.environ["WORLD_SIZE"]),
+        ) from error
+    atexit.register(leave)
 
 
 def leave() -> None:

@@ -258,6 +258,10 @@ def run_svi(problem: Problem, svi: Any) -> Posterior:
     """The Gaussian Markov chain around the modes, by draws."""
     from ..posterior import Posterior
 
+    if svi.checkpoint is not None:
+        raise ValueError(
+            "SVI(checkpoint=...) is not available for dynamic topic models, which keep no state; leave it out"
+        )
     climb, meter, stopped, converged = run(problem, svi.steps, TOL * 1e-6, "SVI")
     form, numbers = climb.form, climb.walks.beta.numel()
     count = max(DRAWS, min(svi.draws, DRAW_NUMBERS // max(1, numbers)))
@@ -268,7 +272,9 @@ def run_svi(problem: Problem, svi: Any) -> Posterior:
     notes = [stopped] if stopped else []
     points = parts_of(problem, climb, count)
     if points:
-        notes.append(f"{', '.join(points)} stay at their mode: the bands leave out their uncertainty, and what follows from it")
+        notes.append(
+            f"{', '.join(points)} stay at their mode: the bands leave out their uncertainty, and what follows from it"
+        )
     return Posterior(
         kind="variational",
         method=svi,

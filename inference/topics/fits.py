@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,8 +18,9 @@ from . import expected
 from . import streamed as streaming
 from .form import Admixture
 from .gibbs import sample
+from .pass_file import PassFile
 from .streamed import StreamedBayes
-from .variational import VariationalBayes, mean_log
+from .variational import VariationalBayes, improve_concentrations
 from .words import Places, library, padded, settle
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def refuse_options(em: EM, dynamic: bool = False) -> None:
     for name, unset in (
         ("driver", ("auto", "incremental") if dynamic else DRIVERS),
         ("start", (None,)),
-        ("checkpoint", (None,)),
+        ("checkpoint", (None,) if dynamic else (em.checkpoint,)),
         ("kernels", (True,)),
     ):
         if getattr(em, name) not in unset:
@@ -124,7 +125,14 @@ def run_em(problem: Problem, em: EM) -> Posterior:
             ranks = problem.ranks
             streamed = documents.on_disk or ranks.shares_rows if em.driver == "auto" else em.driver != "incremental"
             driver = "stepwise" if em.driver == "auto" else em.driver
-            climb = partial(streaming.climb, driver=driver, ranks=ranks) if streamed else expected.climb
+            if em.checkpoint is not None and not streamed:
+                raise ValueError(
+                    "EM(checkpoint=...): a topic model keeps its state between passes over documents that are let go after a "
+                    "visit; pass driver='batch' or 'stepwise' too"
+                )
+            said = replace(em, checkpoint=None, callback=None)
+            file = PassFile("EM", em.checkpoint, problem, documents, said)
+            climb = partial(streaming.climb, driver=driver, ranks=ranks, file=file) if streamed else expected.climb
             end = climb(
                 documents, form.alpha.cpu(), eta.contiguous().cpu(),
                 learn_alpha=form.alpha_param is not None, learn_eta=form.eta_param is not None,
@@ -137,7 +145,7 @@ def run_em(problem: Problem, em: EM) -> Posterior:
         draws = {form.topics: normalised(state.phi)[None]}
         draws |= learned(problem, form, state.alpha, state.eta[:1] if same else state.eta.T)
         meter.mark("run")
-    warnings = [over.reason] if end.stopped else []
+    warnings = ([over.reason] if end.stopped else []) + file.lost
     if not end.converged and not end.stopped:
         warnings.append(f"EM did not converge in {em.max_iter} passes; raise max_iter or tol")
     tokens = max(streaming.total(problem.ranks, documents.num_tokens), 1.0)
@@ -199,21 +207,23 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
         streamed = documents.on_disk or ranks.shares_rows
         kind = partial(StreamedBayes, ranks=ranks) if streamed else VariationalBayes
         late = (lambda: ranks.first(over())) if ranks.shares_rows else over
-        runs = [
-            kind(documents, form.alpha.float().cpu(), form.eta.float().cpu(), seed=1000 * problem.seed + r)
-            for r in range(svi.starts or 1)
-        ]
+        file = PassFile("SVI", svi.checkpoint, problem, documents, replace(svi, checkpoint=None))
         meter.mark("setup")
-        histories: list[list[float]] = []
-        few = streaming.total(ranks, documents.num_tokens) < expected.MANY
-        trial = (30 if few else 4) if len(runs) > 1 else 1
-        for run in runs:
-            if svi.batch_size is not None:
-                run.stochastic_pass()
-            histories.append([run.sweep() for _ in range(min(trial, svi.steps))])
-        trials = [list(h) for h in histories]
-        best = max(range(len(runs)), key=lambda r: histories[r][-1])
-        run, history, warnings, converged = runs[best], histories[best], [], False
+
+        def begun(r: int) -> VariationalBayes:
+            return kind(documents, form.alpha.float().cpu(), form.eta.float().cpu(), seed=1000 * problem.seed + r)
+
+        if (found := file.read()) is not None:
+            run, (history, trials) = begun(0), (found[1]["history"], found[1]["trials"])
+            run.go_on(found[0], found[1]["steps"], found[1]["fresh"])
+        else:
+            few = streaming.total(ranks, documents.num_tokens) < expected.MANY
+            run, history, trials = best_start([begun(r) for r in range(svi.starts or 1)], svi, few)
+        warnings, converged = [], False
+
+        def kept() -> tuple[dict[str, Tensor], dict[str, Any]]:
+            return run.tensors(), {"steps": run.steps, "fresh": run.fresh, "history": history, "trials": trials}
+
         bar = tqdm(total=svi.steps, desc="SVI", disable=not problem.progress, leave=False)
         with bar:
             while len(history) < svi.steps:
@@ -226,9 +236,12 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
                         converged = True
                         break
                     run.fresh = False  # the last sweeps never fall
+                file.write(*kept())
                 if late():
                     warnings.append(over.reason or "the budget of the first rank is used up")
                     break
+        file.leave(not warnings, *kept())
+        warnings += file.lost
         run.widen()
         bound = run.bound()
         if not converged and not warnings:
@@ -263,6 +276,18 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
         converged=converged,
         extra={"topics": {"phi.concentration": lam} | ({} if streamed else {"theta.concentration": run.gamma})},
     )
+
+
+def best_start(runs: list[Any], svi: SVI, few: bool) -> tuple[Any, list[float], list[list[float]]]:
+    """The best of some short runs, its bounds so far, and those of all."""
+    trial = (30 if few else 4) if len(runs) > 1 else 1
+    trials: list[list[float]] = []
+    for run in runs:
+        if svi.batch_size is not None:
+            run.stochastic_pass()
+        trials.append([run.sweep() for _ in range(min(trial, svi.steps))])
+    best = max(range(len(runs)), key=lambda r: trials[r][-1])
+    return runs[best], list(trials[best]), trials
 
 
 def num_weights(documents: Any, form: Any) -> int:
@@ -320,37 +345,6 @@ def dirichlet_draws(concentration: Tensor, count: int, seed: int) -> Tensor:
     random, shape = np.random.default_rng(seed), concentration.numpy()
     gamma = torch.from_numpy(np.stack([random.standard_gamma(shape) for _ in range(count)])).clamp_min(1e-300)
     return gamma / gamma.sum(-1, keepdim=True)
-
-
-def improve_concentrations(run: VariationalBayes, form: Admixture, steps: int, burn: int = 5) -> None:
-    """The concentrations under which the bound is highest, where the story learns them and the first steps are over."""
-    if steps < burn:
-        return
-    if form.alpha_param is not None:
-        run.alpha = dirichlet_maximum(run.alpha, run.mean_logs)
-    if form.eta_param is not None and run.lam is not None:
-        V, total = run.eta.shape[1], float(mean_log(run.lam).mean(0).sum())
-
-        def loss(log_eta: float) -> float:
-            e = math.exp(log_eta)
-            return -(math.lgamma(V * e) - V * math.lgamma(e) + (e - 1) * total)
-
-        best = minimize_scalar(loss, bounds=(math.log(1e-4), math.log(20.0)), method="bounded")
-        run.eta = torch.full_like(run.eta, math.exp(best.x))
-
-
-def dirichlet_maximum(alpha: Tensor, mean_logs: Tensor, rounds: int = 20) -> Tensor:
-    """The Dirichlet whose mean logarithms are these, by Newton steps in linear time (Blei et al. 2003, appendix A.2)."""
-    for _ in range(rounds):
-        total = alpha.sum()
-        g = total.digamma() - alpha.digamma() + mean_logs
-        h, z = -torch.polygamma(1, alpha), torch.polygamma(1, total)
-        step = (g - (g / h).sum() / (1 / z + (1 / h).sum())) / h
-        new = torch.where(alpha - step > 0, alpha - step, alpha / 2)
-        if float(((new - alpha).abs() / alpha).max()) < 1e-8:
-            return new
-        alpha = new.clamp(1e-4, 50.0)
-    return alpha
 
 
 # -- Gibbs ---------------------------------------------------------------------------------------------------------------

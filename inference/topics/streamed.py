@@ -31,6 +31,7 @@ from ..streaming import Stream
 from .documents import Block, Documents, blocks
 from .expected import DELAY, LEAST, MOST, Climbed, Counts, concentration_terms, eta_factor, settle
 from .expected import climb as climb_in_memory
+from .pass_file import PassFile
 from .variational import FEW_ROUNDS, ROUNDS, VariationalBayes, local_step, mean_log
 
 #: Documents of a run at least and at most, and entries at most; a pass has a hundred runs where it can.
@@ -131,7 +132,19 @@ class StreamedCounts:
         self.random = torch.Generator().manual_seed(seed)
         N = start.N.double() * (self.tokens / max(float(start.Nk.sum()), 1.0))
         self.state = Counts(N, N.sum(0), N.new_zeros(0, N.shape[1]), start.alpha.clone(), start.eta.clone())
-        self.steps = self.passes = 0
+        self.steps = self.passes = self.rounds = 0
+
+    def card(self, history: list[float]) -> dict[str, Any]:
+        """How far it has come."""
+        return {"steps": self.steps, "passes": self.passes, "rounds": self.rounds, "history": history}
+
+    def go_on(self, state: Counts, card: dict[str, Any]) -> list[float]:
+        """Stand where another run stood; what it drew for its rounds is drawn again. Returns its history."""
+        self.state = state
+        self.steps, self.passes, self.rounds = card["steps"], card["passes"], card["rounds"]
+        for _ in range(self.rounds):
+            torch.randperm(len(self.runs), generator=self.random)
+        return list(card["history"])
 
     def table(self) -> Tensor:
         """Topics as shares of the words, (V, K)."""
@@ -165,6 +178,7 @@ class StreamedCounts:
             s.N.mul_(1 - rho).add_(S, alpha=rho * self.tokens / max(float(seen), 1.0))
             s.Nk = s.N.sum(0)
             self.steps += 1
+        self.rounds += 1
 
     def full_pass(self) -> float:
         """The counts of all documents under the present topics; returns the log-likelihood under these."""
@@ -207,32 +221,50 @@ def climb(
     tick: Callable[[int, float], Any] = lambda i, value: None,
     over: Callable[[], bool] = lambda: False,
     ranks: Ranks = ALONE,
+    file: PassFile | None = None,
 ) -> Climbed:
     """A start in memory, stochastic passes ("stepwise", not "batch"), then full passes until they help no more.
 
-    Parameters are those of `expected.climb`; restarts are judged on the documents of the start.
+    Parameters are those of `expected.climb`; restarts are judged on the documents of the start.  `file` is kept up to date
+    between passes, and gone on from.
     """
     late = (lambda: ranks.first(over())) if ranks.shares_rows else over
-    some = some_documents(documents, SAMPLE, seed, ranks)
-    first = climb_in_memory(
-        some, alpha, eta, restarts=restarts, max_iter=min(30, max_iter), tol=tol, seed=seed, over=over
-    )
-    state = ranks.first(first.state) if ranks.shares_rows else first.state
+    found = file.read() if file is not None else None
+    if found is None:
+        some = some_documents(documents, SAMPLE, seed, ranks)
+        first = climb_in_memory(
+            some, alpha, eta, restarts=restarts, max_iter=min(30, max_iter), tol=tol, seed=seed, over=over
+        )
+        state = ranks.first(first.state) if ranks.shares_rows else first.state
+    else:
+        state = Counts(
+            *(found[0][n] for n in ("N", "Nk")), alpha.new_zeros(0, len(alpha)), found[0]["alpha"], found[0]["eta"]
+        )
     run = StreamedCounts(documents, state, learn_alpha, learn_eta, tied, seed, ranks)
     history: list[float] = []
+    if found is not None:
+        history = run.go_on(state, found[1])
     converged, stopped = False, ""
-    for _ in range(PASSES if driver == "stepwise" else 0):
-        if not late():
-            run.stochastic_pass()
+
+    def keep(finished: bool | None = None) -> None:
+        if file is not None:
+            kept = ({n: getattr(run.state, n) for n in ("N", "Nk", "alpha", "eta")}, run.card(history))
+            file.write(*kept) if finished is None else file.leave(finished, *kept)
+
+    while run.rounds < (PASSES if driver == "stepwise" else 0) and not late():
+        run.stochastic_pass()
+        keep()
     while len(history) < max_iter:
         history.append(run.full_pass())
         tick(len(history), history[-1] / run.tokens)
         if len(history) > BURN and abs(history[-1] - history[-2]) < tol * run.tokens:
             converged = True
             break
+        keep()
         if late():
             stopped = "the budget is used up: the best state so far is returned"
             break
+    keep(finished=not stopped)
     return Climbed(run.state, history, converged, stopped)
 
 
@@ -306,6 +338,10 @@ class StreamedBayes(VariationalBayes):
             target = self.eta + ((S * table).T / share if share else 0.0)
             self.lam = (1 - rho) * self.lam + rho * target
             self.steps += 1
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As of the parent."""
+        return super().tensors() | {"_mean_logs": self._mean_logs}
 
     def widen(self) -> None:
         """Go on in double precision."""

@@ -15,13 +15,19 @@ never falls under full steps, and stays below the log evidence.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
+from scipy.optimize import minimize_scalar
 from torch import Tensor
 from torch.distributions import Dirichlet, kl_divergence
 
 from .documents import Block, Documents, blocks, in_parts
+
+if TYPE_CHECKING:
+    from .form import Admixture
 
 #: Rounds of coordinate ascent within a document, at most, and the mean change of gamma that ends them.
 ROUNDS, STILL = 100, 1e-3
@@ -117,6 +123,17 @@ class VariationalBayes:
                 self.lam.T.index_add_(0, block.flat, (r * W * (rho / share)).view(-1, r.shape[-1]))
             self.steps += 1
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What is remembered between two sweeps."""
+        assert self.lam is not None
+        return {"lam": self.lam, "gamma": self.gamma, "alpha": self.alpha, "eta": self.eta}
+
+    def go_on(self, tensors: dict[str, Tensor], steps: int, fresh: bool) -> None:
+        """Stand where another run stood."""
+        for name, value in tensors.items():
+            setattr(self, name, value)
+        self.steps, self.fresh = steps, fresh
+
     def widen(self) -> None:
         """Go on in double precision."""
         assert self.lam is not None
@@ -171,3 +188,34 @@ def shares_given(table: Tensor, alpha: Tensor, documents: Documents, still: floa
             start = alpha + block.counts.sum(1, keepdim=True) / len(alpha)
             gamma[first + block.rows] = local_step(W, block.counts, start, alpha, still)[0]
     return gamma
+
+
+def improve_concentrations(run: VariationalBayes, form: Admixture, steps: int, burn: int = 5) -> None:
+    """The concentrations under which the bound is highest, where the story learns them and the first steps are over."""
+    if steps < burn:
+        return
+    if form.alpha_param is not None:
+        run.alpha = dirichlet_maximum(run.alpha, run.mean_logs)
+    if form.eta_param is not None and run.lam is not None:
+        V, total = run.eta.shape[1], float(mean_log(run.lam).mean(0).sum())
+
+        def loss(log_eta: float) -> float:
+            e = math.exp(log_eta)
+            return -(math.lgamma(V * e) - V * math.lgamma(e) + (e - 1) * total)
+
+        best = minimize_scalar(loss, bounds=(math.log(1e-4), math.log(20.0)), method="bounded")
+        run.eta = torch.full_like(run.eta, math.exp(best.x))
+
+
+def dirichlet_maximum(alpha: Tensor, mean_logs: Tensor, rounds: int = 20) -> Tensor:
+    """The Dirichlet whose mean logarithms are these, by Newton steps in linear time (Blei et al. 2003, appendix A.2)."""
+    for _ in range(rounds):
+        total = alpha.sum()
+        g = total.digamma() - alpha.digamma() + mean_logs
+        h, z = -torch.polygamma(1, alpha), torch.polygamma(1, total)
+        step = (g - (g / h).sum() / (1 / z + (1 / h).sum())) / h
+        new = torch.where(alpha - step > 0, alpha - step, alpha / 2)
+        if float(((new - alpha).abs() / alpha).max()) < 1e-8:
+            return new
+        alpha = new.clamp(1e-4, 50.0)
+    return alpha
