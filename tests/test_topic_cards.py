@@ -12,7 +12,7 @@ from scipy.optimize import minimize
 
 from inference import EM, SVI, fit
 from inference import load as load_posterior
-from inference.topics import cards, fits, streamed, visits
+from inference.topics import cards, streamed, visits, ways
 from inference.topics.cards import SortedSums
 from inference.topics.documents import Documents, blocks, plan
 from inference.topics.expected import ExpectedCounts, climb, settle
@@ -299,7 +299,7 @@ def test_a_pass_can_be_timed(corpus, method, monkeypatch):
     from inference.devices import step_of
     from inference.problem import prepare
 
-    monkeypatch.setattr(fits, "TRIED", 2000)
+    monkeypatch.setattr(ways, "TRIED", 2000)
     problem, before = prepare(LDA(3), corpus, seed=1), torch.get_rng_state()
     step = step_of(problem, method)
     step()

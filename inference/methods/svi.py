@@ -386,7 +386,7 @@ class SVI:
         """An estimate of the ELBO with its gradient, to be timed."""
         chosen = self.settled(problem.structure)
         if chosen.family(problem.structure) == "topics":
-            from ..topics.fits import trial
+            from ..topics.ways import trial
 
             return trial(problem, chosen)
         if isinstance(self.guide, Amortised):

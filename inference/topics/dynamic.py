@@ -274,6 +274,10 @@ def run_svi(problem: Problem, svi: Any) -> Posterior:
     """The Gaussian Markov chain around the modes, by draws."""
     from ..posterior import Posterior
 
+    if svi.checkpoint is not None:
+        raise ValueError(
+            "SVI(checkpoint=...) is not available for dynamic topic models, which keep no state; leave it out"
+        )
     climb, meter, stopped, converged = run(problem, svi.steps, TOL * 1e-6, "SVI")
     form, numbers = climb.form, climb.walks.beta.numel()
     count = max(DRAWS, min(svi.draws, DRAW_NUMBERS // max(1, numbers)))

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -18,10 +17,11 @@ from . import cards, expected
 from . import streamed as streaming
 from .form import Admixture
 from .gibbs import sample
+from .pass_file import PassFile
 from .streamed import StreamedBayes
 from .variational import VariationalBayes, improve_concentrations
+from .ways import keeps_nothing, way_of, way_of_streams
 from .weights import dirichlet_draws, heights, num_weights, untrusted, weighed
-from .words import library
 
 if TYPE_CHECKING:
     from ..methods.em import EM
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 #: EM's `tol` is for a row; words are many and a change of this many tolerances a word is little.
 WORD_TOL = 100.0
-#: Entries of the documents that a device is timed on.
-TRIED = 500_000
 #: Numbers that draws of the topics may take, and draws at least.
 DRAW_NUMBERS, DRAWS = 25_000_000, 25
 
@@ -58,23 +56,6 @@ def plan(form: Admixture, device: torch.device | str = "cpu") -> str:
     return "\n".join(lines)
 
 
-def way_of(device: torch.device | str) -> str:
-    """How passes over documents are made on a device."""
-    if cards.on_card(device):
-        return (
-            f"large blocks of documents at once on {device}, counts added up in a fixed order and in double precision"
-        )
-    return "word by word, in machine code" if library() else "blocks of documents at once (there is no C compiler)"
-
-
-def way_of_streams(documents: Any, device: torch.device) -> str:
-    """The same where nothing of a document is kept."""
-    if not cards.on_card(device):
-        return f"{way_of(device)}; documents are inferred anew at every visit"
-    stay = "whose counts stay there" if cards.stay(documents, device) else "whose counts are read ahead and copied"
-    return f"{way_of(device)}; documents, {stay}, are inferred anew at every visit"
-
-
 def refuse_options(em: EM, dynamic: bool = False) -> None:
     """Options of EM that have no meaning here."""
     from ..methods.em import DRIVERS
@@ -87,7 +68,7 @@ def refuse_options(em: EM, dynamic: bool = False) -> None:
     for name, unset in (
         ("driver", ("auto", "incremental", "batch") if dynamic else DRIVERS),
         ("start", (None,)),
-        ("checkpoint", (None,)),
+        ("checkpoint", (None,) if dynamic else (em.checkpoint,)),
         ("kernels", (True,)),
     ):
         if getattr(em, name) not in unset:
@@ -145,7 +126,14 @@ def run_em(problem: Problem, em: EM) -> Posterior:
             streamed = keeps_nothing(documents, form, em, ranks, where)
             ran = way_of_streams(documents, where) if streamed else way_of(where)
             driver = em.driver if em.driver in ("batch", "stepwise") else "stepwise"
-            climb = partial(streaming.climb, driver=driver, ranks=ranks) if streamed else expected.climb
+            if em.checkpoint is not None and not streamed:
+                raise ValueError(
+                    "EM(checkpoint=...): a topic model keeps its state between passes over documents that are let go after a "
+                    "visit; pass driver='batch' or 'stepwise' too"
+                )
+            said = replace(em, checkpoint=None, callback=None)
+            file = PassFile("EM", em.checkpoint, problem, documents, said)
+            climb = partial(streaming.climb, driver=driver, ranks=ranks, file=file) if streamed else expected.climb
             end = climb(
                 documents, form.alpha.to(where), eta.contiguous().to(where),
                 learn_alpha=form.alpha_param is not None, learn_eta=form.eta_param is not None,
@@ -158,7 +146,7 @@ def run_em(problem: Problem, em: EM) -> Posterior:
         draws = {form.topics: normalised(state.phi)[None]}
         draws |= learned(problem, form, state.alpha, state.eta[:1] if same else state.eta.T)
         meter.mark("run")
-    warnings = [over.reason] if end.stopped else []
+    warnings = ([over.reason] if end.stopped else []) + file.lost
     if not end.converged and not end.stopped:
         warnings.append(f"EM did not converge in {em.max_iter} passes; raise max_iter or tol")
     tokens = max(streaming.total(problem.ranks, documents.num_tokens), 1.0)
@@ -181,56 +169,6 @@ def run_em(problem: Problem, em: EM) -> Posterior:
         converged=end.converged,
         extra={"topics": kept, "keep_labels": True},
     )
-
-
-def keeps_nothing(documents: Any, form: Admixture, em: EM, ranks: Any, where: torch.device) -> bool:
-    """Whether documents are let go after a visit: on disk, held apart by ranks, or too many for the card, unless asked for.
-
-    Raises
-    ------
-    ValueError
-        `driver="incremental"`, which keeps the topics of every word, does not fit the card.
-    """
-    if em.driver not in ("auto", "incremental"):
-        return True
-    bytes_an_entry = cards.PLACE_BYTES + 4 * form.num_topics * (2 if em.restarts > 1 else 1)
-    fits = not cards.on_card(where) or cards.keeps(documents, cards.SIMILAR * bytes_an_entry, where)
-    if em.driver == "incremental":
-        if not fits:
-            raise ValueError(
-                f"EM(driver='incremental') keeps the topics of every distinct word of every document: "
-                f"{len(documents.words):,} entries x {form.num_topics} topics take more than half of what {where} has free; "
-                f"use driver='stepwise', which keeps none, or restarts=1"
-            )
-        return False
-    return documents.on_disk or ranks.shares_rows or not fits
-
-
-def trial(problem: Problem, method: Any) -> Callable[[], Any]:
-    """A pass over the first documents where the problem is, to be timed."""
-    step = begun(problem, method)
-    again = cards.processor_first(lambda problem, method: step())
-    return lambda: again(problem, method)
-
-
-@cards.processor_first
-def begun(problem: Problem, method: Any) -> Callable[[], Any]:
-    """That pass, everything that is done once behind it."""
-    form, where = problem.admixture, problem.device
-    whole = form.documents(problem.kwargs)
-    last = int(np.searchsorted(np.asarray(whole.starts), TRIED, side="right")) - 1
-    documents = whole.cut(0, min(len(whole), max(1, last)))
-    alpha, eta = form.alpha.float().to(where), form.eta.float().to(where)
-    if method.name == "svi":
-        return VariationalBayes(documents, alpha, eta).sweep
-    if keeps_nothing(whole, form, method, problem.ranks, where):
-        N = documents.num_tokens / eta.numel() * (0.5 + torch.rand(eta.T.shape, generator=torch.Generator())).to(where)
-        return streaming.StreamedCounts(
-            documents, expected.Counts(N, N.sum(0), N[:0], alpha, eta.T.contiguous())
-        ).full_pass
-    run = expected.engine(where)(documents, alpha, eta.T.contiguous())
-    run.begin()
-    return run.sweep
 
 
 def several(what: str, objective: str, trials: list[list[float]]) -> dict[str, Any]:
@@ -275,21 +213,25 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
         ran = way_of_streams(documents, where) if streamed else way_of(where)
         kind = partial(StreamedBayes, ranks=ranks) if streamed else VariationalBayes
         late = (lambda: ranks.first(over())) if ranks.shares_rows else over
-        runs = [
-            kind(documents, form.alpha.float().to(where), form.eta.float().to(where), seed=1000 * problem.seed + r)
-            for r in range(svi.starts or 1)
-        ]
+        file = PassFile("SVI", svi.checkpoint, problem, documents, replace(svi, checkpoint=None))
         meter.mark("setup")
-        histories: list[list[float]] = []
-        few = streaming.total(ranks, documents.num_tokens) < expected.MANY
-        trial = (30 if few else 4) if len(runs) > 1 else 1
-        for run in runs:
-            if svi.batch_size is not None:
-                run.stochastic_pass()
-            histories.append([run.sweep() for _ in range(min(trial, svi.steps))])
-        trials = [list(h) for h in histories]
-        best = max(range(len(runs)), key=lambda r: histories[r][-1])
-        run, history, warnings, converged = runs[best], histories[best], [], False
+
+        def begun(r: int) -> VariationalBayes:
+            return kind(
+                documents, form.alpha.float().to(where), form.eta.float().to(where), seed=1000 * problem.seed + r
+            )
+
+        if (found := file.read()) is not None:
+            run, (history, trials) = begun(0), (found[1]["history"], found[1]["trials"])
+            run.go_on(found[0], found[1]["steps"], found[1]["fresh"])
+        else:
+            few = streaming.total(ranks, documents.num_tokens) < expected.MANY
+            run, history, trials = best_start([begun(r) for r in range(svi.starts or 1)], svi, few)
+        warnings, converged = [], False
+
+        def kept() -> tuple[dict[str, Tensor], dict[str, Any]]:
+            return run.tensors(), {"steps": run.steps, "fresh": run.fresh, "history": history, "trials": trials}
+
         bar = tqdm(total=svi.steps, desc="SVI", disable=not problem.progress, leave=False)
         with bar:
             while len(history) < svi.steps:
@@ -302,9 +244,12 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
                         converged = True
                         break
                     run.fresh = False  # the last sweeps never fall
+                file.write(*kept())
                 if late():
                     warnings.append(over.reason or "the budget of the first rank is used up")
                     break
+        file.leave(not warnings, *kept())
+        warnings += file.lost
         run.widen()
         bound = run.bound()
         if not converged and not warnings:
@@ -340,6 +285,18 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
         converged=converged,
         extra={"topics": {"phi.concentration": lam} | ({} if streamed else {"theta.concentration": run.gamma.cpu()})},
     )
+
+
+def best_start(runs: list[Any], svi: SVI, few: bool) -> tuple[Any, list[float], list[list[float]]]:
+    """The best of some short runs, its bounds so far, and those of all."""
+    trial = (30 if few else 4) if len(runs) > 1 else 1
+    trials: list[list[float]] = []
+    for run in runs:
+        if svi.batch_size is not None:
+            run.stochastic_pass()
+        trials.append([run.sweep() for _ in range(min(trial, svi.steps))])
+    best = max(range(len(runs)), key=lambda r: trials[r][-1])
+    return runs[best], list(trials[best]), trials
 
 
 # -- Gibbs ---------------------------------------------------------------------------------------------------------------

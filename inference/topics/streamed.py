@@ -31,6 +31,8 @@ from . import cards
 from .documents import Block, Documents
 from .expected import DELAY, LEAST, MOST, Climbed, Counts, Watch, concentration_terms, eta_factor, settle
 from .expected import climb as climb_in_memory
+from .full_passes import BURN, LAST, FullPasses, kept_counts
+from .pass_file import PassFile
 from .variational import FEW_ROUNDS, ROUNDS, VariationalBayes, local_step, mean_log
 from .visits import Piece, Visits
 from .words import Places, improvement, library, padded
@@ -40,10 +42,8 @@ from .words import settle as settle_places
 SAMPLE = 2000
 #: Stochastic passes, the power with which their weights fall, and rounds within a document.
 PASSES, DECAY, SETTLED = 2, 0.7, 12
-#: Full passes before concentrations are learned, between looks at documents set aside, and at most after these have come back.
-BURN, LOOKS, LAST = 2, 5, 5
-#: Documents that are set aside.
-ASIDE = 200
+#: Documents that are set aside, and full passes between looks at them.
+ASIDE, LOOKS = 200, 5
 
 
 def some_numbers(n: int, count: int, seed: int) -> np.ndarray:
@@ -96,13 +96,25 @@ class StreamedCounts:
         self.random = torch.Generator().manual_seed(seed)
         N = start.N.double() * (self.tokens / max(float(start.Nk.sum()), 1.0))
         self.state = Counts(N, N.sum(0), N.new_zeros(0, N.shape[1]), start.alpha.clone(), start.eta.clone())
-        self.steps = self.passes = 0
+        self.steps = self.passes = self.rounds = 0
         self.native = library()
 
     def leave_out(self, aside: np.ndarray) -> None:
         """Documents, by their sorted numbers among those of all ranks, that are not counted."""
         own = aside[(aside >= self.ranks.offset) & (aside < self.ranks.offset + len(self.documents))]
         self.visits.aside = own - self.ranks.offset
+
+    def card(self, history: list[float]) -> dict[str, Any]:
+        """How far it has come."""
+        return {"steps": self.steps, "passes": self.passes, "rounds": self.rounds, "history": history}
+
+    def go_on(self, state: Counts, card: dict[str, Any]) -> list[float]:
+        """Stand where another run stood; what it drew for its rounds is drawn again. Returns its history."""
+        self.state = state
+        self.steps, self.passes, self.rounds = card["steps"], card["passes"], card["rounds"]
+        for _ in range(self.rounds):
+            torch.randperm(len(self.visits.runs), generator=self.random)
+        return list(card["history"])
 
     def table(self) -> Tensor:
         """Topics as shares of the words, (V, K)."""
@@ -157,6 +169,7 @@ class StreamedCounts:
             s.N.mul_(1 - rho).add_(S, alpha=rho * self.tokens / max(float(seen), 1.0))
             s.Nk = s.N.sum(0)
             self.steps += 1
+        self.rounds += 1
 
     def full_pass(self) -> float:
         """The counts of all documents under the present topics; returns the log-likelihood under these."""
@@ -199,52 +212,41 @@ def climb(
     tick: Callable[[int, float], Any] = lambda i, value: None,
     over: Callable[[], bool] = lambda: False,
     ranks: Ranks = ALONE,
+    file: PassFile | None = None,
 ) -> Climbed:
     """A start in memory, stochastic passes ("stepwise", not "batch"), then full passes until they help no more.
 
     Parameters are those of `expected.climb`; restarts are judged on the documents of the start, which are worked on by the
     processor whatever the device, so that the same topics are refined everywhere.  Where concentrations are learned, some
-    documents from all over are set aside to tell when that stops helping; they come back for the last passes.
+    documents from all over are set aside to tell when that stops helping; they come back for the last passes.  `file` is kept
+    up to date between passes, and gone on from.
     """
     late = (lambda: ranks.first(over())) if ranks.shares_rows else over
-    some = some_documents(documents, SAMPLE, seed, ranks)
-    first = climb_in_memory(
-        some, alpha.cpu(), eta.cpu(), restarts=restarts, max_iter=min(30, max_iter), tol=tol, seed=seed, over=over
-    )
-    state = (ranks.first(first.state) if ranks.shares_rows else first.state).to(alpha.device)
-    run = StreamedCounts(documents, state, learn_alpha, learn_eta, tied, seed, ranks)
+    found = file.read() if file is not None else None
+    if found is None:
+        some = some_documents(documents, SAMPLE, seed, ranks)
+        first = climb_in_memory(
+            some, alpha.cpu(), eta.cpu(), restarts=restarts, max_iter=min(30, max_iter), tol=tol, seed=seed, over=over
+        )
+        state = ranks.first(first.state) if ranks.shares_rows else first.state
+    else:
+        state = kept_counts(found[0])
+    run = StreamedCounts(documents, state.to(alpha.device), learn_alpha, learn_eta, tied, seed, ranks)
     count = min(ASIDE, ranks.total(len(documents)) // 20) if learn_alpha or learn_eta else 0
     held = some_documents(documents, count, seed + 1, ranks) if count > 1 else None
     if held is not None:
         run.leave_out(some_numbers(ranks.total(len(documents)), count, seed + 1))
-    watch = Watch(run, held, seed, LOOKS)
-    history: list[float] = []
-    converged, stopped = False, ""
-    for _ in range(PASSES if driver == "stepwise" else 0):
-        if not late():
-            run.stochastic_pass()
-    while len(history) < max_iter - (LAST if held is not None and max_iter > LAST else 0):
-        history.append(run.full_pass())
-        tick(len(history), history[-1] / run.tokens)
-        if watch.worse(len(history)):
-            break
-        if len(history) > BURN and abs(history[-1] - history[-2]) < tol * run.tokens:
-            converged = True
-            break
-        if late():
-            stopped = "the budget is used up: the best state so far is returned"
-            break
+    way = FullPasses(run, Watch(run, held, seed, LOOKS), file)
+    if found is not None:
+        way.go_on(state.to(alpha.device), *found)
+    while run.rounds < (PASSES if driver == "stepwise" else 0) and not late():
+        run.stochastic_pass()
+        way.keep()
+    way.climb(max_iter - (LAST if held is not None and max_iter > LAST else 0), tol * run.tokens, tick, late)
     if held is not None:
-        run.state = watch.best or run.state
-        run.leave_out(np.zeros(0, np.int64))
-        run.learn_alpha = run.learn_eta = False
-        for _ in range(LAST):
-            if late() and history:
-                break
-            history.append(run.full_pass())
-            if abs(history[-1] - history[-2]) < tol * run.tokens:
-                break
-    return Climbed(run.state, history, converged or watch.ended, stopped, watch.seen)
+        way.join(tol * run.tokens, late)
+    way.keep(finished=not way.stopped)
+    return Climbed(run.state, way.history, way.converged or way.watch.ended, way.stopped, way.watch.seen)
 
 
 @dataclass
@@ -315,6 +317,10 @@ class StreamedBayes(VariationalBayes):
             target = self.eta + ((S.to(table) * table).T / share if share else 0.0)
             self.lam = (1 - rho) * self.lam + rho * target
             self.steps += 1
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As of the parent."""
+        return super().tensors() | {"_mean_logs": self._mean_logs}
 
     def widen(self) -> None:
         """Go on in double precision."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from scipy.optimize import minimize_scalar
@@ -26,6 +26,9 @@ from torch.distributions import Dirichlet, kl_divergence
 
 from . import cards
 from .documents import CELLS, Block, Documents, blocks, in_parts
+
+if TYPE_CHECKING:
+    from .form import Admixture
 
 #: Rounds of coordinate ascent within a document, at most, and the mean change of gamma that ends them.
 ROUNDS, STILL = 100, 1e-3
@@ -134,6 +137,18 @@ class VariationalBayes:
                 block.add(self.lam.T, r * W * (rho / share))
             self.steps += 1
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What is remembered between two sweeps."""
+        assert self.lam is not None
+        return {"lam": self.lam, "gamma": self.gamma, "alpha": self.alpha, "eta": self.eta}
+
+    def go_on(self, tensors: dict[str, Tensor], steps: int, fresh: bool) -> None:
+        """Stand where another run stood."""
+        where = self.alpha.device
+        for name, value in tensors.items():
+            setattr(self, name, value.to(where))
+        self.steps, self.fresh = steps, fresh
+
     def widen(self) -> None:
         """Go on in double precision."""
         assert self.lam is not None
@@ -179,7 +194,18 @@ def local_step(
     return gamma, theta, counts / norm, norm
 
 
-def improve_concentrations(run: VariationalBayes, form: Any, steps: int, burn: int = 5) -> None:
+def shares_given(table: Tensor, alpha: Tensor, documents: Documents, still: float = 1e-4) -> Tensor:
+    """Concentrations of q(theta) (D, K) for documents, given `table` (V, K): phi itself or exp(E[log phi])."""
+    gamma = torch.ones(len(documents), len(alpha), dtype=alpha.dtype)
+    for first, part in in_parts(documents):
+        for block in blocks(part, alpha.dtype):
+            W = table.index_select(0, block.flat).view(*block.words.shape, -1)
+            start = alpha + block.counts.sum(1, keepdim=True) / len(alpha)
+            gamma[first + block.rows] = local_step(W, block.counts, start, alpha, still)[0]
+    return gamma
+
+
+def improve_concentrations(run: VariationalBayes, form: Admixture, steps: int, burn: int = 5) -> None:
     """The concentrations under which the bound is highest, where the story learns them and the first steps are over."""
     if steps < burn:
         return
@@ -208,14 +234,3 @@ def dirichlet_maximum(alpha: Tensor, mean_logs: Tensor, rounds: int = 20) -> Ten
             return new
         alpha = new.clamp(1e-4, 50.0)
     return alpha
-
-
-def shares_given(table: Tensor, alpha: Tensor, documents: Documents, still: float = 1e-4) -> Tensor:
-    """Concentrations of q(theta) (D, K) for documents, given `table` (V, K): phi itself or exp(E[log phi])."""
-    gamma = torch.ones(len(documents), len(alpha), dtype=alpha.dtype)
-    for first, part in in_parts(documents):
-        for block in blocks(part, alpha.dtype):
-            W = table.index_select(0, block.flat).view(*block.words.shape, -1)
-            start = alpha + block.counts.sum(1, keepdim=True) / len(alpha)
-            gamma[first + block.rows] = local_step(W, block.counts, start, alpha, still)[0]
-    return gamma

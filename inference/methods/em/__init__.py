@@ -145,7 +145,7 @@ class EM:
     def trial(self, problem: Problem) -> Callable[[], Any]:
         """An E-step, to be timed."""
         if problem.admixture is not None:
-            from ...topics.fits import trial
+            from ...topics.ways import trial
 
             return trial(problem, self)
         from ...joint import LogJoint
