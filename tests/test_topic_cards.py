@@ -381,3 +381,29 @@ def test_full_passes_on_a_card_wait_for_it_once(documents):
         before = card.waits
         run.full_pass()
         assert card.waits - before == 1
+
+
+@pytest.mark.parametrize("cut", [1, 6, 12])
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_climb_that_died_goes_on_from_its_file(corpus, card, monkeypatch, tmp_path, learned, cut):
+    """Before and after documents set aside come back: the answer of the run that nobody disturbed, to the last bit."""
+    monkeypatch.setattr("inference.topics.pass_file.EVERY", 0.0)
+    story, part, path = (LDA(3, None, None) if learned else LDA(3)), corpus[:120], tmp_path / "climb"
+    whole = fit(story, part, EM(driver="stepwise", max_iter=14, tol=0.0), seed=4)
+    passes, real = [], StreamedCounts.full_pass
+
+    def dies(run):
+        passes.append(1)
+        if len(passes) > cut:
+            raise KeyboardInterrupt
+        return real(run)
+
+    method = EM(driver="stepwise", max_iter=14, tol=0.0, checkpoint=path)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(StreamedCounts, "full_pass", dies)
+        fit(story, part, method, seed=4)
+    assert path.exists()
+    again = fit(story, part, method, seed=4)
+    assert again.history == whole.history and not path.exists()
+    for name, value in whole.draws.items():
+        assert torch.equal(again.draws[name], value), name
