@@ -201,6 +201,9 @@ def main() -> None:
     parser.add_argument("--folder", help="where the table is written")
     parser.add_argument("--corpus", choices=CORPORA, help="a corpus: LDA, a mixture of multinomials, a dynamic model")
     parser.add_argument("--record", action="store_true", help="two sizes of everything, written to beyond_memory.json")
+    parser.add_argument(
+        "--only", default="", help="of what --record measures, names that contain this; the rest is kept"
+    )
     parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -242,8 +245,12 @@ def record(args: argparse.Namespace) -> None:
     """Memory of its own at two sizes of every fit, and the rate per row against memory at the larger."""
     from _peers import machine
 
-    path, cases = Path(__file__).with_suffix(".json"), []
+    path = Path(__file__).with_suffix(".json")
+    known = json.loads(path.read_text(encoding="utf-8"))["cases"] if path.exists() else []
+    cases = {case["case"]: case for case in known}
     for what, sizes in RECORD.items():
+        if args.only not in what:
+            continue
         found: list[dict[str, Any]] = []
         for gib in sizes:
             last = gib == sizes[-1]
@@ -255,13 +262,13 @@ def record(args: argparse.Namespace) -> None:
                 found[-1]["memory_anonymous_mb"] = memory["anonymous_mb"]
             print(what, found[-1], flush=True)
         growth = found[-1]["anonymous_mb"] / found[0]["anonymous_mb"]
-        cases.append({"case": what, "limit_mb": args.limit, "growth_of_memory": growth, "sizes": found})
+        cases[what] = {"case": what, "limit_mb": args.limit, "growth_of_memory": growth, "sizes": found}
         content = {
             "benchmark": "beyond_memory",
             "command": f"python benchmarks/beyond_memory.py --record --limit {args.limit}" + " --warm" * args.warm,
             "date": time.strftime("%Y-%m-%d"),
             "machine": machine(int(os.environ.get("OMP_NUM_THREADS", "1"))),
-            "cases": cases,
+            "cases": [cases[name] for name in RECORD if name in cases],
         }
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

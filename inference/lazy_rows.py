@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 #: Numbers of a table that may be made at once.
 CELLS = 4_000_000
-#: The same where a whole table that lies in memory, without its zeros, is asked for.
+#: Numbers of a piece, where a pass goes through all rows: the next one is there before this one is gone.
+PIECE = 500_000
+#: Numbers that may be made at once where a whole table that lies in memory, without its zeros, is asked for.
 WHOLE = 100_000_000
 #: Rows that may be made at once however wide they are.
 LEAST = 512
@@ -123,7 +125,7 @@ class LazyRows(Tensor):
     # -- rows --------------------------------------------------------------------------------------------------------
 
     def take(self, index: Any) -> Tensor:
-        """`x[index]`: a slice of very many rows stays as it is, all else is made."""
+        """`x[index]`: very many rows stay as they are where their source can tell them apart, all else is made."""
         rest: tuple[Any, ...] = ()
         if isinstance(index, tuple):
             index, rest = index[0], index[1:]
@@ -131,6 +133,9 @@ class LazyRows(Tensor):
         count = length(chosen)
         if isinstance(chosen, slice) and count * self.width > CELLS and not rest:
             return self.like(self.source.cut(chosen.start, chosen.stop))
+        pick = getattr(self.source, "pick", None)
+        if pick is not None and count * self.width > CELLS and not rest and (found := pick(chosen)) is not None:
+            return self.like(found)
         found = self.made(chosen, "these rows")
         if isinstance(index, int):
             return found[0][rest] if rest else found[0]
@@ -181,7 +186,7 @@ class LazyRows(Tensor):
 
     def parts(self, size: int) -> Iterator[Tensor]:
         """Rows one piece after the other, at most `size` of them and never more than may be made."""
-        n, size = self.source.shape[0], max(1, min(size, CELLS // self.width))
+        n, size = self.source.shape[0], max(1, min(size, min(CELLS, PIECE) // self.width))
         for a in range(0, n, size):
             yield self.made(slice(a, min(a + size, n)), "a piece")
 

@@ -62,6 +62,13 @@ class Rows:
         a, b = int(self.starts[first]), int(self.starts[last])
         return Rows(np.asarray(self.starts[first : last + 1]) - a, self.words[a:b], self.counts[a:b], self.num_words)
 
+    def take(self, rows: np.ndarray) -> Rows:
+        """Some rows in the order given, in memory."""
+        which, _, number = self.entries(rows)
+        words, counts = self.loaded(number)
+        starts = np.concatenate([[0], np.cumsum(np.bincount(which, minlength=len(rows)))])
+        return Rows(starts, words, counts, self.num_words)
+
     def entries(self, rows: slice | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Row (counted from 0), place in the row and number of every entry of some rows."""
         if isinstance(rows, slice):
@@ -192,6 +199,10 @@ class Counts:
     def cut(self, first: int, last: int) -> Counts:
         """Consecutive rows."""
         return replace(self, rows=self.rows.cut(first, last))
+
+    def pick(self, rows: np.ndarray) -> Counts | None:
+        """Some rows of those that lie in memory; of a file, only stretches can be had."""
+        return None if self.rows.on_disk else replace(self, rows=self.rows.take(rows))
 
     def extremes(self) -> tuple[float, float]:
         """No count is missing, and none is below 0."""

@@ -81,9 +81,8 @@ class Counted:
         if isinstance(rows, slice):
             starts, words, counts = kept.stretch(rows.start, rows.stop)
         else:
-            which, _, number = kept.entries(rows)
-            words, counts = kept.loaded(number)
-            starts = np.concatenate([[0], np.cumsum(np.bincount(which, minlength=len(rows)))])
+            some = kept.take(rows)
+            starts, words, counts = some.starts, some.words, some.counts
         counts = np.asarray(counts, dtype=KINDS.get(self.dtype, np.float64))
         return (
             torch.from_numpy(starts.astype(words.dtype, copy=False)),
