@@ -265,6 +265,7 @@ def killed(name: str, kills: int, seed: int = 0, size: int = 3) -> Tally:
             goes_on = NEXT[(tally.kills - 1) % len(NEXT)]
             found = whole(name, trial, goes_on)
             tally.deviations.append(deviation(found, wanted))
+            print(f"{name} {tally.kills}: {tally.waits[-2:]}, {tally.deviations[-1]:.1e}", file=sys.stderr, flush=True)
             if name != "em" and any(trial.glob("state*")):  # EM leaves its file, so that max_iter may be raised
                 tally.wrong.append("the checkpoint of a fit that has ended is left")
         if not max(tally.deviations) <= FITS[name][1]:
