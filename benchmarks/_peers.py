@@ -40,6 +40,8 @@ def arguments(
     device: bool = False,
     data: str | None = None,
     minutes: float | None = None,
+    budget: float | None = None,
+    threads: int = 1,
 ) -> argparse.Namespace:
     """The command line of every benchmark: --quick, --repeats, --threads, --only and --json.
 
@@ -58,11 +60,15 @@ def arguments(
         What --data is to hold, where there is such an option.
     minutes
         Default of --minutes, how long to train, where there is such an option.
+    budget
+        Default of --budget, seconds that the whole may take, where there is such an option.
+    threads
+        Default of --threads.
     """
     parser = argparse.ArgumentParser(description=(description or "").strip().split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small data, two rounds, no JSON: does it still run?")
     parser.add_argument("--repeats", type=int, help=f"rounds of every side (default {repeats}, 2 with --quick)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of all sides (default 1)")
+    parser.add_argument("--threads", type=int, default=threads, help=f"threads of all sides (default {threads})")
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
     parser.add_argument("--json", type=Path, help="where to write (default: beside the script; nowhere with --quick)")
     if device:
@@ -71,6 +77,9 @@ def arguments(
         parser.add_argument("--data", type=Path, help=data)
     if minutes is not None:
         parser.add_argument("--minutes", type=float, default=minutes, help=f"of training (default {minutes:g})")
+    if budget is not None:
+        told = f"seconds that the whole may take (default {budget:g})"
+        parser.add_argument("--budget", type=float, default=budget, help=told)
     options = parser.parse_args()
     for package in ("inference", "zoo", "threadpoolctl"):
         if find_spec(package) is None:

@@ -6,7 +6,8 @@ needs them); before every pass over a table the file's pages are dropped, so tha
 rate is that of the same fit on the first rows as an array (of a corpus: on its first documents), in a process without a limit.
 
     python benchmarks/beyond_memory.py [--gib 1] [--limit 1536] [--method em] [--warm]
-    python benchmarks/beyond_memory.py --corpus lda [--gib 1] [--limit 1024]     # or: --corpus documents
+    python benchmarks/beyond_memory.py --corpus lda [--gib 1] [--limit 1024]     # or: --corpus documents, --corpus dtm
+    python benchmarks/beyond_memory.py --record      # two sizes of each, in beyond_memory.json: memory must not grow with them
 """
 
 from __future__ import annotations
@@ -31,8 +32,13 @@ COLUMNS, COMPONENTS = 16, 8
 #: Rows of the fit in memory.
 SOME = 1_000_000
 PASSES = 6
+#: Sizes in GiB at which --record measures each fit: the second is four or five times the first.
+RECORD = {"em": (0.25, 1.0), "svi": (0.25, 1.0), "documents": (0.1, 0.5), "lda": (0.05, 0.25), "dtm": (0.02, 0.1)}
 #: Words of the corpus's vocabulary, topics, tokens of a document, documents that are written at once.
 WORDS, TOPICS, TOKENS, PART = 2000, 10, 100, 20_000
+CORPORA = ("lda", "documents", "dtm")
+#: Slices of time, one after the other.
+SLICES = 5
 
 
 def make_table(path: Path, gib: float) -> int:
@@ -51,7 +57,7 @@ def make_table(path: Path, gib: float) -> int:
 
 def make_corpus(folder: Path, gib: float) -> int:
     """Write documents of two topics each, part by part; returns how many."""
-    from zoo import store_corpus
+    from zoo import Corpus, store_corpus
 
     random = np.random.default_rng(0)
     shares = random.dirichlet(np.full(WORDS, 0.05), TOPICS).cumsum(1)
@@ -67,8 +73,9 @@ def make_corpus(folder: Path, gib: float) -> int:
             rows = np.repeat(np.arange(PART), TOKENS)
             part = sp.csr_matrix((np.ones(rows.size, np.int64), (rows, words.ravel())), shape=(PART, WORDS))
             part.sum_duplicates()
+            times = np.full(PART, min(SLICES - 1, int(SLICES * written / entries)))
             written += part.nnz
-            yield part
+            yield Corpus(part, times=times)
 
     return len(store_corpus(folder, parts(), name="made up"))
 
@@ -78,15 +85,20 @@ def measure_corpus(path: str, where: str, method: str, limit: int) -> dict[str, 
     import torch
 
     from inference import EM, fit
-    from zoo import LDA, MultinomialMixture, open_corpus
+    from zoo import DTM, LDA, MultinomialMixture, open_corpus
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     corpus = open_corpus(path)
-    some = corpus[:3000]
-    story: Any = LDA(TOPICS) if method == "lda" else MultinomialMixture(TOPICS)
-    driver = "stepwise" if method == "lda" else "auto"
+    some = corpus[:3000] if method != "dtm" else corpus[np.arange(0, len(corpus), len(corpus) // 3000)]
+    stories: dict[str, tuple[Any, str]] = {
+        "lda": (LDA(TOPICS), "stepwise"),
+        "dtm": (DTM(TOPICS, drift=0.3), "batch"),
+        "documents": (MultinomialMixture(TOPICS), "auto"),
+    }
+    story, driver = stories[method]
     fit(story, some, EM(restarts=1, max_iter=2, driver=driver), seed=0, progress=False)  # imports, first calls
-    given = corpus[: PART * 2] if where == "memory" else corpus
+    part = slice(0, 2 * PART) if method != "dtm" else np.arange(0, len(corpus), max(1, len(corpus) // (2 * PART)))
+    given = corpus[part] if where == "memory" else corpus
     if where == "disk":
         resource.setrlimit(resource.RLIMIT_DATA, (limit << 20, limit << 20))
     marks: list[float] = []
@@ -187,24 +199,28 @@ def main() -> None:
     parser.add_argument("--method", choices=("em", "svi"), default="em")
     parser.add_argument("--warm", action="store_true", help="leave the file in the kernel's cache between passes")
     parser.add_argument("--folder", help="where the table is written")
-    parser.add_argument("--corpus", choices=("lda", "documents"), help="a corpus: LDA, or a mixture of multinomials")
+    parser.add_argument("--corpus", choices=CORPORA, help="a corpus: LDA, a mixture of multinomials, a dynamic model")
+    parser.add_argument("--record", action="store_true", help="two sizes of everything, written to beyond_memory.json")
+    parser.add_argument(
+        "--only", default="", help="of what --record measures, names that contain this; the rest is kept"
+    )
     parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         path, where, method, limit, warm = args.child
-        if method in ("lda", "documents"):
+        if method in CORPORA:
             print(json.dumps(measure_corpus(path, where, method, int(limit))))
         else:
             print(json.dumps(measure(path, where, method, int(limit), warm == "True")))
         return
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        path = str(Path(folder) / ("corpus" if args.corpus else "table.npy"))
-        rows = (make_corpus if args.corpus else make_table)(Path(path), args.gib)
-        words = (args.corpus or args.method, str(args.limit), str(args.warm))
-        disk, memory = child(path, "disk", *words), child(path, "memory", *words)
+    if args.record:
+        record(args)
+        return
+    what = args.corpus or args.method
+    rows, disk, memory = compared(what, args.gib, args.limit, args.warm, args.folder)
     rate = memory["seconds_a_row"] / disk["seconds_a_row"]
-    what = f"documents over {WORDS:,} words" if args.corpus else f"rows x {COLUMNS} float32"
-    print(f"{args.corpus or args.method} of {rows:,} {what} ({args.gib:g} GiB) on disk, limit {args.limit} MB")
+    name = f"documents over {WORDS:,} words" if args.corpus else f"rows x {COLUMNS} float32"
+    print(f"{what} of {rows:,} {name} ({args.gib:g} GiB) on disk, limit {args.limit} MB")
     for name, found in (("disk", disk), ("memory", memory)):
         print(
             f"  {name:<7}{found['rows']:>12,} rows {1 / found['seconds_a_row'] / 1e6:8.2f} million rows/s "
@@ -212,6 +228,49 @@ def main() -> None:
             f"objective a row {found['first']:.4f} -> {found['last']:.4f}"
         )
     print(f"  rate per row, disk against memory: {rate:.2f}")
+
+
+def compared(
+    what: str, gib: float, limit: int, warm: bool, folder: str | None, memory: bool = True
+) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """Rows, and what was measured on disk and (perhaps) in memory."""
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        path = str(Path(place) / ("corpus" if what in CORPORA else "table.npy"))
+        rows = (make_corpus if what in CORPORA else make_table)(Path(path), gib)
+        words = (what, str(limit), str(warm))
+        return rows, child(path, "disk", *words), child(path, "memory", *words) if memory else {}
+
+
+def record(args: argparse.Namespace) -> None:
+    """Memory of its own at two sizes of every fit, and the rate per row against memory at the larger."""
+    from _peers import machine
+
+    path = Path(__file__).with_suffix(".json")
+    known = json.loads(path.read_text(encoding="utf-8"))["cases"] if path.exists() else []
+    cases = {case["case"]: case for case in known}
+    for what, sizes in RECORD.items():
+        if args.only not in what:
+            continue
+        found: list[dict[str, Any]] = []
+        for gib in sizes:
+            last = gib == sizes[-1]
+            rows, disk, memory = compared(what, gib, args.limit, args.warm, args.folder, memory=last)
+            found.append({"gib": gib, "rows": rows, "anonymous_mb": disk["anonymous_mb"], "seconds": disk["total_s"]})
+            found[-1]["rows_a_second"] = 1 / disk["seconds_a_row"]
+            if last:
+                found[-1]["rate_against_memory"] = memory["seconds_a_row"] / disk["seconds_a_row"]
+                found[-1]["memory_anonymous_mb"] = memory["anonymous_mb"]
+            print(what, found[-1], flush=True)
+        growth = found[-1]["anonymous_mb"] / found[0]["anonymous_mb"]
+        cases[what] = {"case": what, "limit_mb": args.limit, "growth_of_memory": growth, "sizes": found}
+        content = {
+            "benchmark": "beyond_memory",
+            "command": f"python benchmarks/beyond_memory.py --record --limit {args.limit}" + " --warm" * args.warm,
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": machine(int(os.environ.get("OMP_NUM_THREADS", "1"))),
+            "cases": [cases[name] for name in RECORD if name in cases],
+        }
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from .posterior import Posterior
 from .problem import prepare
 from .score import without_density
 from .session import fresh_seed
+from .sharing import same_call
 from .structure import Structure
 
 
@@ -157,12 +158,14 @@ def compare(
     ValueError
         No method is valid, or `test` leaves no rows.
     """
-    others = start("split")
-    seed = others.first(fresh_seed()) if seed is None else seed
     chosen = labelled(methods)
     if cross_check not in (True, False, "auto"):
         raise ValueError(f"compare(cross_check={cross_check!r}): cross_check must be True, False or 'auto'")
-    problem = prepare(story, data, guide=guide, device=device, seed=seed)
+    others = start("split")
+    asked = {"methods": chosen, "test": test, "guide": guide, "seed": seed, "device": device, "budget": budget}
+    same_call(others, "compare", story=story, **asked, cross_check=cross_check)
+    seed = others.first(fresh_seed()) if seed is None else seed
+    problem = others.together(lambda: prepare(story, data, guide=guide, device=device, seed=seed))
     train, held, notes = split(problem, data, test, seed)
     show = (sys.stderr.isatty() if progress is None else progress) and others.leads
     posteriors, refused = answers(problem, story, train, chosen, guide, seed, device, budget, show)
@@ -186,7 +189,7 @@ def compare(
             "ELPD-LOO is that of rows given their drawn latents: it flatters, compare held-out densities instead"
         )
     pairwise = paired(heldout)
-    verdict = judge(posteriors, reference, agreements, heldout)
+    verdict = others.first(judge(posteriors, reference, agreements, heldout))  # it tells seconds
     return Comparison(
         story,
         problem.structure,

@@ -162,7 +162,8 @@ def settled(problem: Problem, method: Method, elsewhere: Callable[[str], Problem
 def only_here(problem: Problem, method: Method) -> str:
     """Why a method runs on the processor whatever the device that was asked for, or nothing."""
     if problem.admixture is not None:
-        return "topic models are fitted on the processor"
+        if problem.admixture.walk is not None:
+            return "dynamic topic models are fitted on the processor"
     if method.name in ("exact", "gibbs"):
         return f"{method.name} runs on the processor"
     if method.name == "nuts":

@@ -34,6 +34,8 @@ SHARES = ("split", "own", "alone")
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 #: Seconds that a rank waits for the others in one exchange; a dead rank is noticed at once, only a silent one takes as long.
 PATIENCE = 1800.0
+#: Seconds that a rank waits for the others to come: machines do not start at the same moment.
+JOINING = 300.0
 
 
 @dataclass(frozen=True)
@@ -155,15 +157,7 @@ class Ranks:
         try:
             call()
         except RuntimeError as error:
-            _Process.lost = True
-            line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise RankError(
-                f"rank {self.rank} of {self.size} lost another rank: one of them ended or fell silent, so that the fit "
-                f"cannot go on ({line[:160]}). What a checkpoint held stays; start again with it, with as many ranks as "
-                f"you like",
-                rank=self.rank,
-                size=self.size,
-            ) from error
+            raise lost(self, error) from error
 
     def together(self, call: Callable[[], T]) -> T:
         """The call's value, or on every rank the first error that any rank met: nobody waits for one who has left.
@@ -178,6 +172,8 @@ class Ranks:
         value, error = None, None
         try:
             value = call()
+        except RankError:  # there is nobody to tell
+            raise
         except Exception as caught:  # whatever it is, the others must hear of it
             error = caught
         told = self.gather(None if error is None else f"{type(error).__name__}: {error}")
@@ -241,10 +237,21 @@ ALONE = Ranks()
 
 
 class _Process:
-    """What this process knows: whether another rank is lost, and how often it has waited for all."""
+    """What this process knows: whether another rank is lost."""
 
     lost = False
-    waits = 0
+
+
+def lost(ranks: Ranks, error: BaseException) -> RankError:
+    """What to raise where a talk with another rank has failed; from now on nothing is said to the others."""
+    _Process.lost = True
+    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return RankError(
+        f"rank {ranks.rank} of {ranks.size} lost another rank: one of them ended or fell silent, so that the fit cannot go on "
+        f"({line[:160]}). What a checkpoint held stays; start again with it, with as many ranks as you like",
+        rank=ranks.rank,
+        size=ranks.size,
+    )
 
 
 def start(share: str) -> Ranks:
@@ -271,15 +278,39 @@ def start(share: str) -> Ranks:
                 f"WORLD_SIZE={os.environ['WORLD_SIZE']} says that there are several processes, and {', '.join(missing)} "
                 f"is not set: start them with torchrun, or pass ranks='alone'"
             )
-        cuda = torch.cuda.is_available()
-        try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=PATIENCE))
-        except (RuntimeError, ValueError) as error:
-            raise RankError(f"the ranks did not find each other: {str(error).splitlines()[0]}") from error
-        atexit.register(leave)
+        join()
     if dist.get_world_size() < 2:
         return ALONE
     return Ranks(dist.get_rank(), dist.get_world_size(), (), share)
+
+
+def join() -> None:
+    """Find the others.
+
+    Raises
+    ------
+    RankError
+        They did not come, or cannot be reached.
+    """
+    import torch.distributed as dist
+
+    kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        store, rank, size = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=JOINING))))
+        dist.init_process_group(
+            kinds, store=dist.PrefixStore("zoo", store), rank=rank, world_size=size, timeout=timedelta(seconds=PATIENCE)
+        )
+    except (RuntimeError, ValueError) as error:
+        where = ":".join(os.environ[n] for n in ENVIRONMENT[2:])
+        raise RankError(
+            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did not find the others at {where} within {JOINING:g} s: "
+            f"{str(error).splitlines()[0][:200]}. Start every rank, with the same MASTER_ADDR and MASTER_PORT, which all "
+            f"machines can reach; where a machine has several networks or its name leads nowhere, set GLOO_SOCKET_IFNAME to "
+            f"the network that the others see (ip addr lists them; lo where all ranks are on one machine)",
+            rank=int(os.environ["RANK"]),
+            size=int(os.environ["WORLD_SIZE"]),
+        ) from error
+    atexit.register(leave)
 
 
 def leave() -> None:
@@ -318,30 +349,3 @@ def own_device(device: str | torch.device) -> str | torch.device:
     chosen = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     torch.cuda.set_device(chosen)
     return chosen
-
-
-def wait_for_all(ranks: Ranks, every: float = 0.05) -> None:
-    """Wait until every rank has come here, however long that takes: long work is no silence.
-
-    An exchange gives up after `PATIENCE`; this asks the ranks' common store instead.
-    """
-    if not ranks.several:
-        return
-    from torch.distributed.distributed_c10d import _get_default_store
-
-    store = _get_default_store()
-    _Process.waits += 1
-    name = f"zoo/wait/{_Process.waits}"
-    try:
-        count = store.add(name, 1)
-        while count < ranks.size:
-            time.sleep(every)
-            every = min(1.0, 1.2 * every)
-            count = store.add(name, 0)
-    except RuntimeError as error:
-        _Process.lost = True
-        raise RankError(
-            f"rank {ranks.rank} of {ranks.size} lost another rank while it waited: {str(error).splitlines()[0][:160]}",
-            rank=ranks.rank,
-            size=ranks.size,
-        ) from error

@@ -18,7 +18,7 @@ from .methods import resolve
 from .methods.base import Method, one_of, positive_float, positive_int
 from .posterior import Posterior
 from .problem import Problem, brought_home, prepare
-from .sharing import shared_out
+from .sharing import same_call, shared_out
 
 #: Seconds that NUTS may be expected to take before `auto` prefers SVI, where no budget is given.
 PATIENCE = 300.0
@@ -109,6 +109,8 @@ def fit(
     one_of("fit", "ranks", ranks, SHARES)
     began = time.perf_counter()
     others = start(ranks)
+    asked = {"story": story, "method": method, "guide": guide, "want": want, "seed": seed, "device": str(device)}
+    same_call(others, "fit", **asked, budget=budget, memory=memory, ranks=ranks, cross_check=cross_check)
     if progress is None:
         progress = sys.stderr.isatty()
 

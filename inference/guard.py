@@ -84,7 +84,8 @@ def room(text: str) -> float:
 def smaller(method: Any, data: Any, share: float = 0.25) -> str:
     """What to try with less memory: a batch of this share of the rows."""
     values = data.values() if isinstance(data, Mapping) else data if isinstance(data, tuple) else (data,)
-    rows = max((len(v) for v in values if hasattr(v, "__len__") and not isinstance(v, str)), default=1)
+    tables = [v for v in values if hasattr(v, "__len__") and not isinstance(v, str)]
+    rows = max((v.shape[0] if getattr(v, "shape", ()) else len(v) for v in tables), default=1)  # sparse ones have no len
     size = getattr(method, "batch_size", None)
     batch = min(size, rows) if isinstance(size, int) else rows
     name = method if isinstance(method, str) else getattr(method, "name", "the method")

@@ -1,5 +1,6 @@
 """Effect handlers that keep missing cells, mini-batches and flat priors out of the stories."""
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -61,6 +62,55 @@ class ScaleRows(Messenger):
     def _pyro_sample(self, msg: dict) -> None:
         if any(frame.name == self.plate for frame in msg["cond_indep_stack"]):
             msg["scale"] = msg["scale"] * self.scale
+
+
+class Multinomial(dist.Multinomial):
+    """The same density from one matrix product: of many states and many rows, no table states x rows x words is made.
+
+    PyTorch's spreads probabilities and counts over each other first.  Neither sampling nor parameters change.
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log of the multinomial coefficient, and of the product of probabilities; (...,) of values (..., V)."""
+        known = self._categorical.__dict__
+        if "logits" in known or value.ndim == 0:  # logits may be -inf, where the product would not be a number
+            return super().log_prob(value)
+        if self._validate_args:
+            self._validate_sample(value)
+        probs = known["probs"]
+        tiny = torch.finfo(probs.dtype).eps
+        value, log_p = value.to(probs.dtype), collapsed(probs).clamp(tiny, 1 - tiny).log()
+        orders = (value.sum(-1) + 1).lgamma() - (value + 1).lgamma().sum(-1)
+        return (orders + inner(value, log_p)).expand(torch.broadcast_shapes(self.batch_shape, value.shape[:-1]))
+
+
+def collapsed(tensor: Tensor) -> Tensor:
+    """Without repetition: dimensions before the last along which the same memory is read again have size 1."""
+    for dim in range(tensor.ndim - 1):
+        if tensor.stride(dim) == 0 and tensor.shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """Sum over the last dimension of a * b, (..., V) each; one matrix product where they vary along different dimensions."""
+    width = max(a.ndim, b.ndim)
+    a, b = (x.reshape((1,) * (width - x.ndim) + x.shape) for x in (a, b))
+    if any(m > 1 and n > 1 for m, n in zip(a.shape[:-1], b.shape[:-1], strict=True)):
+        return (a * b).sum(-1)
+    table = a.reshape(-1, a.shape[-1]) @ b.reshape(-1, b.shape[-1]).mT
+    outer = table.reshape(a.shape[:-1] + b.shape[:-1])
+    turned = outer.permute([d for i in range(width - 1) for d in (i, i + width - 1)])
+    return turned.reshape([m * n for m, n in zip(a.shape[:-1], b.shape[:-1], strict=True)])
+
+
+class OneProduct(Messenger):
+    """Multinomial sites whose density is one matrix product."""
+
+    def _pyro_sample(self, msg: dict) -> None:
+        if type(msg["fn"]) is dist.Multinomial:
+            fn = msg["fn"] = copy.copy(msg["fn"])
+            fn.__class__ = Multinomial
 
 
 class MissingCells(Messenger):

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributions import transform_to
 
 from .enumeration import LogFactor, align, sum_out
-from .handlers import FlatStart, MissingCells, Substitute
+from .handlers import FlatStart, MissingCells, OneProduct, Substitute
 from .lazy_rows import affordable, loaded, pieces_of
 from .problem import Problem
 from .transforms import log_jacobian, unconstrain_to
@@ -151,7 +151,7 @@ class LogJoint:
         """One enumerated run, and the names (latents, plates) of the symbols of its dimensions."""
         kwargs = loaded(self.problem.kwargs if kwargs is None else kwargs)
         given = values if isinstance(values, Messenger) else Substitute(values)
-        model = MissingCells(self.holes)(given(self.model))
+        model = OneProduct()(MissingCells(self.holes)(given(self.model)))
         model = poutine.enum(model, first_available_dim=-1 - self.structure.max_plate_nesting)
         with poutine.block(), pyro.validation_enabled(False):
             trace: Any = poutine.trace(model).get_trace(**kwargs)

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 #: Numbers of a table that may be made at once.
 CELLS = 4_000_000
+#: Numbers of a piece, where a pass goes through all rows: the next one is there before this one is gone.
+PIECE = 500_000
+#: Numbers that may be made at once where a whole table that lies in memory, without its zeros, is asked for.
+WHOLE = 100_000_000
 #: Rows that may be made at once however wide they are.
 LEAST = 512
 
@@ -122,7 +126,7 @@ class LazyRows(Tensor):
     # -- rows --------------------------------------------------------------------------------------------------------
 
     def take(self, index: Any) -> Tensor:
-        """`x[index]`: a slice of very many rows stays as it is, all else is made."""
+        """`x[index]`: very many rows stay as they are where their source can tell them apart, all else is made."""
         rest: tuple[Any, ...] = ()
         if isinstance(index, tuple):
             index, rest = index[0], index[1:]
@@ -130,8 +134,12 @@ class LazyRows(Tensor):
         count = length(chosen)
         if isinstance(chosen, slice) and count * self.width > CELLS and not rest:
             return self.like(self.source.cut(chosen.start, chosen.stop))
+        pick = getattr(self.source, "pick", None)
+        if pick is not None and count * self.width > CELLS and not rest and (found := pick(chosen)) is not None:
+            return self.like(found)
         found = self.made(chosen, "these rows")
-        found = found[0] if isinstance(index, int) else found
+        if isinstance(index, int):
+            return found[0][rest] if rest else found[0]
         return found[(slice(None), *rest)] if rest else found
 
     def numbers(self, index: Any) -> Numbers:
@@ -154,9 +162,9 @@ class LazyRows(Tensor):
         """Some rows in the processor's memory, of the kind that is handed out."""
         return self.source.read(rows).to(self.dtype)
 
-    def made(self, rows: Numbers, what: str) -> Tensor:
+    def made(self, rows: Numbers, what: str, most: int | None = None) -> Tensor:
         """Some rows on the device; where they are a block, the next one is read ahead."""
-        if length(rows) * self.width > max(CELLS, LEAST * self.width):
+        if length(rows) * self.width > (most or max(CELLS, LEAST * self.width)):
             raise ValueError(
                 f"{what}: {length(rows):,} rows x {self.width:,} numbers would be made at once "
                 f"({8e-9 * length(rows) * self.width:,.1f} GB), and the data are kept elsewhere because they are many; take "
@@ -174,11 +182,12 @@ class LazyRows(Tensor):
 
     def whole(self, what: str = "the whole table") -> Tensor:
         """All rows."""
-        return self.made(slice(0, self.source.shape[0]), what)
+        most = None if self.source.slow else max(WHOLE, LEAST * self.width)
+        return self.made(slice(0, self.source.shape[0]), what, most)
 
     def parts(self, size: int) -> Iterator[Tensor]:
         """Rows one piece after the other, at most `size` of them and never more than may be made."""
-        n, size = self.source.shape[0], max(1, min(size, CELLS // self.width))
+        n, size = self.source.shape[0], max(1, min(size, min(CELLS, PIECE) // self.width))
         for a in range(0, n, size):
             yield self.made(slice(a, min(a + size, n)), "a piece")
 

@@ -109,7 +109,7 @@ class Posterior:
 
     def why(self) -> str:
         """The method that ran, the rule that chose it, the other methods' verdicts with their premises, device, cross-check."""
-        device = [f"device: {self.diagnostics['device']}"] if "device" in self.diagnostics else []
+        device = [f"{n}: {self.diagnostics[n]}" for n in ("device", "ran") if n in self.diagnostics]
         told = str(self.choice or f"{self.method.name}: called directly")
         return "\n".join([told, self.second_opinion(), *device])
 

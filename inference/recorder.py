@@ -159,7 +159,8 @@ class _Recorder(TorchDispatchMode):
         whole = all(_geometry(user) == _geometry(target) for user in users)
         if pure is None or not name.endswith("_") or len(written) != 1 or not whole:
             raise _Written
-        node = self.graph.call_function(pure, tree_map(self._name, args), tree_map(self._name, kwargs))
+        made = STAND_INS.get(pure, pure)
+        node = self.graph.call_function(made, tree_map(self._name, args), tree_map(self._name, kwargs))
         out = func(*args, **kwargs)
         for user in users:
             self._nodes[id(user)] = node
@@ -199,7 +200,14 @@ class _Recorder(TorchDispatchMode):
                 elif node.target is aten.t.default and getattr(node.args[0], "target", None) is aten.t.default:
                     node.replace_all_uses_with(node.args[0].args[0])  # derivatives of matrix products turn twice
         merge_repeats(self.graph)
-        self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+
+        def kept(node: fx.Node) -> bool:
+            """Numbers that are drawn and not used (a start that is known by then) move the stream for those after them."""
+            if node.op in ("placeholder", "output"):
+                return True
+            return random and node.op == "call_function" and _draws(node.target, node.args, node.kwargs)
+
+        self.graph.eliminate_dead_code(kept)
         drawn = [n for n in self.graph.nodes if n.op == "call_function" and _draws(n.target, n.args, n.kwargs)]
         if drawn and not random:
             raise CaptureError(f"the story draws random numbers outside its sample sites ({drawn[0].target})")
@@ -270,6 +278,20 @@ def _part(parts: Any, index: int) -> Any:
     return parts[index]
 
 
+def put(old: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Tensor:
+    """`old[indices] = values`; one number under a mask is a choice, which many draws can make side by side."""
+    mask = indices[0]
+    if (
+        len(indices) == 1
+        and not accumulate
+        and mask.dtype == torch.bool
+        and mask.shape == old.shape
+        and values.ndim == 0
+    ):
+        return torch.where(mask, values, old)
+    return aten.index_put.default(old, indices, values, accumulate)
+
+
 def filled_with(old: Tensor, new: Tensor, non_blocking: bool = False) -> Tensor:
     """`new` in the shape and type of `old`; aten::copy itself has neither a derivative nor a batching rule."""
     return new.to(old.dtype).expand_as(old)
@@ -298,6 +320,7 @@ def logits_cross_entropy(
 #: What stands in a graph for an operation that can be neither differentiated nor batched.
 STAND_INS: dict[Any, Callable[..., Tensor]] = {
     aten.copy.default: filled_with,
+    aten.index_put.default: put,
     aten.binary_cross_entropy_with_logits.default: logits_cross_entropy,
     aten.normal_.default: normal_like,
     aten.uniform_.default: uniform_like,

@@ -254,7 +254,7 @@ def word_chances(
 
 def shares(posterior: Posterior) -> Tensor:
     """Draws of the documents' shares, (S, D, K), one for each draw of the topics."""
-    from .topics.fits import dirichlet_draws
+    from .topics.weights import dirichlet_draws
 
     form = posterior.problem.admixture
     if form.theta in posterior.draws:

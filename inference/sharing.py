@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,6 +67,74 @@ def shared_out(problem: Problem, ranks: Ranks, method: Method) -> Problem:
     return replace(cut, structure=replace(cut.structure, sites=sites, _by_name={}), ranks=ranks)
 
 
+def same_call(others: Ranks, call: str, **said: Any) -> None:
+    """Refuse, on every rank, what the ranks were not asked alike: they would wait for different messages.
+
+    Parameters
+    ----------
+    call
+        Name of the function.
+    said
+        Its arguments, but for the data: values, and stories and methods, which count by their names and settings.
+
+    Raises
+    ------
+    ValueError
+        An argument differs; every value is listed with its rank.
+    """
+    if not others.several:
+        return
+    card = {"call": call}
+    for name, value in said.items():
+        card[name] = type(value).__name__ if is_method(value) else in_words(value)
+        card |= {f"{name}.{n}": in_words(v) for n, v in options_of(value).items()} if is_method(value) else {}
+    cards = others.gather(card)
+    if any(card["call"] != cards[0]["call"] for card in cards):
+        told = [f"rank {r} calls {card['call']}" for r, card in enumerate(cards)]
+        raise ValueError(
+            f"the ranks do not call the same function: {', '.join(told)}; run the same script on every rank"
+        )
+    different = [n for n in cards[0] if any(card.get(n, cards[0][n]) != cards[0][n] for card in cards)]
+    if different:
+        told = [
+            f"{n}: " + ", ".join(f"{short(card.get(n, 'none'))} on rank {r}" for r, card in enumerate(cards))
+            for n in different
+        ]
+        raise ValueError(
+            f"the ranks call {call} with different arguments, and would wait for each other for ever: {'; '.join(told)}. Pass "
+            f"the same on every rank; data alone may differ, with ranks='own'"
+        )
+
+
+def is_method(value: Any) -> bool:
+    """Whether it is a configured method."""
+    return is_dataclass(value) and hasattr(value, "run")
+
+
+def options_of(method: Any) -> dict[str, Any]:
+    """What the answer of a method depends on; files, starts and callbacks may be each rank's own."""
+    return {f.name: getattr(method, f.name) for f in fields(method) if f.compare and f.init}
+
+
+def in_words(value: Any) -> str:
+    """A value so that two ranks can compare it: no addresses, and of a method what its answer depends on."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{k}: {in_words(v)}' for k, v in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(in_words, value))}]"
+    if is_method(value):
+        return f"{type(value).__name__}({', '.join(f'{n}={in_words(v)}' for n, v in options_of(value).items())})"
+    if isinstance(value, Tensor | np.ndarray):  # held-out rows, of which every rank may have its own
+        return f"an array with rows of shape {tuple(value.shape[1:])}"
+    text = getattr(value, "__qualname__", None) or repr(value)
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
+
+
+def short(text: str) -> str:
+    """As much of it as fits a message."""
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
 def fewer_rows(site: Site, structure: Structure, rows: int) -> Site:
     """A site of a story of `rows` rows as it is where `structure` has fewer."""
     if structure.data_plate not in site.plates:
@@ -90,7 +162,8 @@ def unshareable(problem: Problem, method: Method, share: str = "split") -> str:
     outside = [s.name for s in (*structure.observed, *structure.unnormalised) if structure.data_plate not in s.plates]
     if outside:
         return f"site {outside[0]!r} is seen outside the rows"
-    if by_row := [s.name for s in structure.learned if s.local]:
+    rows = structure.num_rows  # networks may be told of inside the plate, and are nobody's rows
+    if by_row := [s.name for s in structure.learned if s.local and s.shape[:1] == (rows,)]:
         return f"the parameter {by_row[0]!r} has a value a row"
     if problem.admixture is not None and not shares_documents(problem, method, share):
         return "topic models are fitted on the expected counts of all documents"
@@ -123,6 +196,12 @@ def own_rows(problem: Problem, ranks: Ranks) -> Problem:
                 f"ranks='own': the rows of rank {r} do not fit those of rank 0: columns {card[1]} against {cards[0][1]}"
                 + ("" if card[0] == cards[0][0] else "; the story has other sites there")
             )
+    shared = ranks.gather({n: print_of(v, rows) for n, v in problem.kwargs.items() if n not in names})
+    if different := [n for n in shared[0] if any(other.get(n) != shared[0][n] for other in shared)]:
+        raise ValueError(
+            f"ranks='own': {', '.join(map(repr, different))} differs between the ranks, and is no table with an entry a row; "
+            f"rows may be each rank's own, all else must be the same on every rank"
+        )
     kinds = ranks.gather({n: problem.kwargs[n].dtype for n in names})
     kwargs = dict(problem.kwargs)
     for name in names:
@@ -135,6 +214,14 @@ def own_rows(problem: Problem, ranks: Ranks) -> Problem:
     few = ranks.first({n: v.cpu() if isinstance(v, Tensor) else v for n, v in (problem.few or {}).items()})
     few = {n: v.to(problem.device) if isinstance(v, Tensor) else v for n, v in few.items()}
     return replace(problem, kwargs=kwargs, structure=merged, few=few, ranks=replace(ranks, counts=counts))
+
+
+def print_of(value: Any, rows: int | None) -> str:
+    """What tells one argument from another; the number of one's own rows is the same as another's."""
+    if isinstance(value, Tensor):
+        some = value.detach().cpu().contiguous().numpy()
+        return f"{tuple(value.shape)} {hashlib.sha256(some.tobytes()).hexdigest()}"
+    return "rows" if value == rows and type(value) is int else in_words(value)
 
 
 def table_print(problem: Problem) -> tuple[Any, ...]:

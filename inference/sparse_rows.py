@@ -48,12 +48,26 @@ class Rows:
     @property
     def widest(self) -> int:
         """Entries of the longest row."""
-        return max((int(np.diff(part).max(initial=0)) for part in overlapping(self.starts, SPAN)), default=0)
+        found = 0
+        for part in overlapping(self.starts, SPAN):
+            if self.on_disk:
+                check_starts(part[:-1], part[1:], len(self.words))
+            found = max(found, int(np.diff(part).max(initial=0)))
+        if self.on_disk and found > self.num_words:
+            raise damaged(f"a row has {found} different words, and the vocabulary has {self.num_words}")
+        return found
 
     def cut(self, first: int, last: int) -> Rows:
         """Consecutive rows."""
         a, b = int(self.starts[first]), int(self.starts[last])
         return Rows(np.asarray(self.starts[first : last + 1]) - a, self.words[a:b], self.counts[a:b], self.num_words)
+
+    def take(self, rows: np.ndarray) -> Rows:
+        """Some rows in the order given, in memory."""
+        which, _, number = self.entries(rows)
+        words, counts = self.loaded(number)
+        starts = np.concatenate([[0], np.cumsum(np.bincount(which, minlength=len(rows)))])
+        return Rows(starts, words, counts, self.num_words)
 
     def entries(self, rows: slice | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Row (counted from 0), place in the row and number of every entry of some rows."""
@@ -62,22 +76,77 @@ class Rows:
         else:
             begin, end = self.starts[rows], self.starts[rows + 1]
         widths = np.asarray(end) - np.asarray(begin)
+        check_starts(np.asarray(begin), np.asarray(end), len(self.words))
         before = np.cumsum(widths) - widths
         which = np.repeat(np.arange(len(widths)), widths)
         place = np.arange(len(which)) - before[which]
         return which, place, np.asarray(begin, dtype=np.int64)[which] + place
 
+    def loaded(self, part: slice | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Words and counts of some entries; those of a file are read now, and checked.
+
+        Raises
+        ------
+        ValueError
+            The file holds what no counts can be.
+        """
+        words, counts = self.words[part], self.counts[part]
+        if self.on_disk:
+            words, counts = np.array(words), np.array(counts)
+            check_entries(words, counts, self.num_words)
+        return words, counts
+
+    def stretch(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Starts (from 0), words and counts of consecutive rows, as `loaded`."""
+        starts = np.asarray(self.starts[first : last + 1])
+        if self.on_disk:
+            check_starts(starts[:-1], starts[1:], len(self.words))
+        return starts - starts[0], *self.loaded(slice(int(starts[0]), int(starts[-1])))
+
     def dense(self, rows: slice | np.ndarray, view: str, width: int) -> np.ndarray:
         """Some rows side by side, (n, width), whole numbers; shorter ones end in word 0 with count 0."""
         which, place, number = self.entries(rows)
-        if isinstance(rows, slice) and len(number):
-            part = slice(int(number[0]), int(number[-1]) + 1)  # one stretch of the file
-            words, counts = self.words[part], self.counts[part]
-        else:
-            words, counts = self.words[number], self.counts[number]
+        stretch = isinstance(rows, slice) and len(number)
+        words, counts = self.loaded(slice(int(number[0]), int(number[-1]) + 1) if stretch else number)
         out = np.zeros((rows.stop - rows.start if isinstance(rows, slice) else len(rows), width), np.int64)
         out[which, np.asarray(words) if view == "table" else place] = words if view == "words" else counts
         return out
+
+
+def damaged(what: str) -> ValueError:
+    """What is told of files whose numbers no counts can have."""
+    return ValueError(f"the stored counts are damaged: {what}; store them again")
+
+
+def check_starts(begin: np.ndarray, end: np.ndarray, entries: int) -> None:
+    """Refuse rows that do not lie one after the other.
+
+    Raises
+    ------
+    ValueError
+        Where they lie instead.
+    """
+    if len(begin) and (bool((end < begin).any()) or int(begin.min()) < 0 or int(end.max()) > entries):
+        raise damaged(f"rows of {entries} entries begin at {int(begin.min())} to {int(begin.max())}, and not in order")
+
+
+def check_entries(words: np.ndarray, counts: np.ndarray, num_words: int) -> None:
+    """Refuse words beyond the vocabulary and counts below 0: machine code that met them would write where it must not.
+
+    Raises
+    ------
+    ValueError
+        The first of them.
+    """
+    if len(words) != len(counts):
+        raise damaged(f"{len(words)} words and {len(counts)} counts")
+    if not len(words):
+        return
+    if int(words.min()) < 0 or int(words.max()) >= num_words:
+        first = int(words[(words < 0) | (words >= num_words)][0])
+        raise damaged(f"there is a word {first} in a vocabulary of {num_words}")
+    if not float(counts.min()) >= 0:
+        raise damaged(f"there is a count of {float(counts.min()):g}")
 
 
 def is_mapped(array: Any) -> bool:
@@ -130,6 +199,10 @@ class Counts:
     def cut(self, first: int, last: int) -> Counts:
         """Consecutive rows."""
         return replace(self, rows=self.rows.cut(first, last))
+
+    def pick(self, rows: np.ndarray) -> Counts | None:
+        """Some rows of those that lie in memory; of a file, only stretches can be had."""
+        return None if self.rows.on_disk else replace(self, rows=self.rows.take(rows))
 
     def extremes(self) -> tuple[float, float]:
         """No count is missing, and none is below 0."""

@@ -205,8 +205,11 @@ def same_key(a: Any, b: Any) -> bool:
 
 
 def free_bytes(device: torch.device) -> float:
-    """Memory that a device has left; of the processor, as much as you like."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
+    """Memory that a device has left, with what PyTorch holds there and does not use; of the processor, as much as you like."""
+    if device.type != "cuda":
+        return float("inf")
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # of fits before: it will be used again
+    return torch.cuda.mem_get_info(device)[0] + held
 
 
 def stays(tensors: Sequence[Tensor], device: torch.device) -> bool:

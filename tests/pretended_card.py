@@ -311,7 +311,7 @@ class Names(TorchFunctionMode):
             device = "cpu"
         elif func is torch.Tensor.cuda:
             device = "cuda"
-        elif args and isinstance(args[0], Tensor) or isinstance(kwargs.get("other"), Tensor):
+        elif (args and isinstance(args[0], Tensor)) or isinstance(kwargs.get("other"), Tensor):
             other = args[0] if args else kwargs["other"]
             device, dtype = ("cuda" if self.card.holds(other) else "cpu"), other.dtype
         else:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from inference import EM, HMC, NUTS, SVI, devices, fit
+from inference import EM, HMC, NUTS, SVI, Gibbs, devices, fit
 from inference.devices import available, fastest, full_precision, only_here, settled, step_of
 from inference.problem import prepare, settle
 from zoo import GMM, LDA, load_corpus
@@ -114,13 +114,31 @@ def test_auto_takes_the_faster_of_two(monkeypatch):
     assert found is not problem and found.asked == "auto"
 
 
+@pytest.mark.parametrize("method", [EM(), EM(driver="batch"), SVI()], ids=["em", "batch", "svi"])
+def test_topic_models_are_timed_on_both(monkeypatch, method):
+    """A pass over documents on each device, and the faster one taken; the card is made up."""
+    monkeypatch.setattr(devices, "available", lambda: ["cpu", "other"])
+    real, made = devices.step_of, []
+
+    def counted(problem, chosen):
+        step = real(problem, chosen)
+        made.append(step)
+        return step if len(made) == 2 else lambda: [step() for _ in range(12)]
+
+    monkeypatch.setattr(devices, "step_of", counted)
+    corpus = load_corpus()[:60]
+    problem = prepare(LDA(3), corpus, seed=0)
+    found, choice = settled(problem, method, lambda device: prepare(LDA(3), corpus, seed=0))
+    assert choice.device == "other" and found is not problem and set(choice.timings) == {"step_cpu", "step_other"}
+
+
 def test_what_runs_on_the_processor_is_not_tried_elsewhere(monkeypatch):
     monkeypatch.setattr(devices, "available", lambda: ["cpu", "cuda"])
     monkeypatch.setattr(devices, "step_of", lambda *a: pytest.fail("a step was made"))
     topics = prepare(LDA(3), load_corpus()[:60], seed=0)
-    assert "topic models" in only_here(topics, EM())
-    found, choice = settled(topics, EM(), lambda device: pytest.fail("data were moved"))
-    assert found is topics and str(choice).startswith('cpu ("auto": topic models')
+    assert not only_here(topics, EM()) and not only_here(topics, SVI()) and "gibbs" in only_here(topics, Gibbs())
+    found, choice = settled(topics, Gibbs(), lambda device: pytest.fail("data were moved"))
+    assert found is topics and str(choice).startswith('cpu ("auto": gibbs')
     posterior = fit(story, X, NUTS(chains=2, warmup=20, draws=10, backend="eager"), seed=0)
     assert 'device: cpu ("auto": the chains of nuts run in machine code' in posterior.why()
 

@@ -16,7 +16,7 @@ from inference.lazy_rows import HostTable, LazyRows
 from inference.methods import batches
 from inference.methods.paired import PairTarget
 from inference.problem import prepare
-from inference.streaming import Stream, ToCard, same_key, stays
+from inference.streaming import Stream, ToCard, free_bytes, same_key, stays
 from zoo import GMM, PPCA
 
 
@@ -169,6 +169,13 @@ def test_half_of_the_free_memory_is_the_limit(monkeypatch):
     x = torch.zeros(60, dtype=torch.float64)
     card = torch.device("cuda:0")
     assert stays([x[:62]], card) and not stays([x, x[:3]], card) and stays([x] * 1000, torch.device("cpu"))
+
+
+def test_memory_that_a_fit_before_left_behind_is_free(monkeypatch):
+    """PyTorch keeps what it once had: without it, the second of two equal fits would be told that its data do not fit."""
+    for name, value in (("mem_get_info", (1000, 2000)), ("memory_reserved", 700), ("memory_allocated", 300)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert free_bytes(torch.device("cuda")) == 1400 and free_bytes(torch.device("cpu")) == float("inf")
 
 
 # -- fits ------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..distributed import Ranks, wait_for_all
+from ..distributed import Ranks
+from ..lifeline import Lifeline
 from .backends import Backend, choose_backend
 from .hamiltonian import Record
 from .movers import Ensemble, Mover
@@ -60,14 +61,18 @@ def follow(chosen: Callable[[str], Backend], name: str) -> Backend:
         return chosen("auto")
 
 
-def run_apart(ranks: Ranks, call: Callable[[], None]) -> None:
-    """Let every rank run its chains, however long they take, and hear of a failure on any of them."""
+def run_apart(ranks: Ranks, call: Callable[[Callable[[], bool]], None]) -> None:
+    """Let every rank run its chains, however long they take, and hear of a failure on any of them.
+
+    Parameters
+    ----------
+    call
+        Is given a function that is to be asked now and then: it is False, and raises RankError where a rank has ended.
+    """
 
     def run() -> None:
-        try:
-            call()
-        finally:
-            wait_for_all(ranks)
+        with Lifeline(ranks) as line:
+            call(line)
 
     ranks.together(run)
 

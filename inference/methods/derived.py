@@ -190,7 +190,7 @@ class DerivedTarget:
         elbos = [
             float(torch.stack([self.objective(q)[0] for _ in range(4)]).mean().nan_to_num(-math.inf)) for q in guides
         ]
-        return guides[int(np.argmax(elbos))]
+        return {n: coarse(v) for n, v in guides[int(np.argmax(elbos))].items()}
 
     def best_try(self) -> tuple[Tensor, Tensor]:
         """The try of highest log density among those with a finite gradient."""
@@ -225,7 +225,8 @@ class DerivedTarget:
             path.append(q.copy())
 
         begin = like.double().cpu().numpy()
-        minimize(negative, begin, jac=True, method="L-BFGS-B", callback=keep, options={"maxiter": 200, "maxcor": 20})
+        options = {"maxiter": 200, "maxcor": 20, "ftol": 1e-14}  # to an end that does not hang on the way there
+        minimize(negative, begin, jac=True, method="L-BFGS-B", callback=keep, options=options)
         chosen = {min(i, len(path) - 1) for i in (10, 40, len(path) - 1)} if path else set()
         found = [torch.from_numpy(path[i]).to(like) for i in sorted(chosen)]
         return [(q[:size], q[size:]) for q in found]
@@ -370,6 +371,12 @@ class DerivedTarget:
         site = self.culprit(leaves)
         where = f"site {site!r} has no finite log density" if site else "the log density is not finite"
         return f"{what}: {where} at any of them; look for a prior far from the data's scale"
+
+
+def coarse(value: Tensor) -> Tensor:
+    """The value to five digits: what rounding did on the way to a start, on so many threads or ranks, ends here."""
+    mantissa, exponent = torch.frexp(value)
+    return torch.ldexp((mantissa * 2.0**17).round() / 2.0**17, exponent)
 
 
 def cut(whole: Block, part: Block) -> int | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -166,7 +165,7 @@ class HMC:
             some = [records[c] for c in here]
             run = Run(potential, backend, [generators[c] for c in here], [gradients[c] for c in here], some)
             try:
-                run_apart(ranks, partial(run.go, lambda: False))
+                run_apart(ranks, run.go)
             except Failed as error:
                 raise failure(joint, some, error) from None
             for c, record in zip(waiting, all_records(ranks, some), strict=True):

@@ -135,7 +135,7 @@ class NUTS:
             total = self.warmup + self.draws
             with Watch("NUTS", problem, meter, began, self.warmup, total, self.chains, run.progress, run.told) as watch:
                 try:
-                    run_apart(ranks, lambda: run.go(watch))
+                    run_apart(ranks, lambda line: run.go(lambda: line() or watch()))
                 except KeyboardInterrupt:
                     if ranks.several:
                         raise

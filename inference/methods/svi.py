@@ -385,6 +385,10 @@ class SVI:
     def trial(self, problem: Problem) -> Callable[[], Any]:
         """An estimate of the ELBO with its gradient, to be timed."""
         chosen = self.settled(problem.structure)
+        if chosen.family(problem.structure) == "topics":
+            from ..topics.ways import trial
+
+            return trial(problem, chosen)
         if isinstance(self.guide, Amortised):
             problem = replace(problem, guide=self.guide.build(problem))
         hurried = replace(chosen, mode="graph" if self.mode == "auto" else self.mode)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,18 +93,41 @@ def shares(posterior: Posterior, data: Any = None, path: str | Path | None = Non
         None, a corpus, a sparse matrix or a table of counts, or the story's arguments.
     path
         A .npy file (float32) that is written some documents at a time and mapped: for corpora on disk, whose shares need
-        not fit in memory either.
+        not fit in memory either.  What was there before is replaced when all is written.
+
+    Raises
+    ------
+    OSError
+        There is no room, or no folder, for the file; nothing of it is left.
     """
     documents = documents_of(posterior, data)
     if path is None:
         return _mean_shares(concentrations(posterior, documents, fitted=data is None))
-    shape = (len(documents), form_of(posterior).num_topics)
-    table = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-    for a in range(0, len(documents), WRITTEN):
-        part = documents.cut(a, min(a + WRITTEN, len(documents)))
-        table[a : a + WRITTEN] = _mean_shares(concentrations(posterior, part, fitted=False)).numpy()
-    table.flush()
-    return torch.from_numpy(table)
+    sizes = range(0, len(documents), WRITTEN)
+    parts = (documents.cut(a, min(a + WRITTEN, len(documents))) for a in sizes)
+    rows = (_mean_shares(concentrations(posterior, part, fitted=False)).float().numpy() for part in parts)
+    write_table(Path(path), (len(documents), form_of(posterior).num_topics), rows)
+    return torch.from_numpy(np.load(path, mmap_mode="r+"))
+
+
+def write_table(path: Path, shape: tuple[int, int], rows: Iterable[np.ndarray]) -> None:
+    """A .npy file of float32, some rows at a time, written beside and renamed.
+
+    Not by way of a memory map: on a full disk that would end the process without a word.
+    """
+    beside = path.with_name(f"{path.name}.part")
+    try:
+        with open(beside, "wb") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+            for part in rows:
+                file.write(np.ascontiguousarray(part, "<f4").data)
+        os.replace(beside, path)
+    except BaseException as error:
+        beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno:
+            need = f"{shape[0]:,} x {shape[1]} numbers need {4e-6 * shape[0] * shape[1]:,.1f} MB at {path}"
+            raise OSError(error.errno, f"{need}: {error.strerror}") from None
+        raise
 
 
 def _mean_shares(gammas: list[Tensor]) -> Tensor:

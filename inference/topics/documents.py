@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..sparse_rows import SPAN, Rows, is_mapped
+from ..sparse_rows import SPAN, Rows, check_entries, check_starts, is_mapped
+from . import cards
 
 #: Word places of a block: its topics x places stay in the cache.
 CELLS = 8192
-#: Documents of a block at most.
-MOST = 512
+#: Documents of a block at most, and those of a file that are held.
+MOST, PART = 512, 4096
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,12 @@ class Documents:
     def cut(self, first: int, last: int) -> Documents:
         """Consecutive documents, in memory."""
         starts = np.asarray(self.starts[first : last + 1], dtype=np.int64)
+        if self.on_disk:
+            check_starts(starts[:-1], starts[1:], len(self.words))
         part = slice(int(starts[0]), int(starts[-1]))
         words, counts = np.array(self.words[part], dtype=np.int64), np.array(self.counts[part], dtype=np.float64)
+        if self.on_disk:
+            check_entries(words, counts, self.num_words)
         times = None if self.times is None else self.times[first:last]
         return Documents(starts - starts[0], words, counts, self.num_words, times)
 
@@ -117,11 +123,15 @@ class Documents:
 
     def take(self, which: np.ndarray) -> Documents:
         """Some of the documents, in the order given."""
+        if self.on_disk:
+            check_starts(np.asarray(self.starts[which]), np.asarray(self.starts[which + 1]), len(self.words))
         spans = [np.arange(self.starts[d], self.starts[d + 1]) for d in which]
         index = np.concatenate(spans) if spans else np.zeros(0, np.int64)
         starts = np.concatenate([[0], np.cumsum([len(s) for s in spans])]).astype(np.int64)
         times = None if self.times is None else self.times[which]
         words, counts = np.asarray(self.words[index], np.int64), np.asarray(self.counts[index], np.float64)
+        if self.on_disk:
+            check_entries(words, counts, self.num_words)
         return Documents(starts, words, counts, self.num_words, times)
 
     def tokens(self, rng: np.random.Generator) -> list[np.ndarray]:
@@ -150,37 +160,84 @@ class Block:
     rows: Tensor
     words: Tensor
     counts: Tensor
+    sums: cards.SortedSums | None = None
 
     @property
     def flat(self) -> Tensor:
         """Word of every place, (B L,)."""
         return self.words.reshape(-1)
 
+    def add(self, table: Tensor, values: Tensor) -> None:
+        """Add values of the places (B, L, K) to the rows of a table (V, K) that are their words'."""
+        flat = values.reshape(-1, values.shape[-1])
+        if self.sums is None:
+            table.index_add_(0, self.flat, flat.to(table.dtype))
+        else:
+            self.sums.add(table, flat)
 
-def blocks(documents: Documents, dtype: torch.dtype = torch.float32, cells: int = CELLS) -> list[Block]:
-    """Blocks of documents of similar width, at most `cells` places each."""
+    def to(self, dtype: torch.dtype) -> Block:
+        """The same with counts of another kind."""
+        return replace(self, counts=self.counts.to(dtype))
+
+
+def blocks(
+    documents: Documents,
+    dtype: torch.dtype = torch.float32,
+    cells: int = CELLS,
+    device: torch.device | str = "cpu",
+) -> list[Block]:
+    """Blocks of documents of similar width on a device, at most `cells` places each."""
+    words = torch.from_numpy(np.require(documents.words, np.int64, ["C", "W"]))
+    counts = torch.from_numpy(np.require(documents.counts, np.float64, ["C", "W"]))
+    if cards.on_card(device):
+        words = words.int()  # half the way there
     widths = np.diff(documents.starts)
-    order = np.argsort(widths, kind="stable")
-    found, i = [], 0
-    while i < len(order):
-        j = i + 1
-        while j < len(order) and j - i < MOST and (j - i + 1) * widths[order[j]] <= cells:
-            j += 1
-        rows, width = order[i:j], max(1, int(widths[order[j - 1]]))
-        words, counts = np.zeros((j - i, width), np.int64), np.zeros((j - i, width))
-        inside = np.arange(width) < widths[rows][:, None]
-        index = np.concatenate([np.arange(documents.starts[d], documents.starts[d + 1]) for d in rows])
-        words[inside], counts[inside] = documents.words[index], documents.counts[index]
-        found.append(Block(torch.from_numpy(rows.copy()), torch.from_numpy(words), torch.from_numpy(counts).to(dtype)))
-        i = j
+    return side_by_side(widths, words.to(device), counts.to(dtype).to(device), documents.num_words, cells)
+
+
+def side_by_side(widths: np.ndarray, words: Tensor, counts: Tensor, num_words: int, cells: int) -> list[Block]:
+    """Blocks of documents with `widths` (D,) distinct words each, whose words and counts lie one after the other."""
+    device, found = words.device, []
+    begins = np.cumsum(widths) - widths
+    for rows in plan(widths, cells, cards.on_card(device)):
+        width, index = max(1, int(widths[rows[-1]])), torch.from_numpy(rows).to(device)
+        first, many = (torch.from_numpy(v[rows]).to(device)[:, None] for v in (begins, widths))
+        place = torch.arange(width, device=device)
+        inside, at = place < many, (first + place).clamp_(max=max(0, len(words) - 1))
+        if len(words):
+            block = torch.where(inside, words[at], 0).long(), torch.where(inside, counts[at], 0)
+        else:
+            block = at, counts.new_zeros(at.shape)
+        sums = cards.SortedSums(block[0].reshape(-1), num_words) if cards.on_card(device) else None
+        found.append(Block(index, *block, sums))
     return found
 
 
-def in_parts(documents: Documents, size: int = 4096) -> Iterator[tuple[int, Documents]]:
+def plan(widths: np.ndarray, cells: int, card: bool = False) -> Iterator[np.ndarray]:
+    """Numbers of the documents of each block, short ones first; at most `cells` places, and on a card little padding."""
+    order = np.argsort(widths, kind="stable")
+    i, sorted_ = 0, np.asarray(widths)[order]
+
+    def too_large(j: int) -> bool:
+        """Whether documents i to j - 1 of the order are more than a block."""
+        size, last = (j - i) * sorted_[j - 1], sorted_[j - 1]
+        if not card:
+            return bool(size > cells or j - i > MOST)
+        padded = last > max(cards.SIMILAR * sorted_[i], sorted_[i] + cards.ALIKE)
+        return bool(size > cells or (size > cards.LARGE * cells and padded))
+
+    while i < len(order):
+        j = i + max(1, bisect_left(range(i + 1, len(order) + 1), True, key=too_large))
+        yield order[i:j]
+        i = j
+
+
+def in_parts(documents: Documents, size: int | None = None) -> Iterator[tuple[int, Documents]]:
     """Documents that lie on disk some at a time, others all at once, with the number of the first."""
     if not documents.on_disk:
         yield 0, documents
         return
+    size = size or PART
     for a in range(0, len(documents), size):
         yield a, documents.cut(a, min(a + size, len(documents)))
 

@@ -72,23 +72,31 @@ class Climb:
         assert walk is not None
         self.alpha = form.alpha.to(self.dtype).cpu()
         eta = torch.full((form.num_words, 1), 0.05)
-        static = self.start or climb(self.documents, self.alpha, eta, max_iter=STATIC, tol=0.0, seed=self.seed)
-        self.start = static
+        static = self.start = self.start or self.static(eta)
         # a topic's own counts among those of all topics: rare words start at what they are on the whole
         N = static.state.N.T.to(self.dtype)
         common = (N.sum(0) + 0.5) / (N.sum() + 0.5 * form.num_words)
         phi = (N + 50.0 * common) / (N.sum(1, keepdim=True) + 50.0)
         start = phi.log() - common.log().mean()
-        base = common.log() - common.log().mean() if walk.base else walk.loc.to(self.dtype)
+        base = common.log() - common.log().mean() if walk.base else walk.loc.to(self.alpha)
         T = form.num_slices
         step = self.drift or walk.step
         self.walks = Walks(start.expand(T, -1, -1).clone(), base, walk.first, step)
-        self.n = static.state.n.clone()
         self.native = library() if self.dtype == torch.float32 else None
+        self.passes = 0
+        self.hold()
+
+    def static(self, eta: Tensor) -> Any:
+        """Topics that stand still, from which the walks start."""
+        return climb(self.documents, self.alpha, eta, max_iter=STATIC, tol=0.0, seed=self.seed)
+
+    def hold(self) -> None:
+        """What is remembered of every document."""
+        self.n = self.start.state.n.clone()
         self.places = Places(self.documents)
         self.lengths = torch.from_numpy(self.documents.lengths).float()
+        T = self.form.num_slices
         self.slices = list(by_slice(self.documents, T, self.dtype)) if self.native is None else []
-        self.passes = 0
 
     def expectation(self) -> tuple[Tensor, float]:
         """Expected counts (T, K, V) at the present topics, and the log-likelihood of all words at the present shares."""
@@ -151,13 +159,20 @@ class Climb:
         return value
 
 
-def run(problem: Problem, max_iter: int, tol: float, name: str, callback: Any = None) -> tuple[Climb, Meter, str, bool]:
-    """Climb until a word's log-likelihood rises by less than `tol`."""
+def run(
+    problem: Problem, max_iter: int, tol: float, name: str, callback: Any = None, driver: str = "auto"
+) -> tuple[Climb, Meter, str, bool]:
+    """Climb until a word's log-likelihood rises by less than `tol`; "batch" and documents on disk remember no document."""
+    from .dynamic_streamed import StreamedClimb, some_of
+
     stopped, converged = "", False
     with deadline_of(problem) as over, Meter() as meter:
         documents = problem.admixture.documents(problem.kwargs)
-        drift = best_drift(problem.admixture, documents, problem.seed)
-        run = Climb(problem.admixture, documents, problem.seed, drift=drift)
+        streamed = documents.on_disk or driver == "batch"
+        some = some_of(documents, problem.seed) if streamed else documents
+        drift = best_drift(problem.admixture, some, problem.seed)
+        kind = StreamedClimb if streamed else Climb
+        run = kind(problem.admixture, documents, problem.seed, drift=drift)
         meter.mark("setup")
         tokens = max(documents.num_tokens, 1.0)
         bar = tqdm(total=max_iter, desc=name, disable=not problem.progress, leave=False)
@@ -225,14 +240,15 @@ def extra_of(run: Climb) -> dict[str, Any]:
     variance, _ = run.walks.curvature().spreads()
     sd = variance.sqrt().view_as(run.walks.beta).transpose(0, 1).double().contiguous()
     step = torch.tensor(run.walks.step, dtype=torch.float64)
-    return {"topics": {"theta.concentration": (run.n + run.alpha).double(), "beta.sd": sd, "step": step}}
+    kept = {"theta.concentration": (run.n + run.alpha).double()} if len(run.n) else {}
+    return {"topics": {**kept, "beta.sd": sd, "step": step}}
 
 
 def run_em(problem: Problem, em: Any) -> Posterior:
     """Modes of the walks."""
     from ..posterior import Posterior
 
-    climb, meter, stopped, converged = run(problem, em.max_iter, TOL * em.tol, "EM", em.callback)
+    climb, meter, stopped, converged = run(problem, em.max_iter, TOL * em.tol, "EM", em.callback, em.driver)
     notes = [stopped] if stopped else []
     if not converged and not stopped:
         notes.append(f"EM did not converge in {em.max_iter} iterations; raise max_iter or tol")
@@ -258,6 +274,10 @@ def run_svi(problem: Problem, svi: Any) -> Posterior:
     """The Gaussian Markov chain around the modes, by draws."""
     from ..posterior import Posterior
 
+    if svi.checkpoint is not None:
+        raise ValueError(
+            "SVI(checkpoint=...) is not available for dynamic topic models, which keep no state; leave it out"
+        )
     climb, meter, stopped, converged = run(problem, svi.steps, TOL * 1e-6, "SVI")
     form, numbers = climb.form, climb.walks.beta.numel()
     count = max(DRAWS, min(svi.draws, DRAW_NUMBERS // max(1, numbers)))
@@ -268,7 +288,9 @@ def run_svi(problem: Problem, svi: Any) -> Posterior:
     notes = [stopped] if stopped else []
     points = parts_of(problem, climb, count)
     if points:
-        notes.append(f"{', '.join(points)} stay at their mode: the bands leave out their uncertainty, and what follows from it")
+        notes.append(
+            f"{', '.join(points)} stay at their mode: the bands leave out their uncertainty, and what follows from it"
+        )
     return Posterior(
         kind="variational",
         method=svi,

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .documents import CELLS, Block, Documents, blocks
+from . import cards
+from .documents import CELLS, Documents, blocks
 
 if TYPE_CHECKING:
     from .words import WordByWord
@@ -70,20 +71,25 @@ class Counts:
         """Posterior means of the topics given the counts, (K, V)."""
         return ((self.N + self.eta) / (self.Nk + self.eta.sum(0))).T
 
+    def to(self, device: torch.device) -> Counts:
+        """The same on a device, without the probabilities of single places."""
+        N, Nk, n, alpha, eta = (t.to(device) for t in (self.N, self.Nk, self.n, self.alpha, self.eta))
+        return Counts(N, Nk, n, alpha, eta)
+
     def copy(self) -> Counts:
         """The same without the probabilities of single places."""
         return Counts(self.N.clone(), self.Nk.clone(), self.n.clone(), self.alpha.clone(), self.eta.clone())
 
 
 class ExpectedCounts:
-    """One corpus and its concentrations, ready to climb.
+    """One corpus and its concentrations, ready to climb, in memory or on the card where alpha is.
 
     Parameters
     ----------
     documents
         Counts of words.
     alpha, eta
-        Concentrations (K,), and (V, 1) or (V, K).
+        Concentrations (K,), and (V, 1) or (V, K); they say on which device the work is done.
     learn_alpha, learn_eta
         Whether they are learned; eta is scaled as a whole.
     tied
@@ -105,14 +111,14 @@ class ExpectedCounts:
     ) -> None:
         self.documents, self.tied = documents, tied
         self.learn_alpha, self.learn_eta = learn_alpha, learn_eta
+        K, V, total, where = len(alpha), documents.num_words, documents.num_tokens, alpha.device
         # a start needs some steps: blocks of a small corpus are smaller
-        cells = min(CELLS, max(64, len(documents.words) // STEPS))
-        self.blocks = blocks(documents, dtype, cells)
+        cells = min(cards.cells_of(where, K, CELLS), max(64, len(documents.words) // STEPS))
+        self.blocks = blocks(documents, dtype, cells, where)
         self.random = torch.Generator().manual_seed(seed)
-        K, V, total = len(alpha), documents.num_words, documents.num_tokens
-        noise = torch.rand(V, K, generator=self.random, dtype=torch.float64).to(dtype) + 1.0
-        N = noise * (total / (V * K) / 1.5)
-        n = torch.full((len(documents), K), total / max(1, len(documents)) / K, dtype=dtype)
+        noise = torch.rand(V, K, generator=self.random, dtype=torch.float64) + 1.0
+        N = (noise * (total / (V * K) / 1.5)).to(where)  # double, as small changes are added up in it for long
+        n = torch.full((len(documents), K), total / max(1, len(documents)) / K, dtype=dtype, device=where)
         self.state = Counts(N, N.sum(0), n, alpha.to(dtype).clone(), eta.to(dtype).clone())
         self.passes, self.window = 0, 1
         self.trial = TRIAL if total > MANY else TRIAL_FEW
@@ -123,13 +129,9 @@ class ExpectedCounts:
 
     def resume(self, state: Counts) -> None:
         """Topics of another corpus's climb: places get their probabilities under them, and are counted anew, twice."""
-        self.state.N, self.state.Nk = state.N.clone(), state.Nk.clone()
+        self.state.N, self.state.Nk = state.N.double(), state.Nk.double()
         for _ in range(2):
             self.spread(state.eta)
-
-    def order(self) -> list[Block]:
-        """All blocks in random order."""
-        return [self.blocks[i] for i in self.shuffled()]
 
     def shuffled(self) -> list[int]:
         """Numbers of all blocks in random order."""
@@ -140,11 +142,14 @@ class ExpectedCounts:
     def begin(self, passes: int = PASSES) -> None:
         """Stochastic passes, then probabilities for every place."""
         s, tokens = self.state, max(self.documents.num_tokens, 1.0)
-        sharp = s.eta * SHARPER
+        sharp, dtype = s.eta * SHARPER, s.n.dtype
+        sizes = torch.stack([b.counts.sum() for b in self.blocks]).tolist() if self.blocks else []
         step, first = 0, True
         for _ in range(passes):
-            for block in self.order():
-                W = (s.N[block.flat] + sharp[block.flat]).view(*block.words.shape, -1) / (s.Nk + sharp.sum(0))
+            for i in self.shuffled():
+                block = self.blocks[i]
+                table = ((s.N + sharp) / (s.Nk + sharp.sum(0))).to(dtype)
+                W = table.index_select(0, block.flat).view(*block.words.shape, -1)
                 n = (
                     s.n[block.rows]
                     if not first
@@ -152,9 +157,9 @@ class ExpectedCounts:
                 )
                 n, r = settle(W, block.counts, n, s.alpha, ROUNDS)
                 s.n[block.rows] = n
-                share = float(block.counts.sum()) / tokens
                 rho = (step + DELAY) ** -DECAY
-                s.N.mul_(1 - rho).index_add_(0, block.flat, (r * (rho / max(share, 1e-12))).reshape(-1, r.shape[-1]))
+                s.N.mul_(1 - rho)
+                block.add(s.N, r * (rho / max(sizes[i] / tokens, 1e-12)))
                 s.Nk = s.N.sum(0)
                 step += 1
             first = False
@@ -163,57 +168,51 @@ class ExpectedCounts:
     def spread(self, eta: Tensor) -> None:
         """Give every place its probabilities under the present topics, and count anew."""
         s = self.state
-        table = (s.N + eta) / (s.Nk + eta.sum(0))
+        table = ((s.N + eta) / (s.Nk + eta.sum(0))).to(s.n.dtype)
         s.N = torch.zeros_like(s.N)
         s.kept = []
         for block in self.blocks:
-            W = table[block.flat].view(*block.words.shape, -1)
+            W = table.index_select(0, block.flat).view(*block.words.shape, -1)
             s.n[block.rows], r = settle(W, block.counts, s.n[block.rows], s.alpha, 1)
             s.kept.append(r)
-            s.N.index_add_(0, block.flat, r.reshape(-1, r.shape[-1]))
+            block.add(s.N, r)
         s.Nk = s.N.sum(0)
 
     # -- passes ------------------------------------------------------------------------------------------------------
 
     def sweep(self) -> float:
         """One pass over all blocks; the log-likelihood of every word given all others, summed."""
-        s, total = self.state, 0.0
+        s, dtype = self.state, self.state.n.dtype
         learn = self.learn_alpha and self.passes >= BURN and self.passes % EVERY == 0
-        gain, weight = torch.zeros_like(s.alpha), torch.zeros(())
+        gain, weight = torch.zeros_like(s.alpha), torch.zeros((), device=s.alpha.device)
+        total = torch.zeros((), dtype=torch.float64, device=s.alpha.device)
         for i in self.shuffled():
             block, old = self.blocks[i], s.kept[i]
             c = block.counts.unsqueeze(2)
             own = old / c.clamp_min(1.0)
-            word = (
-                s.N.index_select(0, block.flat)
-                .view_as(old)
-                .sub_(own)
-                .add_(s.eta[block.flat].view(*block.words.shape, -1))
-            )
-            word.clamp_min_(1e-7).div_(s.Nk + s.eta.sum(0))
-            n = s.n[block.rows]
-            p = torch.sub(n.unsqueeze(1), own).add_(s.alpha).clamp_min_(1e-7).mul_(word)
+            p = (s.N + s.eta).to(dtype).index_select(0, block.flat).view_as(old).sub_(own).clamp_min_(1e-7)
+            p.div_((s.Nk + s.eta.sum(0)).to(dtype))
+            p.mul_(torch.sub(s.n[block.rows].unsqueeze(1), own, out=own).add_(s.alpha).clamp_min_(1e-7))
             norm = p.sum(2, keepdim=True)
             length = block.counts.sum(1, keepdim=True) - 1 + s.alpha.sum()
-            total += float((block.counts * (norm.squeeze(2) / length.clamp_min(1e-7)).log()).sum())
+            total += (block.counts * (norm.squeeze(2) / length.clamp_min(1e-7)).log()).sum(dtype=torch.float64)
             p.div_(norm)
             if learn:
                 g, w = concentration_terms(p, block.counts, s.alpha)
                 gain, weight = gain + g, weight + w
             new = p.mul_(c)
             s.kept[i], s.n[block.rows] = new, new.sum(1)
-            change = new - old
-            s.N.index_add_(0, block.flat, change.view(-1, change.shape[-1]))
-            s.Nk += change.sum((0, 1))
+            block.add(s.N, torch.sub(new, old, out=own))
+            s.Nk = s.N.sum(0)
         s.N.clamp_(min=0)
         s.Nk = s.N.sum(0)
         if learn:
             s.alpha = (s.alpha * gain / weight).clamp(LEAST, MOST)
             s.alpha = s.alpha.mean().expand_as(s.alpha).clone() if self.tied else s.alpha
         if self.learn_eta and self.passes >= BURN and self.passes % EVERY == 0:
-            s.eta = s.eta * eta_factor(s.N, s.eta)
+            s.eta = s.eta * eta_factor(s.N, s.eta).to(s.eta)
         self.passes += 1
-        return total
+        return float(total)
 
 
 def settle(W: Tensor, counts: Tensor, n: Tensor, alpha: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
@@ -278,6 +277,9 @@ def climb(
 
     Parameters
     ----------
+    alpha, eta
+        Concentrations (K,), and (V, 1) or (V, K), on the device of the work: word by word in machine code on a processor,
+        blocks of documents at once on a card.
     tol
         Stop when the log-likelihood of a word rises by less.
     tick, over
@@ -286,9 +288,7 @@ def climb(
     Where concentrations are learned, some documents are set aside to tell when that stops helping; they come back for the
     last passes, with concentrations fixed.
     """
-    from .words import WordByWord, library
-
-    kind = ExpectedCounts if library() is None else WordByWord
+    kind = engine(alpha.device)
     learn = learn_alpha or learn_eta
     aside, rest = set_aside(documents, seed) if learn else (None, documents)
     best: ExpectedCounts | WordByWord | None = None
@@ -329,6 +329,13 @@ def climb(
     return Climbed(best.state, history, converged or watch.ended, stopped, watch.seen, trials)
 
 
+def engine(device: torch.device) -> type[ExpectedCounts] | type[WordByWord]:
+    """What climbs on a device: word by word on a processor with a C compiler, else blocks of documents at once."""
+    from .words import WordByWord, library
+
+    return ExpectedCounts if cards.on_card(device) or library() is None else WordByWord
+
+
 def still(history: list[float], window: int, least: float) -> bool:
     """Whether a pass changed the log-likelihood by less than `least`, on average over the last ones."""
     return len(history) > BURN + window - 1 and abs(history[-1] - history[-1 - window]) < least * window
@@ -346,20 +353,20 @@ def set_aside(documents: Documents, seed: int) -> tuple[Documents | None, Docume
 class Watch:
     """Perplexity of the documents set aside: learning ends when it rises."""
 
-    def __init__(self, run: ExpectedCounts | WordByWord, aside: Documents | None, seed: int) -> None:
-        self.run, self.ended = run, False
+    def __init__(self, run: Any, aside: Documents | None, seed: int, every: int = 10) -> None:
+        self.run, self.ended, self.every = run, False, every
         self.seen: list[float] = []
         self.halves = None if aside is None else aside.halves(np.random.default_rng(seed))
         self.best: Counts | None = None
 
     def worse(self, passes: int) -> bool:
-        """Whether it has risen since it was looked at last; a look every ten passes."""
-        if self.halves is None or passes % 10:
+        """Whether it has risen since it was looked at last; a look every so many passes."""
+        if self.halves is None or passes % self.every:
             return False
         from .perplexity import complete
 
         state = self.run.state
-        score = complete(state.phi.double(), state.alpha.double(), *self.halves)
+        score = complete(state.phi.double().cpu(), state.alpha.double().cpu(), *self.halves)
         value = float(np.exp(-float(score.sum()) / max(self.halves[1].num_tokens, 1.0)))
         if self.seen and value > min(self.seen) * 1.0005:
             self.ended = True

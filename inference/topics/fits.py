@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 from tqdm import tqdm
 
 from ..guard import Deadline
 from ..meter import Meter
-from . import expected
+from . import cards, expected
 from . import streamed as streaming
 from .form import Admixture
 from .gibbs import sample
+from .pass_file import PassFile
 from .streamed import StreamedBayes
-from .variational import VariationalBayes, mean_log
-from .words import Places, library, padded, settle
+from .variational import VariationalBayes, improve_concentrations
+from .ways import keeps_nothing, way_of, way_of_streams
+from .weights import dirichlet_draws, heights, num_weights, untrusted, weighed
 
 if TYPE_CHECKING:
     from ..methods.em import EM
@@ -33,12 +34,10 @@ if TYPE_CHECKING:
 WORD_TOL = 100.0
 #: Numbers that draws of the topics may take, and draws at least.
 DRAW_NUMBERS, DRAWS = 25_000_000, 25
-#: Importance weights of a guide, fewer where there are so many pairs of words and topics.
-WEIGHTS, FEW_WEIGHTS, MANY_CELLS = 200, 25, 5_000_000
 
 
-def plan(form: Admixture) -> str:
-    """How EM would run, in words."""
+def plan(form: Admixture, device: torch.device | str = "cpu") -> str:
+    """How EM would run on a device, in words."""
     lines = ["EM plan (topic model)"]
     if form.walk:
         lines.append(
@@ -52,7 +51,7 @@ def plan(form: Admixture) -> str:
     lines += [f"  {form.z:<12} probabilities for every distinct word of every document"] if form.z else []
     params = (form.alpha_param, form.eta_param, form.walk.step_param if form.walk else None)
     lines += [f"  {name:<12} learned on expected counts, stopped by documents set aside" for name in params if name]
-    way = "word by word, in machine code" if library() else "blocks of documents at once (there is no C compiler)"
+    way = way_of(device) if not form.walk else way_of("cpu")
     lines.append(f"  {'passes':<12} {way}")
     return "\n".join(lines)
 
@@ -67,9 +66,9 @@ def refuse_options(em: EM, dynamic: bool = False) -> None:
             "probability 0; use estimate='map' with small concentrations"
         )
     for name, unset in (
-        ("driver", ("auto", "incremental") if dynamic else DRIVERS),
+        ("driver", ("auto", "incremental", "batch") if dynamic else DRIVERS),
         ("start", (None,)),
-        ("checkpoint", (None,)),
+        ("checkpoint", (None,) if dynamic else (em.checkpoint,)),
         ("kernels", (True,)),
     ):
         if getattr(em, name) not in unset:
@@ -96,6 +95,7 @@ def learned(problem: Problem, form: Admixture, alpha: Tensor, eta: Tensor) -> di
     return found
 
 
+@cards.processor_first
 def run_em(problem: Problem, em: EM) -> Posterior:
     """Expected counts; the points are posterior means."""
     from ..posterior import Posterior
@@ -122,22 +122,31 @@ def run_em(problem: Problem, em: EM) -> Posterior:
 
             sizes = {s.name: math.prod(s.shape) for s in problem.structure.learned}
             ranks = problem.ranks
-            streamed = documents.on_disk or ranks.shares_rows if em.driver == "auto" else em.driver != "incremental"
-            driver = "stepwise" if em.driver == "auto" else em.driver
-            climb = partial(streaming.climb, driver=driver, ranks=ranks) if streamed else expected.climb
+            where = problem.device
+            streamed = keeps_nothing(documents, form, em, ranks, where)
+            ran = way_of_streams(documents, where) if streamed else way_of(where)
+            driver = em.driver if em.driver in ("batch", "stepwise") else "stepwise"
+            if em.checkpoint is not None and not streamed:
+                raise ValueError(
+                    "EM(checkpoint=...): a topic model keeps its state between passes over documents that are let go after a "
+                    "visit; pass driver='batch' or 'stepwise' too"
+                )
+            said = replace(em, checkpoint=None, callback=None)
+            file = PassFile("EM", em.checkpoint, problem, documents, said)
+            climb = partial(streaming.climb, driver=driver, ranks=ranks, file=file) if streamed else expected.climb
             end = climb(
-                documents, form.alpha.cpu(), eta.contiguous().cpu(),
+                documents, form.alpha.to(where), eta.contiguous().to(where),
                 learn_alpha=form.alpha_param is not None, learn_eta=form.eta_param is not None,
                 tied=sizes.get(form.alpha_param or "", 0) == 1 < form.num_topics,
                 restarts=em.restarts, max_iter=em.max_iter, tol=WORD_TOL * em.tol, seed=problem.seed,
                 tick=tick, over=over,
             )  # fmt: skip
         state = end.state
-        kept = {} if streamed else {"theta.concentration": (state.n + state.alpha).double()}
+        kept = {} if streamed else {"theta.concentration": (state.n + state.alpha).double().cpu()}
         draws = {form.topics: normalised(state.phi)[None]}
         draws |= learned(problem, form, state.alpha, state.eta[:1] if same else state.eta.T)
         meter.mark("run")
-    warnings = [over.reason] if end.stopped else []
+    warnings = ([over.reason] if end.stopped else []) + file.lost
     if not end.converged and not end.stopped:
         warnings.append(f"EM did not converge in {em.max_iter} passes; raise max_iter or tol")
     tokens = max(streaming.total(problem.ranks, documents.num_tokens), 1.0)
@@ -148,10 +157,11 @@ def run_em(problem: Problem, em: EM) -> Posterior:
         draws=draws,
         history=end.history,
         diagnostics={
-            "plan": plan(form),
+            "plan": plan(form, where),
+            "ran": ran,
             "iterations": len(end.history),
             ("log_likelihood_a_word" if streamed else "leave_one_out"): end.history[-1] / tokens,
-            **({} if streamed else {"validation_perplexity": end.validation}),
+            **({"validation_perplexity": end.validation} if end.validation or not streamed else {}),
             **several("restarts", "log-likelihood", end.trials),
         },
         warnings=warnings + want_notes(problem),
@@ -184,6 +194,7 @@ def normalised(phi: Tensor) -> Tensor:
 # -- variational Bayes ---------------------------------------------------------------------------------------------------
 
 
+@cards.processor_first
 def run_svi(problem: Problem, svi: SVI) -> Posterior:
     """Dirichlet factors by natural gradients; the bound is that of q(phi) q(theta) q(z)."""
     from ..posterior import Posterior
@@ -196,24 +207,31 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
     with deadline_of(problem) as over, Meter() as meter:
         documents = form.documents(problem.kwargs)
         ranks = problem.ranks
-        streamed = documents.on_disk or ranks.shares_rows
+        where = problem.device
+        held = not cards.on_card(where) or cards.keeps(documents, cards.SIMILAR * cards.PLACE_BYTES, where)
+        streamed = documents.on_disk or ranks.shares_rows or not held
+        ran = way_of_streams(documents, where) if streamed else way_of(where)
         kind = partial(StreamedBayes, ranks=ranks) if streamed else VariationalBayes
         late = (lambda: ranks.first(over())) if ranks.shares_rows else over
-        runs = [
-            kind(documents, form.alpha.float().cpu(), form.eta.float().cpu(), seed=1000 * problem.seed + r)
-            for r in range(svi.starts or 1)
-        ]
+        file = PassFile("SVI", svi.checkpoint, problem, documents, replace(svi, checkpoint=None))
         meter.mark("setup")
-        histories: list[list[float]] = []
-        few = streaming.total(ranks, documents.num_tokens) < expected.MANY
-        trial = (30 if few else 4) if len(runs) > 1 else 1
-        for run in runs:
-            if svi.batch_size is not None:
-                run.stochastic_pass()
-            histories.append([run.sweep() for _ in range(min(trial, svi.steps))])
-        trials = [list(h) for h in histories]
-        best = max(range(len(runs)), key=lambda r: histories[r][-1])
-        run, history, warnings, converged = runs[best], histories[best], [], False
+
+        def begun(r: int) -> VariationalBayes:
+            return kind(
+                documents, form.alpha.float().to(where), form.eta.float().to(where), seed=1000 * problem.seed + r
+            )
+
+        if (found := file.read()) is not None:
+            run, (history, trials) = begun(0), (found[1]["history"], found[1]["trials"])
+            run.go_on(found[0], found[1]["steps"], found[1]["fresh"])
+        else:
+            few = streaming.total(ranks, documents.num_tokens) < expected.MANY
+            run, history, trials = best_start([begun(r) for r in range(svi.starts or 1)], svi, few)
+        warnings, converged = [], False
+
+        def kept() -> tuple[dict[str, Tensor], dict[str, Any]]:
+            return run.tensors(), {"steps": run.steps, "fresh": run.fresh, "history": history, "trials": trials}
+
         bar = tqdm(total=svi.steps, desc="SVI", disable=not problem.progress, leave=False)
         with bar:
             while len(history) < svi.steps:
@@ -226,20 +244,23 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
                         converged = True
                         break
                     run.fresh = False  # the last sweeps never fall
+                file.write(*kept())
                 if late():
                     warnings.append(over.reason or "the budget of the first rank is used up")
                     break
+        file.leave(not warnings, *kept())
+        warnings += file.lost
         run.widen()
         bound = run.bound()
         if not converged and not warnings:
             warnings.append(f"SVI did not converge in {svi.steps} sweeps: the bound was still rising; raise steps")
-        lam = run.lam
-        assert lam is not None
+        assert run.lam is not None
+        lam = run.lam.cpu()
         count = max(DRAWS, min(svi.draws, DRAW_NUMBERS // max(1, lam.numel())))
-        weights = 0 if streamed else num_weights(documents, form)
+        weights = num_weights(documents, form)
         phi = dirichlet_draws(lam, max(count, weights), problem.seed)
         draws: dict[str, Tensor] = {form.topics: phi[:count]}
-        trusted = weighed(documents, phi[:weights], lam.double(), run, problem.seed) if weights else {}
+        trusted = weighed(documents, phi[:weights], lam.double(), run, problem.seed, ranks, over)
         warnings += untrusted(trusted, form)
         draws |= {n: v.expand(count, *v.shape[1:]) for n, v in learned(problem, form, run.alpha, run.eta[:1]).items()}
         meter.mark("run")
@@ -252,6 +273,7 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
         diagnostics={
             "guide": "dirichlet",
             "mode": "natural gradients",
+            **({"ran": ran} if cards.on_card(where) else {}),
             "steps": len(history),
             "elbo": bound,
             "elbo_error": 0.0,
@@ -261,101 +283,26 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
         warnings=warnings,
         timings=meter.timings,
         converged=converged,
-        extra={"topics": {"phi.concentration": lam} | ({} if streamed else {"theta.concentration": run.gamma})},
+        extra={"topics": {"phi.concentration": lam} | ({} if streamed else {"theta.concentration": run.gamma.cpu()})},
     )
 
 
-def num_weights(documents: Any, form: Any) -> int:
-    """Draws of the guide that are weighed."""
-    return FEW_WEIGHTS if documents.counts.size * form.num_topics > MANY_CELLS else WEIGHTS
-
-
-def weighed(documents: Any, phi: Tensor, lam: Tensor, run: Any, seed: int) -> dict[str, float]:
-    """k-hat and effective share of importance weights p(w, theta, phi) / q(theta, phi), topics of words summed out."""
-    from ..diagnostics import pareto_khat
-
-    gamma = run.gamma.double()
-    count, theta = len(phi), dirichlet_draws(gamma, len(phi), seed + 1)
-    pairs = (
-        (run.eta.double().cpu().expand_as(lam), lam, phi),
-        (run.alpha.double().cpu().expand_as(gamma), gamma, theta),
-    )
-    built = library() if count == FEW_WEIGHTS else None
-    weights = heights(documents, phi[None], theta[None])[0] if built is None else told(built, documents, phi, theta)
-    for prior, guide, values in pairs:
-        constant = float((log_beta(guide) - log_beta(prior)).sum())
-        weights = weights + np.array([constant + float(((prior - guide) * v.log()).sum()) for v in values])
-    ratio = np.exp(weights - weights.max())
-    return {"khat": pareto_khat(weights), "weight_ess": float(ratio.sum() ** 2 / (ratio**2).sum() / count)}
-
-
-def log_beta(concentration: Tensor) -> Tensor:
-    """Logarithm of the normaliser of Dirichlets (..., K), (...)."""
-    return concentration.lgamma().sum(-1) - concentration.sum(-1).lgamma()
-
-
-def told(built: Any, documents: Any, phi: Tensor, theta: Tensor) -> np.ndarray:
-    """log p of all words at topics (S, K, V) and shares (S, D, K), in machine code and single precision, (S,)."""
-    places, none = Places(documents), padded(torch.zeros(phi.shape[1]))
-    return np.array([settle(built, places, padded(p.T), padded(t), none, 0) for p, t in zip(phi, theta, strict=True)])
-
-
-def untrusted(found: dict[str, float], form: Any) -> list[str]:
-    """A warning where the weights say that spreads are wrong."""
-    from ..diagnostics import KHAT_LIMIT
-
-    if not found:
-        return ["k-hat is not known: documents are read piece by piece, and their shares are not kept"]
-    if not found["khat"] > KHAT_LIMIT:
-        return []
-    instead = "" if form.alpha_param or form.eta_param else "; Gibbs() draws from the posterior itself"
-    return [
-        f"k-hat is {found['khat']:.2f} > {KHAT_LIMIT}: independent topics and shares miss a part of the posterior, and what "
-        f"they say about spread is not to be trusted{instead}"
-    ]
-
-
-def dirichlet_draws(concentration: Tensor, count: int, seed: int) -> Tensor:
-    """Draws (count, K, V); NumPy's gamma variates, which are several times as fast as torch's for small concentrations."""
-    random, shape = np.random.default_rng(seed), concentration.numpy()
-    gamma = torch.from_numpy(np.stack([random.standard_gamma(shape) for _ in range(count)])).clamp_min(1e-300)
-    return gamma / gamma.sum(-1, keepdim=True)
-
-
-def improve_concentrations(run: VariationalBayes, form: Admixture, steps: int, burn: int = 5) -> None:
-    """The concentrations under which the bound is highest, where the story learns them and the first steps are over."""
-    if steps < burn:
-        return
-    if form.alpha_param is not None:
-        run.alpha = dirichlet_maximum(run.alpha, run.mean_logs)
-    if form.eta_param is not None and run.lam is not None:
-        V, total = run.eta.shape[1], float(mean_log(run.lam).mean(0).sum())
-
-        def loss(log_eta: float) -> float:
-            e = math.exp(log_eta)
-            return -(math.lgamma(V * e) - V * math.lgamma(e) + (e - 1) * total)
-
-        best = minimize_scalar(loss, bounds=(math.log(1e-4), math.log(20.0)), method="bounded")
-        run.eta = torch.full_like(run.eta, math.exp(best.x))
-
-
-def dirichlet_maximum(alpha: Tensor, mean_logs: Tensor, rounds: int = 20) -> Tensor:
-    """The Dirichlet whose mean logarithms are these, by Newton steps in linear time (Blei et al. 2003, appendix A.2)."""
-    for _ in range(rounds):
-        total = alpha.sum()
-        g = total.digamma() - alpha.digamma() + mean_logs
-        h, z = -torch.polygamma(1, alpha), torch.polygamma(1, total)
-        step = (g - (g / h).sum() / (1 / z + (1 / h).sum())) / h
-        new = torch.where(alpha - step > 0, alpha - step, alpha / 2)
-        if float(((new - alpha).abs() / alpha).max()) < 1e-8:
-            return new
-        alpha = new.clamp(1e-4, 50.0)
-    return alpha
+def best_start(runs: list[Any], svi: SVI, few: bool) -> tuple[Any, list[float], list[list[float]]]:
+    """The best of some short runs, its bounds so far, and those of all."""
+    trial = (30 if few else 4) if len(runs) > 1 else 1
+    trials: list[list[float]] = []
+    for run in runs:
+        if svi.batch_size is not None:
+            run.stochastic_pass()
+        trials.append([run.sweep() for _ in range(min(trial, svi.steps))])
+    best = max(range(len(runs)), key=lambda r: trials[r][-1])
+    return runs[best], list(trials[best]), trials
 
 
 # -- Gibbs ---------------------------------------------------------------------------------------------------------------
 
 
+@cards.processor_first
 def run_gibbs(problem: Problem, gibbs: Gibbs) -> Posterior:
     """Draws of topics and shares from the exact posterior."""
     from ..posterior import Posterior
@@ -392,13 +339,3 @@ def run_gibbs(problem: Problem, gibbs: Gibbs) -> Posterior:
         sample_stats={"log_likelihood": height},
         converged=not late,
     )
-
-
-def heights(documents: Any, phi: Tensor, theta: Tensor) -> np.ndarray:
-    """log p(words | topics, shares) of every draw: phi (C, S, K, V) and theta (C, S, D, K) -> (C, S)."""
-    owner = torch.from_numpy(np.repeat(np.arange(len(documents)), np.diff(documents.starts)))
-    words, counts = torch.from_numpy(documents.words).long(), torch.from_numpy(documents.counts).to(phi.dtype)
-    found = [
-        [float(counts @ (t[owner] * p[:, words].T).sum(-1).log()) for p, t in zip(a, b)] for a, b in zip(phi, theta)
-    ]
-    return np.array(found)

@@ -96,6 +96,13 @@ class Admixture:
         if self.layout == "table":
             return Documents.from_table(value, times)
         if self.layout == "pairs":
+            if kwargs.get(str(self.words)) is None:  # counts of all words in their order
+                if value.shape[-1] != self.num_words:
+                    raise ValueError(
+                        f"{self.argument} has {value.shape[-1]} columns and the topics are over {self.num_words} words: give "
+                        f"{self.words}, the words that the columns count, or a column for every word"
+                    )
+                return Documents.from_table(value, times)
             return Documents.from_rows(kwargs[str(self.words)].cpu().numpy(), value, self.num_words, times)
         inside = (value >= 0) & (value < self.num_words)
         return Documents.from_rows(np.where(inside, value, 0), inside, self.num_words, times)
@@ -256,12 +263,12 @@ def read_walk(joint: LogJoint, form: Admixture, fn: Any, again: Any, owner: Any,
 def row_density(form: Admixture, topics: Tensor, theta: Tensor, documents: Documents) -> Tensor:
     """log p(w_d, theta_d | topics) in our own words, for topics (K, V) or (K, T, V) and shares (D, K)."""
     phi = topics if form.times is None else topics.softmax(-1)
-    rows = torch.from_numpy(np.repeat(np.arange(len(documents)), np.diff(documents.starts)))
-    v = torch.from_numpy(documents.words)
+    rows = torch.from_numpy(np.repeat(np.arange(len(documents)), np.diff(documents.starts))).to(theta.device)
+    v = torch.from_numpy(documents.words).to(theta.device)
     if form.times is None:
         shares = phi[:, v]
     else:
-        shares = phi[:, torch.from_numpy(np.asarray(documents.times))[rows], v]
+        shares = phi[:, torch.from_numpy(np.asarray(documents.times)).to(theta.device)[rows], v]
     log_p = (theta[rows] * shares.mT).sum(-1).log() * torch.from_numpy(documents.counts).to(theta)
     total = theta.new_zeros(len(documents)).index_add_(0, rows, log_p)
     return total + td.Dirichlet(form.alpha.to(theta), validate_args=False).log_prob(theta)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .answers import form_of, shares, topics_of
-from .documents import Documents
+from .documents import Documents, in_parts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -171,10 +171,11 @@ def topic_share(
     given = np.asarray(given)
     if len(given) != len(documents):
         raise ValueError(f"times has {len(given)} entries and there are {len(documents)} documents")
-    weights = shares(posterior, data).numpy() * documents.lengths[:, None]
     steps, which = np.unique(given, return_inverse=True)
-    total = np.zeros((len(steps), weights.shape[1]))
-    np.add.at(total, which, weights)
+    total = np.zeros((len(steps), form_of(posterior).num_topics))
+    for a, part in in_parts(documents):
+        own = shares(posterior, data if part is documents else part).numpy()
+        np.add.at(total, which[a : a + len(part)], own * part.lengths[:, None])
     return steps, total / np.maximum(total.sum(1, keepdims=True), 1e-300)
 
 

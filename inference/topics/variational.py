@@ -15,18 +15,27 @@ never falls under full steps, and stays below the log evidence.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
+from scipy.optimize import minimize_scalar
 from torch import Tensor
 from torch.distributions import Dirichlet, kl_divergence
 
-from .documents import Block, Documents, blocks, in_parts
+from . import cards
+from .documents import CELLS, Block, Documents, blocks, in_parts
+
+if TYPE_CHECKING:
+    from .form import Admixture
 
 #: Rounds of coordinate ascent within a document, at most, and the mean change of gamma that ends them.
 ROUNDS, STILL = 100, 1e-3
 #: Rounds within a document in sweeps that start it afresh: half-settled documents leave the topics freer to move.
 FEW_ROUNDS = 8
+#: Blocks of a corpus on a card, at least: the steps of a stochastic pass.
+STEPS = 20
 #: Steps of stochastic passes: (t + DELAY) ** -DECAY.
 DELAY, DECAY = 16.0, 0.6
 
@@ -45,7 +54,7 @@ class VariationalBayes:
     documents
         Counts of words.
     alpha, eta
-        Concentrations (K,) and (K, V).
+        Concentrations (K,) and (K, V), on the device of the work.
     lam
         Start of lambda, (K, V); None draws Gamma(100, 1 / 100), as scikit-learn does.
     fresh
@@ -65,25 +74,34 @@ class VariationalBayes:
 
     def __post_init__(self) -> None:
         self.random = torch.Generator().manual_seed(self.seed)
-        if self.lam is None:
-            shape = torch.full(self.eta.shape, 100.0, dtype=self.eta.dtype)
-            self.lam = torch._standard_gamma(shape, generator=self.random) / 100.0
-        self.blocks = blocks(self.documents, self.alpha.dtype)
-        self.gamma = torch.ones(len(self.documents), len(self.alpha), dtype=self.alpha.dtype)
+        self.lam = self.first_lam() if self.lam is None else self.lam
+        K, where = len(self.alpha), self.alpha.device
+        # as many steps in a stochastic pass as blocks: a small corpus makes some, too
+        cells = min(cards.cells_of(where, K, CELLS), max(CELLS, len(self.documents.words) // STEPS))
+        self.blocks = blocks(self.documents, self.alpha.dtype, cells, where)
+        self.gamma = torch.ones(len(self.documents), K, dtype=self.alpha.dtype, device=where)
         self.steps = 0
 
-    def visit(self, table: Tensor, block: Block) -> tuple[Tensor, Tensor, float]:
+    def first_lam(self) -> Tensor:
+        """Gamma(100, 1 / 100), drawn on the processor whatever the device."""
+        shape = torch.full(self.eta.shape, 100.0, dtype=self.eta.dtype)
+        return (torch._standard_gamma(shape, generator=self.random) / 100.0).to(self.alpha.device)
+
+    def visit(self, table: Tensor, block: Block) -> tuple[Tensor, Tensor, Tensor]:
         """gamma of a block given exp(E[log phi]) as (V, K), its places' responsibilities, and its part of the bound."""
-        W = table[block.flat].view(*block.words.shape, -1)
+        W = table.index_select(0, block.flat).view(*block.words.shape, -1)
         start = self.gamma[block.rows]
         if self.fresh:
             start = self.alpha + block.counts.sum(1, keepdim=True) / len(self.alpha)
         rounds = FEW_ROUNDS if self.fresh else ROUNDS
         gamma, theta, ratio, norm = local_step(W, block.counts, start, self.alpha, self.still, rounds)
         self.gamma[block.rows] = gamma
-        bound = torch.xlogy(block.counts, norm).sum()
-        bound = bound - kl_divergence(Dirichlet(gamma), Dirichlet(self.alpha.expand_as(gamma))).sum()
-        return ratio.unsqueeze(2) * theta.unsqueeze(1), W, float(bound)
+        return ratio.unsqueeze(2) * theta.unsqueeze(1), W, self.part_of_bound(block, gamma, norm)
+
+    def part_of_bound(self, block: Block, gamma: Tensor, norm: Tensor) -> Tensor:
+        """What documents with gamma (B, K) add to the bound, given the normalisers (B, L) of their words, in double."""
+        away = kl_divergence(Dirichlet(gamma), Dirichlet(self.alpha.expand_as(gamma)))
+        return torch.xlogy(block.counts, norm).sum(dtype=torch.float64) - away.sum(dtype=torch.float64)
 
     @property
     def mean_logs(self) -> Tensor:
@@ -94,34 +112,48 @@ class VariationalBayes:
         """One full natural-gradient step of size one; returns the bound before it."""
         assert self.lam is not None
         table = mean_log(self.lam).exp().T.contiguous()
-        S, bound = torch.zeros_like(table), 0.0
+        S = torch.zeros_like(table, dtype=cards.sum_dtype(table))
+        bound = torch.zeros((), dtype=torch.float64, device=table.device)
         for block in self.blocks:
             r, _, part = self.visit(table, block)
-            S.index_add_(0, block.flat, r.view(-1, r.shape[-1]))
+            block.add(S, r)
             bound += part
-        bound -= float(kl_divergence(Dirichlet(self.lam), Dirichlet(self.eta)).sum())
-        self.lam = self.eta + (S * table).T
-        return bound
+        bound -= kl_divergence(Dirichlet(self.lam), Dirichlet(self.eta)).sum(dtype=torch.float64)
+        self.lam = self.eta + (S.to(table) * table).T
+        return float(bound)
 
     def stochastic_pass(self) -> None:
         """Steps (t + DELAY) ** -DECAY along the natural gradients of one block each."""
         assert self.lam is not None
         tokens = max(self.documents.num_tokens, 1.0)
+        sizes = [float(b.counts.sum()) for b in self.blocks]
         for i in torch.randperm(len(self.blocks), generator=self.random).tolist():
             block = self.blocks[i]
             table = mean_log(self.lam).exp().T.contiguous()
             r, W, _ = self.visit(table, block)
-            rho, share = (self.steps + DELAY) ** -DECAY, float(block.counts.sum()) / tokens
+            rho, share = (self.steps + DELAY) ** -DECAY, sizes[i] / tokens
             self.lam = self.lam * (1 - rho) + rho * self.eta
             if share:
-                self.lam.T.index_add_(0, block.flat, (r * W * (rho / share)).view(-1, r.shape[-1]))
+                block.add(self.lam.T, r * W * (rho / share))
             self.steps += 1
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is remembered between two sweeps."""
+        assert self.lam is not None
+        return {"lam": self.lam, "gamma": self.gamma, "alpha": self.alpha, "eta": self.eta}
+
+    def go_on(self, tensors: dict[str, Tensor], steps: int, fresh: bool) -> None:
+        """Stand where another run stood."""
+        where = self.alpha.device
+        for name, value in tensors.items():
+            setattr(self, name, value.to(where))
+        self.steps, self.fresh = steps, fresh
 
     def widen(self) -> None:
         """Go on in double precision."""
         assert self.lam is not None
         self.alpha, self.eta, self.lam, self.gamma = (x.double() for x in (self.alpha, self.eta, self.lam, self.gamma))
-        self.blocks = [Block(b.rows, b.words, b.counts.double()) for b in self.blocks]
+        self.blocks = [b.to(torch.float64) for b in self.blocks]
 
     def bound(self) -> float:
         """The bound at the present lambda, documents at their best."""
@@ -143,7 +175,7 @@ def local_step(
     """
     tiny = torch.finfo(W.dtype).tiny
     gamma = gamma.clone()
-    active, some, c, g = torch.arange(len(gamma)), W, counts, gamma
+    active, some, c, g = torch.arange(len(gamma), device=gamma.device), W, counts, gamma
     for i in range(rounds):
         theta = mean_log(g).exp()
         ratio = c / ((some @ theta.unsqueeze(2)).squeeze(2) + tiny)
@@ -167,7 +199,38 @@ def shares_given(table: Tensor, alpha: Tensor, documents: Documents, still: floa
     gamma = torch.ones(len(documents), len(alpha), dtype=alpha.dtype)
     for first, part in in_parts(documents):
         for block in blocks(part, alpha.dtype):
-            W = table[block.flat].view(*block.words.shape, -1)
+            W = table.index_select(0, block.flat).view(*block.words.shape, -1)
             start = alpha + block.counts.sum(1, keepdim=True) / len(alpha)
             gamma[first + block.rows] = local_step(W, block.counts, start, alpha, still)[0]
     return gamma
+
+
+def improve_concentrations(run: VariationalBayes, form: Admixture, steps: int, burn: int = 5) -> None:
+    """The concentrations under which the bound is highest, where the story learns them and the first steps are over."""
+    if steps < burn:
+        return
+    if form.alpha_param is not None:
+        run.alpha = dirichlet_maximum(run.alpha, run.mean_logs)
+    if form.eta_param is not None and run.lam is not None:
+        V, total = run.eta.shape[1], float(mean_log(run.lam).mean(0).sum())
+
+        def loss(log_eta: float) -> float:
+            e = math.exp(log_eta)
+            return -(math.lgamma(V * e) - V * math.lgamma(e) + (e - 1) * total)
+
+        best = minimize_scalar(loss, bounds=(math.log(1e-4), math.log(20.0)), method="bounded")
+        run.eta = torch.full_like(run.eta, math.exp(best.x))
+
+
+def dirichlet_maximum(alpha: Tensor, mean_logs: Tensor, rounds: int = 20) -> Tensor:
+    """The Dirichlet whose mean logarithms are these, by Newton steps in linear time (Blei et al. 2003, appendix A.2)."""
+    for _ in range(rounds):
+        total = alpha.sum()
+        g = total.digamma() - alpha.digamma() + mean_logs
+        h, z = -torch.polygamma(1, alpha), torch.polygamma(1, total)
+        step = (g - (g / h).sum() / (1 / z + (1 / h).sum())) / h
+        new = torch.where(alpha - step > 0, alpha - step, alpha / 2)
+        if float(((new - alpha).abs() / alpha).max()) < 1e-8:
+            return new
+        alpha = new.clamp(1e-4, 50.0)
+    return alpha

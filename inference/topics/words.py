@@ -165,10 +165,15 @@ def improved(alpha: Tensor, n: Tensor, some: Tensor, lengths: Tensor) -> Tensor:
 
     `some` (D, K) is the probability that a document has a word of the topic.
     """
+    gain, weight = improvement(alpha, n, some, lengths)
+    return (alpha * gain / weight).clamp(LEAST, MOST)
+
+
+def improvement(alpha: Tensor, n: Tensor, some: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Numerator (K,) and denominator of that step, which are sums over documents."""
     if_any = n / some.clamp_min(1e-9)
     gain = (some * ((alpha + if_any).digamma() - alpha.digamma())).sum(0)
-    weight = ((lengths + alpha.sum()).digamma() - alpha.sum().digamma()).sum()
-    return (alpha * gain / weight).clamp(LEAST, MOST)
+    return gain, ((lengths + alpha.sum()).digamma() - alpha.sum().digamma()).sum()
 
 
 def settle(

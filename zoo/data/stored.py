@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: Documents and entries that are held at once.
 DOCUMENTS, ENTRIES = 20_000, 4_000_000
+#: Word ids of a corpus on disk that may be told one by one.
+TOLD = 4_000_000
 #: Entries from which positions need 64 bits.
 LONG = 2**31 - 1
 #: Layout of a folder.
@@ -42,10 +44,7 @@ class StoredCounts(sp.csr_matrix):
         ValueError
             Files are missing, damaged, or do not fit each other.
         """
-        try:
-            indptr, indices, data = (np.load(folder / f"{n}.npy", mmap_mode="r") for n in ("indptr", "indices", "data"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{folder} is no corpus that was stored, or is damaged: {error}") from None
+        indptr, indices, data = (_whole_numbers(folder / f"{n}.npy") for n in ("indptr", "indices", "data"))
         fits = len(indptr) == shape[0] + 1 and len(indices) == len(data)
         if not fits or int(indptr[0]) != 0 or int(indptr[-1]) != len(data):
             raise ValueError(
@@ -61,6 +60,24 @@ class StoredCounts(sp.csr_matrix):
     def on_disk(self) -> bool:
         """Whether these are still the files, and not some of their rows."""
         return isinstance(self.data, np.memmap)
+
+
+def _whole_numbers(path: Path) -> np.ndarray:
+    """A list of whole numbers, mapped."""
+    found = _opened(path)
+    if found.ndim != 1 or found.dtype.kind not in "iu":
+        raise ValueError(
+            f"{path.parent} is damaged: {path.name} holds {found.dtype} {found.shape}, and a list of whole numbers is wanted"
+        )
+    return found
+
+
+def _opened(path: Path) -> np.ndarray:
+    """A file of a folder, mapped."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path.parent} is no corpus that was stored, or is damaged: {path.name}: {error}") from None
 
 
 class StoredRows:
@@ -89,6 +106,26 @@ class Ragged(Sequence):
         return np.asarray(self.values[int(self.starts[i]) : int(self.starts[i + 1])], dtype=np.int64)
 
 
+def check_told(corpus: Corpus) -> None:
+    """Refuse to tell the words of a corpus on disk one by one where they are many.
+
+    Raises
+    ------
+    ValueError
+        With the size, and what to do.
+    """
+    if not corpus.on_disk:
+        return
+    size = corpus.counts.nnz  # all words are no fewer, and these need not be read to be known
+    size = size if size > TOLD else len(corpus) * int(corpus.lengths.max(initial=0))
+    if size > TOLD:
+        raise ValueError(
+            f"{corpus.name!r} is on disk, and this story tells every word of its {len(corpus):,} documents: at least {size:,} "
+            f"numbers at once ({8e-9 * size:,.1f} GB), and a topic for each. Take part of the corpus (corpus[:1000]), or a "
+            f"story of counts (LDA), which reads them run by run"
+        )
+
+
 class Growing:
     """A one-dimensional .npy file that is written piece by piece."""
 
@@ -104,7 +141,7 @@ class Growing:
 
     def append(self, values: np.ndarray) -> None:
         """Some more numbers."""
-        np.ascontiguousarray(values, dtype=self.dtype).tofile(self._file)
+        self._file.write(np.ascontiguousarray(values, dtype=self.dtype).data)
         self.count += len(values)
 
     def __enter__(self) -> Self:
@@ -140,6 +177,8 @@ def store_corpus(folder: str | os.PathLike[str], parts: Iterable[Any], **about: 
     ------
     FileExistsError
         The folder is there already.
+    OSError
+        There is no room for it.
     ValueError
         No parts, parts over different words, counts that are no whole numbers, or lists that only some parts have.
 
@@ -156,8 +195,12 @@ def store_corpus(folder: str | os.PathLike[str], parts: Iterable[Any], **about: 
     try:
         _write(beside, parts, about)
         os.replace(beside, folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno:
+            raise OSError(
+                error.errno, f"{folder} was not stored, and nothing of it is left: {error.strerror}"
+            ) from error
         raise
     return open_corpus(folder)
 
@@ -294,9 +337,9 @@ def open_corpus(path: str | os.PathLike[str], keep: str | os.PathLike[str] | Non
     fields: dict[str, Any] = {n: card[n] for n in ("name", "description", "source") if n in card}
     fields |= {n: tuple(card.get(n, ())) for n in ("vocabulary", "labels", "authors", "titles")}
     if (path / "times.npy").exists():
-        fields["times"] = np.load(path / "times.npy", mmap_mode="r")
+        fields["times"] = _opened(path / "times.npy")
     if (path / "tokens.npy").exists():
-        flat, starts = (np.load(path / f"{n}.npy", mmap_mode="r") for n in ("tokens", "token_starts"))
+        flat, starts = (_whole_numbers(path / f"{n}.npy") for n in ("tokens", "token_starts"))
         fields["sequences"] = Ragged(flat, starts)
     return Corpus(StoredCounts.opened(path, shape), **fields)
 

@@ -10,7 +10,10 @@ from typing import Any, Self
 import numpy as np
 import scipy.sparse as sp
 
-from .stored import DOCUMENTS, Ragged, StoredRows, store_corpus
+from .stored import DOCUMENTS, Ragged, StoredRows, check_told, store_corpus
+
+#: Numbers of a table of counts beyond which a story is given compressed rows.
+DENSE = 20_000_000
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -343,6 +346,11 @@ class Corpus:
         A story with `words` gets distinct words and their counts side by side, one with `num_words` alone gets word ids in
         order, any other a table (D, V) of counts as its first argument; `times` and `num_slices` are added where they
         are asked for.
+
+        Raises
+        ------
+        ValueError
+            A corpus on disk is too large for its words to be told one by one.
         """
         if not names:
             return {}
@@ -352,9 +360,11 @@ class Corpus:
             given["words"], given["w"] = [StoredRows(self.counts, v) for v in views] if self.on_disk else self.padded()
             given["num_words"] = self.num_words
         elif "num_words" in names:
+            check_told(self)
             given[names[0]], given["num_words"] = self.padded_tokens(), self.num_words
         else:
-            given[names[0]] = self.counts if self.on_disk else self.counts.toarray()
+            large = len(self) * self.num_words > DENSE
+            given[names[0]] = self.counts if self.on_disk or large else self.counts.toarray()
         if "times" in names and self.times is not None:
             given["times"] = self.times
             given["num_slices"] = int(self.times.max()) + 1

@@ -83,9 +83,8 @@ class MultinomialMixture:
             phi = pyro.sample("phi", dist.Dirichlet(filled(self.word_concentration, (V,), x)))
         with pyro.plate("data", N):
             z = pyro.sample("z", dist.Categorical(pi))
-            # Documents differ in length; the density asks only how the words of each are shared out.
-            total = length if x is None else int(x.sum(-1).max())
-            return pyro.sample("x", dist.Multinomial(total, probs=phi[z], validate_args=False), obs=x)
+            # Documents that were seen have lengths of their own; the density asks only how the words of each are shared out.
+            return pyro.sample("x", dist.Multinomial(length, probs=phi[z], validate_args=False), obs=x)
 
     def guide(self, x: Tensor | None = None, num_data: int = 200, num_features: int = 12, length: int = 40) -> None:
         """q(pi) q(phi) as Dirichlets; topics start at words that differ."""

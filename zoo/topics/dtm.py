@@ -90,7 +90,7 @@ class DTM:
         w, words
             Counts, as for `LDA`; None dreams up `num_documents` documents.
         times
-            (D,) the slice of each document, from 0; None deals them out evenly.
+            (D,) the slice of each document, from 0; None deals out evenly those that are dreamt up.
         num_words, num_slices
             V, and T: to be told wherever there are `times`, since some documents do not show how many slices there are.
         num_documents, length
@@ -101,7 +101,7 @@ class DTM:
         w.
         """
         K, V, D = self.num_topics, check_words(words, w, num_words), num_documents if w is None else len(w)
-        times, T = self._slices(times, num_slices, D)
+        times, T = self._slices(times, num_slices, D, seen=w is not None)
         alpha, sigma = self._learned()
         m = pyro.sample("m", dist.Normal(torch.zeros(V), 5.0).to_event(1))
         with pyro.plate("topics", K):
@@ -126,7 +126,7 @@ class DTM:
         q(theta) are the Dirichlets that suit the mean topics best.
         """
         K, V, D = self.num_topics, check_words(words, w, num_words), num_documents if w is None else len(w)
-        times, T = self._slices(times, num_slices, D)
+        times, T = self._slices(times, num_slices, D, seen=w is not None)
         alpha, sigma = self._learned()
         seen = torch.ones(V) if w is None else self._totals(w, words, V)
         common = (seen + 0.5).log() - (seen + 0.5).log().mean()
@@ -177,8 +177,12 @@ class DTM:
         return alpha, torch.tensor(self.drift)
 
     @staticmethod
-    def _slices(times: Tensor | None, num_slices: int | None, D: int) -> tuple[Tensor, int]:
+    def _slices(times: Tensor | None, num_slices: int | None, D: int, seen: bool) -> tuple[Tensor, int]:
         """The slice of each document, and T."""
+        if seen and times is None:
+            raise ValueError(
+                "the documents have no times: give the slice of each, times (D,) from 0, and their number, num_slices"
+            )
         if times is not None and num_slices is None:
             raise ValueError("times tells the slice of each document; tell num_slices, the number of slices, too")
         T = count_setting("num_slices", num_slices) if num_slices is not None else 5

@@ -144,6 +144,10 @@ class EM:
 
     def trial(self, problem: Problem) -> Callable[[], Any]:
         """An E-step, to be timed."""
+        if problem.admixture is not None:
+            from ...topics.ways import trial
+
+            return trial(problem, self)
         from ...joint import LogJoint
 
         engine = self.engine(LogJoint(problem), None, problem.kwargs)

@@ -102,7 +102,8 @@ class Enumeration:
         """k-means++ clusters of the latents' children; without such children, the guide or the best of prior draws."""
         joint, base = self.joint, self.first
         torch.manual_seed(seeds[0])
-        rows = sample_rows(joint, seeds[0])
+        wide = [c.rows.num_words for c, _ in self.mixture.counted] if self.mixture is not None else []
+        rows = sample_rows(joint, seeds[0], max(wide, default=1))
         kwargs = few_kwargs(joint, rows)
         labels = self.ranks.first(clusters(joint, kwargs, len(seeds), seeds[0]) if joint.finite else None)
         if labels is None:

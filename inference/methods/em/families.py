@@ -40,6 +40,10 @@ class Family:
         None where the count differs from row to row.
     base
         log h(x) of each value, None where it is 0.
+    linear
+        The statistic that is the value itself, where there is no other: a zero adds nothing to its sums, nor to log h(x).
+    linear_base
+        (values other than 0, sums of the events) -> the sum of log h(x); None where it is 0.
     """
 
     name: str
@@ -51,6 +55,8 @@ class Family:
     blocks: dict[str, int] = field(default_factory=dict)
     natural: Callable[[dict[str, tuple[str, Tensor]]], Statistics] | None = None
     base: Callable[[Tensor], Tensor] | None = None
+    linear: str | None = None
+    linear_base: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 def collapse(tensor: Tensor) -> Tensor:
@@ -190,7 +196,9 @@ FAMILIES: dict[type, Family] = {
         blocks={"loc": 1, "spread": 2},
         natural=_mvn_natural,
     ),
-    td.Bernoulli: Family("Bernoulli", _probabilities, _count_like, _POINT, _binary_expected, natural=_binary_natural),
+    td.Bernoulli: Family(
+        "Bernoulli", _probabilities, _count_like, _POINT, _binary_expected, natural=_binary_natural, linear="x"
+    ),
     td.Binomial: Family(
         "Binomial",
         _probabilities,
@@ -206,6 +214,8 @@ FAMILIES: dict[type, Family] = {
         lambda p, s: s["x"] * p["rate"][1].clamp_min(1e-300).log() - s["n"] * p["rate"][1],
         natural=_poisson_natural,
         base=lambda x: -torch.lgamma(x + 1),
+        linear="x",
+        linear_base=lambda values, totals: -torch.lgamma(values + 1).sum(),
     ),
     td.Exponential: Family(
         "Exponential",
@@ -234,6 +244,8 @@ FAMILIES: dict[type, Family] = {
         blocks={"probs": 1},
         natural=lambda p: {"counts": _log_probabilities(p)},
         base=_multinomial_base,
+        linear="counts",
+        linear_base=lambda values, totals: torch.lgamma(totals + 1).sum() - torch.lgamma(values + 1).sum(),
     ),
 }
 

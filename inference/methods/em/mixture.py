@@ -11,6 +11,7 @@ block, column-major, from the data as they lie in memory or on disk, so that mem
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from ...distributed import ALONE, Ranks
 from ...handlers import unwrap
 from ...joint import LogJoint
+from .counted import Counted, back, suits, times
 from .estep import Expectation, Part, expectation, few_rows, slots_now
 from .families import Statistics
 from .plan import Plan
@@ -56,12 +58,16 @@ class Layout:
 
 @dataclass
 class Column:
-    """Values of one site, (rows, ...event), and what its statistics need; `turned`: less the shift, (entries, rows)."""
+    """Values of one site, (rows, ...event), and what its statistics need.
+
+    `turned`: less the shift, (entries, rows). `counted`: as compressed rows, which are multiplied as they are.
+    """
 
     value: Tensor
     fn: Any
     mask: Tensor | None = None
     turned: Tensor | None = None
+    counted: Counted | None = None
 
 
 @dataclass
@@ -78,6 +84,8 @@ class MixtureKernel:
         Sites that are no observations.
     ranks
         Whose rows are added up.
+    counts
+        Sites whose values are taken as compressed rows; those that are stored so are added.
     """
 
     joint: LogJoint
@@ -95,6 +103,8 @@ class MixtureKernel:
     skip: set[str] = field(default_factory=set)
     ranks: Ranks = ALONE
     all_rows: int = 0
+    dense: int = 1
+    counts: frozenset[str] = frozenset()
 
     # -- recognition -------------------------------------------------------------------------------------------------
 
@@ -118,6 +128,7 @@ class MixtureKernel:
         if latent not in plan.terms or len(plan.terms) < 2 or joint.problem.all_rows < 2:
             return None
         kernel = cls(joint, plan, latent, joint.structure[latent].states or 1, ranks=joint.problem.ranks)
+        kernel.counts = frozenset(t.name for t in kernel.observed() if kernel.sparse(t))
         if not kernel.ranks.every(kernel.agrees(theta, parts)):
             return None
         kernel.collect(theta, parts)
@@ -126,7 +137,7 @@ class MixtureKernel:
     def agrees(self, theta: dict[str, Tensor], parts: list[Part]) -> bool:
         """Trusted only after it gives what the contraction gives, on some rows."""
         some = [Part(few_rows(self.joint, parts[0].kwargs, TRIAL))]
-        trial = MixtureKernel(self.joint, self.plan, self.latent, self.states)
+        trial = MixtureKernel(self.joint, self.plan, self.latent, self.states, counts=self.counts)
         trial.collect(theta, some)
         wanted = expectation(self.joint, self.plan, theta, some)
         found = trial({n: v[None] for n, v in theta.items()}, [Part(some[0].kwargs)])
@@ -144,6 +155,11 @@ class MixtureKernel:
             if not bool(torch.isclose(found[place.term][place.key], value, rtol=0, atol=atol).all()):
                 return False
         return True
+
+    def sparse(self, term: Term) -> bool:
+        """Whether the values of a site are worked on as compressed rows."""
+        value = self.joint.problem.kwargs.get(self.joint.structure[term.name].argument or "")
+        return term.family is not None and not term.masked and term.shift is None and suits(value, term.family)
 
     def observed(self) -> list[Term]:
         """All terms but the latent's own."""
@@ -175,6 +191,9 @@ class MixtureKernel:
             floats = [c.value.dtype for c in self.columns.values() if c.value.is_floating_point()]
             single = bool(floats) and all(kind == torch.float32 for kind in floats)
             self.dtype = torch.float32 if single else self.joint.problem.dtype
+            for term in (t for t in self.observed() if t.name in plain and t.name in self.counts):
+                column = self.columns[term.name]
+                column.counted = Counted.of(column.value, self.dtype)
             self.place()
             self.turn()
             self.add_up()
@@ -217,8 +236,8 @@ class MixtureKernel:
 
     def place(self) -> None:
         """Reserve feature rows for the statistics of every term."""
-        start = 1
-        for term in self.observed():
+        start = self.dense = 1
+        for term in sorted(self.observed(), key=self.is_counted):
             family = term.family
             assert family is not None
             for key, value in self.statistics(term, slice(0, 1)).items():
@@ -232,6 +251,11 @@ class MixtureKernel:
                 size = 0 if shared else size
                 self.layout.append(Layout(term.name, key, start, start + size, shape, triangle, pooled, shared))
                 start += size
+            self.dense = self.dense if self.is_counted(term) else start
+
+    def is_counted(self, term: Term) -> bool:
+        """Whether the site's values are multiplied as compressed rows; their features come last."""
+        return self.columns[term.name].counted is not None
 
     def one_variance(self, term: Term) -> bool:
         """Whether all entries of an event have the same unknown variance, and all of them always count."""
@@ -262,6 +286,9 @@ class MixtureKernel:
             assert family is not None
             if term.name not in shared and family.base is None:
                 continue
+            if column.counted is not None:
+                self.base += column.counted.base(family, self.blocks(1))
+                continue
             for rows in self.blocks(1):
                 if family.base is not None:
                     base = family.base(column.value[rows].to(torch.get_default_dtype()))
@@ -277,19 +304,27 @@ class MixtureKernel:
 
     def blocks(self, runs: int, first: int = 0, last: int | None = None) -> list[slice]:
         """Rows whose features are made and used at once, of all rows or of those from `first` to `last`."""
-        width = max(1, self.layout[-1].stop if self.layout else 1)
-        step = min(FEATURES // width, TABLE // (runs * self.states))
+        step = min(FEATURES // self.dense, TABLE // (runs * self.states))
         step = max(256, step)
         last = self.rows if last is None else min(last, self.rows)
-        return [slice(a, min(a + step, last)) for a in range(first, last, step)]
+        found = [slice(a, min(a + step, last)) for a in range(first, last, step)]
+        for counted, _ in self.counted:
+            found = [part for rows in found for part in counted.fitting(rows)]
+        return found
+
+    @property
+    def counted(self) -> list[tuple[Counted, slice]]:
+        """Compressed rows of the sites that have them, and their features."""
+        found = ((self.columns[p.term].counted, slice(p.start, p.stop)) for p in self.layout)
+        return [(c, place) for c, place in found if c is not None]
 
     def features(self, rows: slice | Tensor) -> Tensor:
-        """(features, rows): ones, then every statistic."""
+        """(features, rows): ones, then every statistic, but for those of compressed rows."""
         n = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
-        out = self.spare("features", self.layout[-1].stop, n)
+        out = self.spare("features", self.dense, n)
         out[0] = 1.0
         for term in self.observed():
-            if self.copied(term, rows, out):
+            if self.is_counted(term) or self.copied(term, rows, out):
                 continue
             stats = self.statistics(term, rows)
             for place in (p for p in self.layout if p.term == term.name and not p.shared):
@@ -412,24 +447,36 @@ class MixtureKernel:
         runs = len(W)
         flat = W.reshape(-1, W.shape[-1]).to(self.dtype)
         S, total = torch.zeros_like(flat, dtype=W.dtype), W.new_zeros(runs)
-        for block in rows:
+        places = [place for _, place in self.counted]
+        for block, counted in self.with_counts(rows):
             phi = self.block(block)
             n = phi.shape[1]
             logits = torch.mm(
-                flat, phi, out=self.spare("table", len(flat), n) if n == block.stop - block.start else None
+                flat[:, : self.dense],
+                phi,
+                out=self.spare("table", len(flat), n) if n == block.stop - block.start else None,
             )
+            for x, place in zip(counted, places, strict=True):
+                logits += times(x, flat[:, place])
             table = logits.view(runs, self.states, n)
             top = table.amax(1)
             r = table.softmax(1)
             norm = top - r.amax(1).log_()  # log-sum-exp, without a second exponential
             total += torch.where(top.isneginf(), top, norm).sum(1, dtype=W.dtype)
-            S += r.view(-1, n) @ phi.T
+            S[:, : self.dense] += r.view(-1, n) @ phi.T
+            for x, place in zip(counted, places, strict=True):
+                S[:, place] += back(x, r.view(-1, n))
         S, total = self.ranks.add(S, total)
         return S.reshape(W.shape), total
 
+    def with_counts(self, rows: list[slice]) -> Iterator[tuple[slice, tuple[Any, ...]]]:
+        """Blocks of rows, and those of their values that are compressed rows."""
+        kept = [c for c, _ in self.counted]
+        yield from zip(rows, zip(*(c.each(rows) for c in kept), strict=True) if kept else [()] * len(rows), strict=True)
+
     def block(self, rows: slice) -> Tensor:
         """Features of a block; those of small data are kept."""
-        if self.rows * self.layout[-1].stop > KEEP:
+        if self.rows * self.dense > KEEP:
             return self.features(rows)
         if self.kept is None:
             self.kept = self.features(slice(0, self.rows)).clone()
@@ -455,7 +502,9 @@ class MixtureKernel:
             rows, labels = rows[here] - self.ranks.offset, labels[:, here]
         phi = self.features(rows)
         hot = softened(labels, self.states, softness(self.observed())).to(phi).transpose(1, 2)
-        S = (hot.reshape(-1, len(rows)) @ phi.T).reshape(len(labels), self.states, -1)
+        hot = hot.reshape(-1, len(rows))
+        found = [hot @ phi.T, *(back(c.block(rows.cpu().numpy()), hot) for c, _ in self.counted)]
+        S = torch.cat(found, 1).reshape(len(labels), self.states, -1)
         return self.ranks.add(S.to(self.joint.problem.dtype))[0]
 
     def unpack(self, S: Tensor) -> dict[str, Statistics]:

@@ -14,7 +14,7 @@ from torch.nn.functional import one_hot
 from ...data import some_rows
 from ...handlers import unwrap
 from ...joint import LogJoint
-from ...lazy_rows import affordable
+from ...lazy_rows import CELLS, LEAST, affordable
 from .estep import Expectation, Part, accumulate, lift, read_slots
 from .plan import Plan
 from .terms import Term
@@ -32,12 +32,15 @@ SOFT = 0.05
 DISTANCES = 4_000_000
 
 
-def sample_rows(joint: LogJoint, seed: int) -> Tensor | None:
-    """Numbers of the rows that are clustered, among those of all ranks; None where rows cannot be told apart."""
+def sample_rows(joint: LogJoint, seed: int, width: int = 1) -> Tensor | None:
+    """Numbers of the rows that are clustered, among those of all ranks; None where rows cannot be told apart.
+
+    `width`: numbers of a row that become dense only to be clustered.
+    """
     n = joint.structure.num_rows and joint.problem.all_rows
     if not n or not joint.structure.row_arguments:
         return None
-    most = affordable(joint.problem.kwargs, SAMPLE)
+    most = min(affordable(joint.problem.kwargs, SAMPLE), max(LEAST, CELLS // width))
     if n <= most:
         return torch.arange(n, device="cpu")
     return some_rows(n, most, torch.Generator().manual_seed(seed)).sort().values
