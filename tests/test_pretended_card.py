@@ -244,7 +244,7 @@ def test_a_story_with_a_tensor_of_the_processor_is_told():
 
     with (
         pretended(),
-        pytest.raises(ValueError, match="data are on device 'cuda'.*holds tensors on 'cpu'.*device='cpu'"),
+        pytest.raises(ValueError, match=r"data are on device 'cuda'.*holds tensors on 'cpu'.*device='cpu'"),
     ):
         fit(story, X, SVI(**QUICK), seed=0, device="cuda")
 
