@@ -182,5 +182,5 @@ def test_a_file_replaced_while_fitting_changes_nothing(folder):
 
     method = EM(restarts=1, max_iter=4, tol=0.0, callback=replace)
     assert torch.equal(fit(LDA(3), open_corpus(folder), method, seed=0).draws["phi"], wanted)
-    with pytest.raises(ValueError, match="is damaged: .* 3 words"):
+    with pytest.raises(ValueError, match=r"is damaged: .* 3 words"):
         open_corpus(folder)
