@@ -178,7 +178,9 @@ def run_checked(
         notes.append(f"{', '.join(kept)} stays in float32; parameters and sums are {str(dtype).removeprefix('torch.')}")
     for r in list(runs.full.values()):
         value = kwargs.get(r.argument) if r.argument else None
-        wants = r.kind == "observed" and (not r.discrete or r.family == "Bernoulli")  # whose density is PyTorch's entropy
+        wants = r.kind == "observed" and (
+            not r.discrete or r.family == "Bernoulli"
+        )  # whose density is PyTorch's entropy
         if wants and isinstance(value, Tensor) and not value.is_floating_point():
             kwargs = {**kwargs, str(r.argument): value.to(dtype)}
             notes.append(f"{r.argument} holds whole numbers and {r.family} wants real ones: converted to {dtype}")

@@ -170,3 +170,17 @@ def test_parquet_is_read_anew_for_other_columns(tmp_path):
     pq.write_table(twice, tmp_path / "v.parquet")
     with pytest.raises(ValueError, match=r"several columns of the name \['a'\]"):
         open_table(tmp_path / "v.parquet")
+
+
+def test_a_file_replaced_while_fitting_changes_nothing(folder):
+    """A new file under the old name is another file: the fit goes on with the one it opened."""
+    wanted = fit(LDA(3), open_corpus(folder), EM(restarts=1, max_iter=4, tol=0.0), seed=0).draws["phi"]
+
+    def replace(*_):
+        np.save(folder / "new.npy", np.full(3, 7, np.int32))
+        os.replace(folder / "new.npy", folder / "indices.npy")
+
+    method = EM(restarts=1, max_iter=4, tol=0.0, callback=replace)
+    assert torch.equal(fit(LDA(3), open_corpus(folder), method, seed=0).draws["phi"], wanted)
+    with pytest.raises(ValueError, match=r"is damaged: .* 3 words"):
+        open_corpus(folder)
