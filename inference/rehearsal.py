@@ -65,17 +65,55 @@ def run_and_compare(model: Callable, kwargs: dict[str, Any], dtype: torch.dtype)
 def shorter(
     model: Callable, kwargs: dict[str, Any], dtype: torch.dtype, full: dict[str, Record]
 ) -> tuple[dict[str, Record], dict[str, Any]]:
-    """A run on the first rows only, where that tells the same sites."""
-    rows = row_arguments(full, kwargs, find_data_plate(full, kwargs))
+    """A run on a few rows only, where that tells the same sites and what the rows share keeps its shape."""
+    plate = find_data_plate(full, kwargs)
+    rows = row_arguments(full, kwargs, plate)
     if not rows or len(kwargs[rows[0]]) <= 2 * FEW_ROWS:
         return full, kwargs
-    few = take_rows(kwargs, rows, slice(0, FEW_ROWS))
-    try:
-        with isolated(0, dtype):
-            first = record(model, few)
-    except (ValueError, RuntimeError, IndexError):
-        return full, kwargs  # something of full length lies outside the arguments: keep to all rows
-    return (first, few) if first.keys() == full.keys() else (full, kwargs)
+    choices: list[Any] = [slice(0, FEW_ROWS)]
+    if (telling := extreme_rows(kwargs, rows)) is not None:
+        choices.append(telling)
+    for some in choices:
+        few = take_rows(kwargs, rows, some)
+        try:
+            with isolated(0, dtype):
+                first = record(model, few)
+        except (ValueError, RuntimeError, IndexError):
+            continue  # something of full length lies outside the arguments
+        if first.keys() == full.keys() and shares_alike(first, full, plate):
+            return first, few
+    return full, kwargs
+
+
+def extreme_rows(kwargs: dict[str, Any], rows: tuple[str, ...]) -> Tensor | None:
+    """The last rows, and those with the least and the greatest of every whole-numbered argument.
+
+    A story that counts its groups in the data (`int(group.max()) + 1`) tells as many of them there as on all rows.
+    """
+    whole = [kwargs[n].flatten(1) if kwargs[n].ndim > 1 else kwargs[n].unsqueeze(1) for n in rows if is_whole(kwargs[n])]
+    if not whole:
+        return None
+    n = len(whole[0])
+    ends = [part for v in whole for part in (v.argmin(0)[:FEW_ROWS], v.argmax(0)[:FEW_ROWS]) if v.shape[1]]
+    last = torch.arange(max(0, n - FEW_ROWS), n, device=whole[0].device)
+    return torch.cat([last, *ends]).unique()
+
+
+def is_whole(value: Any) -> bool:
+    """Whether an argument holds whole numbers, such as labels of groups."""
+    return isinstance(value, Tensor) and not value.is_floating_point() and value.ndim > 0
+
+
+def shares_alike(few: dict[str, Record], full: dict[str, Record], data_plate: str | None) -> bool:
+    """Whether unknowns outside the data plate, and every other plate, have the same size in both runs."""
+    for name, r in full.items():
+        other = few[name]
+        sizes = [{p: n for p, n in zip(x.plates, x.plate_sizes) if p != data_plate} for x in (r, other)]
+        if sizes[0] != sizes[1]:
+            return False
+        if r.kind in ("latent", "param") and data_plate not in r.plates and r.shape != other.shape:
+            return False
+    return True
 
 
 def run_few(
@@ -100,7 +138,18 @@ def run_few(
     except (ValueError, RuntimeError, IndexError):
         return None
     first, second = runs
-    if row_arguments(first, parts[0], find_data_plate(first, parts[0])) != names or first.keys() != second.keys():
+    plate = find_data_plate(first, parts[0])
+    if first.keys() != second.keys() or not shares_alike(first, second, plate):
+        return None
+    if (telling := extreme_rows(kwargs, names)) is not None:
+        try:
+            with isolated(0, dtype):
+                third = record(model, take_rows(kwargs, names, telling))
+        except (ValueError, RuntimeError, IndexError):
+            return None
+        if third.keys() != first.keys() or not shares_alike(first, third, plate):
+            return None  # groups are counted in the data
+    if row_arguments(first, parts[0], plate) != names:
         return None
     full = {}
     for name, r in first.items():
