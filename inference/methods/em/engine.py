@@ -104,7 +104,7 @@ class Enumeration:
         torch.manual_seed(seeds[0])
         rows = sample_rows(joint, seeds[0])
         kwargs = few_kwargs(joint, rows)
-        labels = self.ranks.first(clusters(joint, kwargs, len(seeds), seeds[0]) if joint.finite else None)
+        labels = self.ranks.first(clusters(joint, kwargs, len(seeds), seeds[0], offset) if joint.finite else None)
         if labels is None:
             return stack([self.start_without(seed, offset + i) for i, seed in enumerate(seeds)])
         if self.together and self.mixture is not None and rows is not None:
