@@ -17,7 +17,7 @@ from .data import DataNotice, bind, first_index, has_nan
 from .distributed import ALONE, Ranks
 from .handlers import supports_missing
 from .lazy_rows import has_lazy
-from .rehearsal import FEW_ROWS, check_covariates, run_checked
+from .rehearsal import FEW_ROWS, check_covariates, check_switches, run_checked
 from .session import fresh_seed, isolated
 from .shapes import Record, check_supports, without_values
 from .structure import Structure, build, pair
@@ -211,6 +211,7 @@ def prepare(
     notes: list[str] = []
     dtype = story_dtype(story)
     kwargs = bind(model, data, dtype, where)
+    check_switches(model, kwargs, dtype)
     check_covariates(model, kwargs, dtype)
     runs, kwargs, dtype, more = run_checked(model, kwargs, dtype, where)
     notes += more

@@ -277,6 +277,33 @@ def as_floats(kwargs: dict[str, Any], dtype: torch.dtype) -> tuple[dict[str, Any
     return floats, f"{', '.join(whole)}: whole numbers converted to {dtype}" if whole else ""
 
 
+def check_switches(model: Callable, kwargs: dict[str, Any], dtype: torch.dtype) -> None:
+    """Truth values are masks and switches for a story; one that a site observes must say what True counts as.
+
+    Raises
+    ------
+    TypeError
+        A site observes an argument of dtype bool, or the story cannot be told with one and could with numbers.
+    """
+    switches = [n for n, v in kwargs.items() if isinstance(v, Tensor) and v.dtype == torch.bool]
+    if not switches:
+        return
+
+    def told(values: dict[str, Any]) -> set[str | None] | None:
+        try:
+            with isolated(0, dtype):
+                return {r.argument for r in record(model, values).values() if r.kind == "observed"}
+        except (ValueError, RuntimeError, TypeError, IndexError):
+            return None
+
+    seen = told(kwargs)
+    if seen is None and told({n: v.to(dtype) if n in switches else v for n, v in kwargs.items()}) is not None:
+        seen = set(switches)
+    if wrong := [n for n in switches if n in (seen or ())]:
+        name = wrong[0]
+        raise TypeError(f"{name} has dtype bool; say what True counts as: pass {name}.float() or {name}.astype(float)")
+
+
 def check_covariates(model: Callable, kwargs: dict[str, Any], dtype: torch.dtype) -> None:
     """NaN in an argument that no site observes: told before the story meets it and fails in its own words."""
     holes = {n: v for n, v in kwargs.items() if isinstance(v, Tensor) and v.is_floating_point() and has_nan(v)}
