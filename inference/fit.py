@@ -2,7 +2,8 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -183,9 +184,9 @@ def pilot(problem: Problem) -> tuple[float, str]:
     """Seconds that NUTS would need, from three gradients of the eager log joint."""
     from .joint import LogJoint
 
-    with problem.scope(problem.seed):
+    times = []
+    with problem.scope(problem.seed), told_by_the_story(problem):
         joint = LogJoint(problem)
-        times = []
         for _ in range(3):
             flat = joint.flatten(joint.prior_draw()).requires_grad_()
             start = time.perf_counter()
@@ -200,6 +201,18 @@ def pilot(problem: Problem) -> tuple[float, str]:
     )
 
 
+@contextmanager
+def told_by_the_story(problem: Problem) -> Iterator[None]:
+    """A fault that shows itself only where latents are summed out is raised in the story's words."""
+    try:
+        yield
+    except MISTAKES as error:
+        told = retold(error, known(problem.structure), problem.kwargs)
+        if told is None:
+            raise
+        raise told from error
+
+
 def run(
     problem: Problem, choice: Choice, setup: float = 0.0, ranks: Ranks = ALONE, memory: float | None = None
 ) -> Posterior:
@@ -209,14 +222,8 @@ def run(
     if getattr(choice.method, "spreads", "nothing") != "rows":
         shared = resident(shared, choice.method.name)
     with problem.scope(problem.seed):
-        try:
-            with MemoryGuard(memory) as guard:
-                posterior = choice.method.run(shared)
-        except MISTAKES as error:  # a fault that shows itself only where latents are summed out
-            told = retold(error, known(problem.structure), problem.kwargs)
-            if told is None:
-                raise
-            raise told from error
+        with told_by_the_story(problem), MemoryGuard(memory) as guard:
+            posterior = choice.method.run(shared)
         if shared is not problem:
             posterior = replace(posterior, problem=problem if ranks.share == "split" else posterior.problem)
         posterior = replace(posterior, choice=choice)
