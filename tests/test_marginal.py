@@ -136,15 +136,28 @@ def test_a_few_locals_are_sampled():
         assert density_of_globals(problem).dim == 10
 
 
-def test_an_effect_of_unknown_spread_is_sampled():
-    """Centred effects are not integrated out: with a spread that goes to 0, rows read off at 1 have no digits left."""
+def test_effects_of_unknown_spread_are_integrated_whatever_it_is():
+    """Measurement error in closed form, (w, y) bivariate normal: at unit steps a spread of 1e-7 would leave no digits."""
 
-    def centred(x):
-        s = pyro.sample("s", dist.HalfNormal(1.0))
-        with pyro.plate("rows", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, s))
-            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+    def measured(w, y):
+        spread = pyro.sample("spread", dist.HalfNormal(1.0))
+        slope = pyro.sample("slope", dist.Normal(0.0, 3.0))
+        with pyro.plate("rows", len(w)):
+            x = pyro.sample("x", dist.Normal(1.0, spread))
+            pyro.sample("w", dist.Normal(x, 0.5), obs=w)
+            pyro.sample("y", dist.Normal(slope * x, 0.2), obs=y)
 
-    problem = prepare(centred, torch.randn(80), seed=0)
+    torch.manual_seed(0)
+    w, y = torch.randn(80, dtype=torch.float64), torch.randn(80, dtype=torch.float64)
+    problem = prepare(measured, {"w": w, "y": y}, seed=0)
     with problem.scope(0):
-        assert not isinstance(density_of_globals(problem), MarginalJoint)
+        joint = density_of_globals(problem)
+        assert isinstance(joint, MarginalJoint)
+        for spread in (2.0, 0.1, 1e-4, 1e-7):
+            s, b = torch.tensor(spread), torch.tensor(-1.3)
+            found = joint.likelihood({"spread": s, "slope": b})
+            load = torch.stack([torch.ones(()), b])
+            cov = s**2 * load[:, None] * load + torch.diag(torch.tensor([0.25, 0.04]))
+            exact = dist.MultivariateNormal(load, cov).log_prob(torch.stack([w, y], -1)).sum()
+            torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-8)
+
