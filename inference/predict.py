@@ -65,6 +65,7 @@ def sample_rows(posterior: Posterior, num: int, seed: int | None) -> dict[str, T
     parts: list[dict[str, Tensor]] = []
     with posterior.problem.scope(posterior.seed + 1 if seed is None else seed):
         indices = posterior.some_draws(min(SAMPLE_DRAWS, num))
+        posterior.problem.check_shared(cycled(posterior, max(num // len(indices), 2)))
         for k, i in enumerate(indices):
             size = num // len(indices) + (k < num % len(indices))
             trace = run_forward(posterior, global_values(posterior, i), cycled(posterior, max(size, 2)))
