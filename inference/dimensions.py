@@ -51,8 +51,8 @@ def check_dimensions(trace: Any, names: Mapping[str, str], structure: Structure)
                 f"site {name!r} has shape {shape} while {', '.join(map(repr, moved[:3]))} "
                 f"{'is' if len(moved) == 1 else 'are'} summed out, and dimension {dim} of it belongs to "
                 f"{'no plate' if owner is None else repr(owner) + ', which it does not depend on'}.\n"
-                f"  offending: the states of {moved[0]!r} stand in dimension {summed.get(moved[0], dim)}, left of all plates, and "
-                f"a .unsqueeze(-1), [:, None] or reshape after it moves them\n"
-                f"  mend: leave it out where the plates' own dimension is wanted ({moved[0]} broadcasts against rows as it is); "
+                f"  offending: the states of {moved[0]!r} stand in dimension {summed.get(moved[0], dim)}, left of all plates, "
+                f"and a .unsqueeze(-1), [:, None] or reshape after it moves them\n"
+                f"  mend: leave it out where the rows are meant ({moved[0]} broadcasts against rows as it is), "
                 f"to look up a table use table[{moved[0]}.long()], to join columns torch.stack(..., -1) with .to_event(1)"
             )

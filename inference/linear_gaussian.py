@@ -76,7 +76,6 @@ class RowTable:
         value = align(value, dims, (plate, *self.finite))
         return value.expand(n, *sizes).reshape(n, -1)
 
-
     def run(self, z: Tensor, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, str]]:
         """One enumerated run of the story with its locals at z; see `LogJoint.trace`."""
         from .local import RowsFree, Stacked

@@ -90,7 +90,9 @@ def extreme_rows(kwargs: dict[str, Any], rows: tuple[str, ...]) -> Tensor | None
 
     A story that counts its groups in the data (`int(group.max()) + 1`) tells as many of them there as on all rows.
     """
-    whole = [kwargs[n].flatten(1) if kwargs[n].ndim > 1 else kwargs[n].unsqueeze(1) for n in rows if is_whole(kwargs[n])]
+    whole = [
+        kwargs[n].flatten(1) if kwargs[n].ndim > 1 else kwargs[n].unsqueeze(1) for n in rows if is_whole(kwargs[n])
+    ]
     if not whole:
         return None
     n = len(whole[0])
@@ -227,9 +229,11 @@ def run_checked(
         notes.append(f"{', '.join(kept)} stays in float32; parameters and sums are {str(dtype).removeprefix('torch.')}")
     for r in list(runs.full.values()):
         value = kwargs.get(r.argument) if r.argument else None
-        if r.kind == "observed" and not r.discrete and isinstance(value, Tensor) and not value.is_floating_point():
+        whole = isinstance(value, Tensor) and not value.is_floating_point()
+        if r.kind == "observed" and isinstance(value, Tensor) and whole and (not r.discrete or refuses_whole(r)):
             kwargs = {**kwargs, str(r.argument): value.to(dtype)}
-            notes.append(f"{r.argument} holds whole numbers and {r.family} wants real ones: converted to {dtype}")
+            if not r.discrete:
+                notes.append(f"{r.argument} holds whole numbers and {r.family} wants real ones: converted to {dtype}")
             runs = run_and_compare(model, kwargs, dtype)
     return runs, kwargs, dtype, notes
 
@@ -244,6 +248,18 @@ def widened(kwargs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 def single_latents(runs: Runs) -> list[str]:
     """Continuous latents that the story draws in single precision."""
     return [n for n, r in runs.full.items() if r.kind == "latent" and r.value.dtype == torch.float32]
+
+
+def refuses_whole(r: Record) -> bool:
+    """Whether a discrete family has no density of whole numbers, as PyTorch's Bernoulli has not."""
+    if r.family not in ("Bernoulli", "MixtureSameFamily"):
+        return False
+    try:
+        with torch.no_grad():
+            r.fn.log_prob(r.value)
+    except RuntimeError as error:
+        return is_dtype_error(error) or "can't be cast" in str(error)
+    return False
 
 
 def is_dtype_error(error: RuntimeError) -> bool:

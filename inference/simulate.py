@@ -47,7 +47,9 @@ def simulate(
     _check_arguments(model, given or {}, arguments)
     fixed = {name: torch.as_tensor(value) for name, value in (given or {}).items()}
     inputs = {
-        n: torch.as_tensor(v) if hasattr(v, "__array__") and not isinstance(v, Tensor) and not hasattr(v, "columns") else v
+        n: torch.as_tensor(v)
+        if hasattr(v, "__array__") and not isinstance(v, Tensor) and not hasattr(v, "columns")
+        else v
         for n, v in arguments.items()
     }
     try:
@@ -55,7 +57,9 @@ def simulate(
     except RuntimeError as error:
         if not is_dtype_error(error):
             raise
-        return _told(model, fixed, inputs, seed, torch.float32)  # the story holds single numbers, as `fit` finds out too
+        return _told(
+            model, fixed, inputs, seed, torch.float32
+        )  # the story holds single numbers, as `fit` finds out too
 
 
 def _check_arguments(model: Callable, given: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:

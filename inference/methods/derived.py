@@ -68,7 +68,9 @@ class DerivedTarget:
         self.axes = {
             b.name: axis for b, p in zip(self.joint.blocks, self.part.blocks) if (axis := cut(b, p)) is not None
         }
-        shared = [n for n in self.axes if self.problem.structure[n].kind == "latent" and not self.problem.structure[n].local]
+        shared = [
+            n for n in self.axes if self.problem.structure[n].kind == "latent" and not self.problem.structure[n].local
+        ]
         if shared:
             raise ValueError(
                 f"SVI(batch_size={batch_size}): the size of {', '.join(shared)} changes with the rows that are shown, outside "
