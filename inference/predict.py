@@ -73,9 +73,13 @@ def sample_rows(posterior: Posterior, num: int, seed: int | None) -> dict[str, T
                 {
                     s.name: rows_first(trace, s.name, posterior)[:size]
                     for s in structure.sites
-                    if s.local and s.kind != "param"
+                    if s.local and s.kind not in ("param", "factor")
                 }
             )
+    if not parts[0]:
+        raise ValueError(
+            "the rows are told by pyro.factor alone, which has a density and no draws; sample a site to draw it"
+        )
     return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
 

@@ -1,5 +1,8 @@
 """Stories as people write them who have read no code of ours: what they met when they tried, held so that it stays mended."""
 
+import math
+import sys
+
 import numpy as np
 import pandas as pd
 import pyro
@@ -7,7 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from inference import EM, NUTS, SVI, fit, inspect, simulate
+from inference import EM, NUTS, SVI, fit, inspect, simulate, story_lines
 from inference.joint import LogJoint
 from inference.mending import StoryError
 from inference.problem import prepare
@@ -279,3 +282,73 @@ def test_two_arms_are_listed_though_they_are_rows():
     assert list(summary.table.index) == ["p[0]", "p[1]"]
     exact = np.array([31 / 402, 46 / 412])
     assert np.abs(summary.table["mean"].to_numpy() - exact).max() < 0.003
+
+
+def test_a_likelihood_told_by_factors_has_rows():
+    """Censored survival by pyro.factor: one log density a row, where there was one number with '± nan'."""
+
+    def story(time, event):
+        rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+        with pyro.plate("patients", len(time)):
+            pyro.factor("ll", event * torch.log(rate) - rate * time)
+
+    time, event = torch.tensor([1.0, 0.5, 2.0, 3.0]), torch.tensor([1.0, 1, 0, 1])
+    found = fit(story, (time, event), EM(), seed=0)
+    mode = float((1 + event.sum()) / (1 + time.sum()))
+    assert float(found.draws["rate"][0]) == pytest.approx(mode, rel=1e-5)
+    exact = event * math.log(mode) - mode * time
+    torch.testing.assert_close(found.log_prob(), exact.double(), rtol=1e-4, atol=1e-5)
+    assert "nan" not in repr(found.score())
+    assert inspect(story, (time, event))["ll"].shape == (4,)
+    with pytest.raises(ValueError, match=r"pyro\.factor alone"):
+        found.sample(3)
+
+
+def test_a_story_says_a_family_in_one_way():
+    """Categorical(softmax(f), logits = g) and TransformedDistribution() were read off what PyTorch keeps inside."""
+
+    def story(x, k=None):
+        v = pyro.sample("v", dist.Normal(0.0, 2.0).expand([2, 2]).to_event(2))
+        cuts = pyro.sample(
+            "cuts",
+            dist.TransformedDistribution(
+                dist.Normal(torch.zeros(2), 1.0).to_event(1), dist.transforms.OrderedTransform()
+            ),
+        )
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(logits=x[:, None] * v[:, 1] + v[:, 0]))
+            pyro.sample("k", dist.OrderedLogistic(z - 0.5, cuts), obs=k)
+
+    lines = "\n".join(story_lines(story, torch.randn(5), torch.tensor([0, 1, 2, 1, 0])))
+    assert "softmax" not in lines
+    assert "logits" in lines
+    assert r"\mathrm{Ordered-Normal}(0, 1)" in lines
+
+
+def walk(y=None, T=25):
+    T = T if y is None else len(y)
+    scale, level = pyro.sample("scale", dist.HalfNormal(1.0)), 0.0
+    for t in pyro.markov(range(T)):
+        level = pyro.sample(f"level_{t}", dist.Normal(level, 0.5))
+        pyro.sample(f"y_{t}", dist.Normal(level, scale), obs=None if y is None else y[t])
+
+
+def test_python_time_does_not_rule_out_nuts(monkeypatch):
+    """A walk written step by step: auto called NUTS too slow by the gradient in Python, which NUTS does not take."""
+    front = sys.modules["inference.fit"]
+    problem = prepare(walk, torch.randn(25, generator=torch.Generator().manual_seed(0)), seed=0)
+    monkeypatch.setattr(
+        module, 16_000 * 5e-4
+    )  # half a millisecond a gradient: fifty statements in Python take far longer
+    assert front.decide(problem, "auto").method.name == "nuts"
+    monkeypatch.setattr(front, "captured", lambda problem: math.inf)
+    assert front.decide(problem, "auto").method.name == "svi"
+
+
+def test_long_series_are_cut_short():
+    """The table of a story of a hundred steps listed each of them."""
+    text = str(inspect(walk, torch.randn(25)))
+    assert "level_1 " in text
+    assert "level_24" in text
+    assert "level_7" not in text
+    assert "44 more steps" in text
