@@ -337,9 +337,8 @@ def test_python_time_does_not_rule_out_nuts(monkeypatch):
     """A walk written step by step: auto called NUTS too slow by the gradient in Python, which NUTS does not take."""
     front = sys.modules["inference.fit"]
     problem = prepare(walk, torch.randn(25, generator=torch.Generator().manual_seed(0)), seed=0)
-    monkeypatch.setattr(
-        module, 16_000 * 5e-4
-    )  # half a millisecond a gradient: fifty statements in Python take far longer
+    # half a millisecond a gradient: fifty statements in Python take far longer
+    monkeypatch.setattr(front, "PATIENCE", 16_000 * 5e-4)
     assert front.decide(problem, "auto").method.name == "nuts"
     monkeypatch.setattr(front, "captured", lambda problem: math.inf)
     assert front.decide(problem, "auto").method.name == "svi"
