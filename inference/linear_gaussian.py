@@ -96,8 +96,6 @@ class GaussianRows(RowTable):
 
     Attributes
     ----------
-    level, slope
-        log p and its slope at the prior's mean, in steps of the prior's spread: (N, S) and (N, S, q).
     log_states
         log p(x_n, s) with z integrated out, (N, S).
     mean, factor
@@ -121,16 +119,32 @@ class GaussianRows(RowTable):
         one = self.shared and self.n > TRIAL_ROWS  # a story of few rows may insist on their number
         P = self.curvature(eye, take_some(self.joint, self.kwargs, 1) if one else self.kwargs)
         centre = self.prior_moments(self.kwargs)[0]
-        self.level = self.table(centre)
-        half = 0.5 * P.diagonal(dim1=-2, dim2=-1)
-        self.slope = torch.stack([self.table(centre + e) - self.level + half[..., i] for i, e in enumerate(eye)], -1)
         factor, _ = torch.linalg.cholesky_ex(P)
-        mean = torch.cholesky_solve(self.slope.unsqueeze(-1), factor).squeeze(-1)
         log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1) - 2 * steps.log().sum()
-        gain = 0.5 * (self.slope * mean).sum(-1)
-        self.log_states = self.level + gain + 0.5 * self.width * math.log(2 * math.pi) - 0.5 * log_det
+        single = P.shape[1] == 1
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not single):
+            level = self.table(centre)
+            half = 0.5 * P.diagonal(dim1=-2, dim2=-1)
+            slope = torch.stack([self.table(centre + e) - level + half[..., i] for i, e in enumerate(eye)], -1)
+            mean = torch.cholesky_solve(slope.unsqueeze(-1), factor).squeeze(-1)
         self.mean = centre.unsqueeze(1) + mean * steps
         self.factor = factor / steps[:, None]
+        if single:  # at its summit the log joint is no difference of large numbers, however small the noise
+            top = self.summit(P / (steps[:, None] * steps))
+        else:
+            top = level + 0.5 * (slope * mean).sum(-1)
+        self.log_states = top + 0.5 * self.width * math.log(2 * math.pi) - 0.5 * log_det
+
+    def summit(self, P: Tensor) -> Tensor:
+        """The largest log joint of every row, (N, 1), with its gradient: read off at the mean, in steps of its spread."""
+        at = self.mean[:, 0].detach()
+        wide = P.detach().diagonal(dim1=-2, dim2=-1).rsqrt()  # (N or 1, 1, q)
+        P = P * wide.unsqueeze(-1) * wide.unsqueeze(-2)
+        level = self.table(at)
+        moved = [at + wide[:, 0] * e for e in torch.eye(self.width, dtype=at.dtype, device=at.device)]
+        slope = torch.stack([self.table(z) - level + 0.5 * P[..., i, i] for i, z in enumerate(moved)], -1)
+        factor, _ = torch.linalg.cholesky_ex(P)
+        return level + 0.5 * (slope * torch.cholesky_solve(slope.unsqueeze(-1), factor).squeeze(-1)).sum(-1)
 
     def prior_moments(self, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Mean (N, q) and standard deviation (q,), at most 1, of the locals before their data: where it is well read off.

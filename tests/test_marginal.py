@@ -137,15 +137,16 @@ def test_a_few_locals_are_sampled():
 
 
 def test_effects_of_unknown_spread_are_integrated_whatever_it_is():
-    """Measurement error in closed form, (w, y) bivariate normal: at unit steps a spread of 1e-7 would leave no digits."""
+    """Measurement error in closed form, (w, y) bivariate normal: a spread of 1e-7 or a noise of 1e-6 must leave digits."""
 
     def measured(w, y):
+        noise = pyro.sample("noise", dist.HalfNormal(1.0))
         spread = pyro.sample("spread", dist.HalfNormal(1.0))
         slope = pyro.sample("slope", dist.Normal(0.0, 3.0))
         with pyro.plate("rows", len(w)):
             x = pyro.sample("x", dist.Normal(1.0, spread))
             pyro.sample("w", dist.Normal(x, 0.5), obs=w)
-            pyro.sample("y", dist.Normal(slope * x, 0.2), obs=y)
+            pyro.sample("y", dist.Normal(slope * x, noise), obs=y)
 
     torch.manual_seed(0)
     w, y = torch.randn(80, dtype=torch.float64), torch.randn(80, dtype=torch.float64)
@@ -153,11 +154,16 @@ def test_effects_of_unknown_spread_are_integrated_whatever_it_is():
     with problem.scope(0):
         joint = density_of_globals(problem)
         assert isinstance(joint, MarginalJoint)
-        for spread in (2.0, 0.1, 1e-4, 1e-7):
-            s, b = torch.tensor(spread), torch.tensor(-1.3)
-            found = joint.likelihood({"spread": s, "slope": b})
-            load = torch.stack([torch.ones(()), b])
-            cov = s**2 * load[:, None] * load + torch.diag(torch.tensor([0.25, 0.04]))
+        for spread, noise in ((2.0, 0.2), (0.1, 0.2), (1e-4, 0.2), (1e-7, 0.2), (1.0, 1e-4), (1.0, 1e-6)):
+            values = {"spread": spread, "noise": noise, "slope": -1.3}
+            theta = {n: torch.tensor(v, requires_grad=True) for n, v in values.items()}
+            found = joint.likelihood(theta)
+            load = torch.stack([torch.ones(()), theta["slope"]])
+            cov = theta["spread"] ** 2 * load[:, None] * load + torch.diag(
+                torch.stack([torch.tensor(0.25), theta["noise"] ** 2])
+            )
             exact = dist.MultivariateNormal(load, cov).log_prob(torch.stack([w, y], -1)).sum()
-            torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-8)
-
+            torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-7)
+            slopes = [torch.autograd.grad(v, list(theta.values())) for v in (found, exact)]
+            for n, a, b in zip(theta, *slopes, strict=True):
+                torch.testing.assert_close(a * theta[n], b * theta[n], rtol=1e-4, atol=1e-3)
