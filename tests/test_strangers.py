@@ -249,6 +249,7 @@ def test_simulate_says_what_it_lacks_and_follows_single_numbers():
     assert simulate(story, X=torch.randn(5, 2), seed=0)["y"].shape == (5,)
 
 
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")
 def test_columns_by_name_and_labels_beyond_a_table_are_told():
     """A frame arrives as one tensor: the message speaks of columns, not of components; labels from 1 are told as such."""
 
