@@ -266,7 +266,7 @@ def split(problem: Any, data: Any, test: Any, seed: int) -> tuple[Any, Any, list
     count = round(n * test)
     if not 0 < count < n:
         raise ValueError(f"test={test!r} of {n} rows is {count}: nothing is left to fit or to hold out")
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed), device="cpu")
     pick = {part: rows.sort().values for part, rows in (("test", order[:count]), ("train", order[count:]))}
     kwargs = problem.kwargs
     train, held = (take_rows(kwargs, structure.row_arguments, pick[part]) for part in ("train", "test"))

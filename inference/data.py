@@ -211,9 +211,9 @@ def num_rows(kwargs: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
 def some_rows(rows: int, count: int, generator: torch.Generator) -> Tensor:
     """`count` different row numbers at random, in no order; beyond `LISTED` rows without a list of all of them."""
     if rows <= LISTED:
-        return torch.randperm(rows, generator=generator)[:count]
-    drawn = torch.randint(rows, (2 * count,), generator=generator).unique()
-    return drawn[torch.randperm(len(drawn), generator=generator)[:count]]
+        return torch.randperm(rows, generator=generator, device="cpu")[:count]
+    drawn = torch.randint(rows, (2 * count,), generator=generator, device="cpu").unique()
+    return drawn[torch.randperm(len(drawn), generator=generator, device="cpu")[:count]]
 
 
 def take_rows(kwargs: Mapping[str, Any], names: tuple[str, ...], rows: Any) -> dict[str, Any]:

@@ -49,11 +49,10 @@ class DeviceChoice:
     device: str
     trials: tuple[Trial, ...] = ()
     reason: str = ""
+    asked: str = "auto"
 
     def __str__(self) -> str:
-        if not self.trials:
-            return f'{self.device} ("auto": {self.reason})'
-        return f'{self.device} ("auto": {"; ".join(map(str, self.trials))})'
+        return f'{self.device} ("{self.asked}": {self.reason or "; ".join(map(str, self.trials))})'
 
     @property
     def timings(self) -> dict[str, float]:
@@ -161,7 +160,7 @@ def settled(problem: Problem, method: Method, elsewhere: Callable[[str], Problem
 
 
 def only_here(problem: Problem, method: Method) -> str:
-    """Why no other device is tried, or nothing."""
+    """Why a method runs on the processor whatever the device that was asked for, or nothing."""
     if problem.admixture is not None:
         return "topic models are fitted on the processor"
     if method.name in ("exact", "gibbs"):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .choose import WANTS, Choice, check_request, choose
-from .devices import DeviceChoice, settled
+from .devices import DeviceChoice, only_here, settled
 from .distributed import ALONE, SHARES, Ranks, own_device, start
 from .guard import MemoryGuard, frees_memory
 from .lazy_rows import has_lazy, resident
@@ -19,7 +19,7 @@ from .mending import MISTAKES, known, retold
 from .methods import resolve
 from .methods.base import Method, one_of, positive_float, positive_int
 from .posterior import Posterior
-from .problem import Problem, prepare
+from .problem import Problem, brought_home, prepare
 from .sharing import shared_out
 
 #: Seconds that NUTS may be expected to take before `auto` prefers SVI, where no budget is given.
@@ -139,6 +139,8 @@ def fit(
     place = None
     if device == "auto":
         problem, place = on_a_device(problem, choice, on, others)
+    if problem.device.type != "cpu" and (alone := only_here(problem, choice.method)):
+        problem, place = brought_home(problem), DeviceChoice("cpu", (), alone, str(device))
     posterior = run(problem, choice, time.perf_counter() - began, others, memory)
     if place is not None:
         told = {**posterior.diagnostics, "device": str(place)}
@@ -249,7 +251,8 @@ def run(
             posterior = choice.method.run(shared)
         if shared is not problem:
             posterior = replace(posterior, problem=problem if ranks.share == "split" else posterior.problem)
-        posterior = replace(posterior, choice=choice)
+    posterior = replace(posterior, choice=choice).brought_home()
+    with posterior.problem.scope(problem.seed):
         if guard.reached is not None:
             note = f"the memory budget of {memory:g} MB is used up ({guard.reached:.0f} MB): the best state so far is returned"
             posterior = replace(posterior, warnings=[note, *posterior.warnings], converged=False)

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from .joint import LogJoint
 from .methods.base import positive_int
-from .problem import Problem
+from .problem import Problem, brought_home
 
 if TYPE_CHECKING:
     from .amortised import Recogniser
@@ -163,6 +164,14 @@ class Posterior:
         kept = [w for w in self.warnings if w not in old]
         timings = {**self.timings, "cross_check": found.seconds}
         return replace(self, cross_check=found, warnings=[*found.warnings, *kept], timings=timings)
+
+    def brought_home(self) -> Posterior:
+        """The same answer in the processor's memory."""
+        problem = self.problem
+        if problem.device.type == "cpu":
+            return self
+        parts = {n: tree_map_only(Tensor, Tensor.cpu, getattr(self, n)) for n in ("draws", "diagnostics", "extra")}
+        return replace(self, problem=brought_home(problem), **parts)
 
     def finished(self) -> Posterior:
         """Match exchangeable components across draws, then judge convergence on the matched draws."""

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from .data import DataNotice, bind, first_index, has_nan
 from .distributed import ALONE, Ranks
 from .handlers import supports_missing
-from .lazy_rows import has_lazy
+from .lazy_rows import LazyRows, has_lazy
 from .rehearsal import FEW_ROWS, check_covariates, check_switches, is_whole, run_checked
-from .session import fresh_seed, isolated
+from .session import at_home, fresh_seed, isolated
 from .shapes import Record, check_supports, record, without_values
 from .structure import Structure, build, pair
 from .wide import wide_tables
@@ -106,7 +106,7 @@ class Problem:
 
     def scope(self, seed: int | None = None) -> AbstractContextManager[None]:
         """Everything that runs the story runs in here: see `isolated`; small problems on one thread."""
-        return isolated(seed, self.dtype, threads=1 if self.small else None)
+        return isolated(seed, self.dtype, threads=1 if self.small else None, device=self.device)
 
     def with_data(self, data: Any) -> dict[str, Any]:
         """Checked arguments for other data of the same story (new rows).
@@ -175,11 +175,27 @@ def networks_of(story: Any) -> list[nn.Module]:
     return modules + [v for v in getattr(story, "__dict__", {}).values() if isinstance(v, nn.Module)]
 
 
-def settle(story: Any, device: torch.device) -> None:
-    """Take a private copy's networks to the device of the data."""
-    if device.type != "cpu":
-        for module in networks_of(story):
-            module.to(device)
+def settle(story: Any, guide: Any, device: torch.device) -> None:
+    """Take the networks of a private copy, and of its guide, to a device."""
+    for module in (*networks_of(story), *networks_of(getattr(guide, "__self__", guide))):
+        module.to(device)
+
+
+def brought_home(problem: Problem) -> Problem:
+    """The same problem in the processor's memory, where answers are given: the card is free again."""
+    if problem.device.type == "cpu":
+        return problem
+    settle(problem.story, problem.guide, home := torch.device("cpu"))
+    kwargs, few = (
+        {n: here(v, home) if isinstance(v, Tensor) else v for n, v in given.items()}
+        for given in (problem.kwargs, problem.few)
+    )
+    return replace(problem, kwargs=kwargs, few=few, device=home)
+
+
+def here(value: Tensor, home: torch.device) -> Tensor:
+    """A tensor on the processor; of rows that are read as they are needed, the place where they are handed out."""
+    return value.like(device=home) if isinstance(value, LazyRows) else value.to(home)
 
 
 def story_dtype(story: Any) -> torch.dtype:
@@ -235,7 +251,18 @@ def prepare(
         raise TypeError(f"guide must be a Pyro program (a callable) or Amortised(...), got {type(guide).__name__}")
     guide = guide or own_guide
     where = choose_device(device)
-    settle(story, where)
+    if where.type != "cpu":
+        settle(story, guide, where)
+    asked = {"seed": fresh_seed() if seed is None else seed, "budget": budget, "progress": progress}
+    with at_home(where):
+        problem = read(story, model, guide, derived, data, where, **asked, want=want, asked=str(device))
+    return problem
+
+
+def read(
+    story: Any, model: Callable, guide: Any, derived: Any, data: Any, where: torch.device, **asked: Any
+) -> Problem:
+    """Bind the data to the story's arguments, run it, and tell its structure."""
     notes: list[str] = []
     dtype = story_dtype(story)
     kwargs = bind(model, data, dtype, where)
@@ -263,12 +290,8 @@ def prepare(
         structure,
         dtype,
         where,
-        fresh_seed() if seed is None else seed,
-        budget,
-        progress,
-        want,
-        str(device),
-        runs.few,
+        few=runs.few,
+        **asked,
     )
     if structure.continuous_locals:
         from .linear_gaussian import is_linear_gaussian

@@ -278,7 +278,8 @@ def check_devices(error: RuntimeError, device: torch.device) -> None:
     """
     if "device" not in str(error):
         return
-    others = sorted(set(re.findall(r"\b(?:cpu|meta|mps|(?:cuda|xpu|hpu)(?::\d+)?)\b", str(error))) - {str(device)})
+    found = re.findall(r"\b(?:cpu|meta|mps|(?:cuda|xpu|hpu)(?::\d+)?)\b", str(error))
+    others = sorted({name for name in found if torch.device(name).type != device.type})
     if others:
         raise ValueError(
             f"the data are on device {str(device)!r} and the story holds tensors on {', '.join(map(repr, others))}: pass "

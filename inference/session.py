@@ -5,7 +5,8 @@ import secrets
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import numpy as np
 import pyro
@@ -34,7 +35,12 @@ def seed_everything(seed: int) -> None:
 
 
 @contextmanager
-def isolated(seed: int | None = None, dtype: torch.dtype | None = None, threads: int | None = None) -> Iterator[None]:
+def isolated(
+    seed: int | None = None,
+    dtype: torch.dtype | None = None,
+    threads: int | None = None,
+    device: torch.device | None = None,
+) -> Iterator[None]:
     """Everything a story may change is put back afterwards, also after an exception.
 
     Parameters
@@ -45,6 +51,9 @@ def isolated(seed: int | None = None, dtype: torch.dtype | None = None, threads:
         Default floating dtype inside.
     threads
         Threads of one tensor operation inside; None leaves them.
+    device
+        Where tensors are made inside that name no device, since stories know nothing of devices; None and the processor
+        leave that as it is.
 
     Raises
     ------
@@ -61,7 +70,7 @@ def isolated(seed: int | None = None, dtype: torch.dtype | None = None, threads:
     old_threads = torch.get_num_threads()
     old_dtype, depth = torch.get_default_dtype(), len(_PYRO_STACK)
     try:
-        with pyro.get_param_store().scope(), warnings.catch_warnings(), full_precision():
+        with pyro.get_param_store().scope(), warnings.catch_warnings(), full_precision(), at_home(device):
             # torch's Wishart takes rounding in large draws for singularity and resamples: nothing to act on.
             warnings.filterwarnings("ignore", message="Singular sample detected")
             if dtype is not None:
@@ -82,3 +91,8 @@ def isolated(seed: int | None = None, dtype: torch.dtype | None = None, threads:
         if cuda_states is not None:
             torch.cuda.set_rng_state_all(cuda_states)
         _LOCK.release()
+
+
+def at_home(device: torch.device | None) -> AbstractContextManager[Any]:
+    """Inside, tensors that name no device are made on this one; the processor, which is the default, costs nothing."""
+    return nullcontext() if device is None or device.type == "cpu" else device

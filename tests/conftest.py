@@ -2,6 +2,7 @@
 
 import random
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import fault_table
@@ -9,6 +10,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from pretended_card import pretended
 
 #: Corpora, tables and reference posteriors that are not part of the project.
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -16,7 +18,10 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--device", default="cpu", choices=["cpu", "cuda"], help="where every fit that names no device runs"
+        "--device",
+        default="cpu",
+        choices=["cpu", "cuda", "pretended"],
+        help="where every fit that names no device runs; a pretended card refuses what a card refuses",
     )
 
 
@@ -48,8 +53,11 @@ def fixed_seed():
 @pytest.fixture(autouse=True)
 def on_the_device(request, monkeypatch):
     """With `--device cuda` every fit runs there that names no device; what it answers is compared as ever."""
-    if request.config.getoption("--device") != "cpu":
-        everything_on(request.config.getoption("--device"), monkeypatch)
+    device = request.config.getoption("--device")
+    with pretended() if device == "pretended" else nullcontext():
+        if device != "cpu":
+            everything_on("cuda", monkeypatch)
+        yield
 
 
 def everything_on(device, monkeypatch):

@@ -182,7 +182,7 @@ def test_networks_go_where_the_data_are():
             self.net = nn.Linear(2, 2)
 
     own = Story()
-    settle(own, torch.device("meta"))
+    settle(own, None, torch.device("meta"))
     assert own.net.weight.device.type == "meta"
 
 

@@ -116,7 +116,7 @@ def note(climb: Climb, e: Expectation, limits: Limits) -> list[int]:
         run.history.append(objectives[i])
         run.likelihoods.append(likelihoods[i])
         if limits.callback is not None:
-            limits.callback(climb.iteration, objectives[i], run.theta)
+            limits.callback(climb.iteration, objectives[i], {n: v.cpu() for n, v in run.theta.items()})
         run.converged = abs(rise) < limits.tol * limits.rows or not climb.theta
         if not run.converged:
             going.append(i)
@@ -204,11 +204,12 @@ def stepwise(engine: Enumeration, climb: Climb, limits: Limits, size: int, decay
             W, _ = kernel.weights(slots, len(climb.active))
             S, likelihood = kernel.sweep(W, rows)
             seen = seen + likelihood.to(seen)
-            step = climb.extra.get("step", torch.zeros(1, dtype=torch.float64))
+            step = climb.extra.get("step", torch.zeros(1, dtype=torch.float64, device="cpu"))
             weight = float(step + 2) ** -decay
             S = S * (kernel.all_rows / S[:, :, 0].sum(1)).reshape(-1, 1, 1)
             old = climb.extra.get("running")
-            climb.extra = {"running": S if old is None else (1 - weight) * old + weight * S, "step": step + 1}
+            running = S if old is None else (1 - weight) * old.to(S.device) + weight * S
+            climb.extra = {"running": running, "step": step + 1}
             slots, prior = slots_now(engine.joint, engine.plan, climb.theta, engine.parts)
             e = kernel.expectation(climb.extra["running"], prior, prior, slots, engine.parts)
             climb.theta = engine.maximise(climb.theta, e)

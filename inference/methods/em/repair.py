@@ -22,7 +22,7 @@ def collapsed(engine: Enumeration, theta: Theta, ridge: float) -> list[bool]:
     Day, *Estimating the components of a mixture of normal distributions*, Biometrika 1969, section 3.
     """
     runs = len(next(iter(theta.values()))) if theta else 1
-    found = torch.zeros(runs, dtype=torch.bool)
+    found = torch.zeros(runs, dtype=torch.bool, device="cpu")
     for name in engine.plan.closed:
         users = engine.plan.users(name)
         if users[0][1] != "spread" or engine.plan.priors[name].text not in ("no prior", "flat prior"):
@@ -82,7 +82,7 @@ def reseed(engine: Enumeration, theta: Theta, counts: Tensor, seed: int) -> Thet
 
 def nudge(value: Tensor, slot: str, floor: Tensor | None, generator: torch.Generator) -> Tensor:
     """A value close to the given one, inside the support."""
-    noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
+    noise = torch.randn(value.shape, generator=generator, dtype=torch.float64, device="cpu").to(value)
     if slot == "spread":
         return value
     if slot == "loc":

@@ -44,7 +44,7 @@ def sample_rows(joint: LogJoint, seed: int) -> Tensor | None:
         return None
     most = affordable(joint.problem.kwargs, SAMPLE)
     if n <= most:
-        return torch.arange(n)
+        return torch.arange(n, device="cpu")
     return some_rows(n, most, torch.Generator().manual_seed(seed)).sort().values
 
 
@@ -67,7 +67,8 @@ def children_tables(joint: LogJoint, kwargs: dict[str, Any]) -> dict[str, Tensor
         ]
         if not children:
             return None
-        tables[name] = torch.cat([standardised(trace.nodes[c]) for c in children], 1)
+        # On the processor: steps are many and small, and starts are the same whatever the device.
+        tables[name] = torch.cat([standardised(trace.nodes[c]) for c in children], 1).cpu()
     return tables
 
 
@@ -100,9 +101,9 @@ def clusters(joint: LogJoint, kwargs: dict[str, Any], runs: int, seed: int, numb
     for (states, _), members in groups.items():
         table = torch.cat([tables[m] for m in members])
         rows = len(table) // len(members)
-        chosen = torch.arange(len(table))
+        chosen = torch.arange(len(table), device=table.device)
         if len(table) > SAMPLE:  # chains: one clustering of all steps is learned from some
-            chosen = torch.randperm(len(table), generator=generator)[:SAMPLE]
+            chosen = torch.randperm(len(table), generator=generator, device="cpu")[:SAMPLE]
         found = nearest(table, distinct(table[chosen], states, runs, generator))
         planes = covariate_table(joint, kwargs, rows) if len(members) == 1 and states > 1 else None
         odd = [r for r in range(runs) if (number + r) % 2]
@@ -172,18 +173,18 @@ def plus_plus(x: Tensor, k: int, runs: int, generator: torch.Generator) -> Tenso
     """
     n, tries = len(x), 2 + int(math.log(k))
     squares = (x * x).sum(1)
-    first = torch.randint(n, (runs,), generator=generator)
+    first = torch.randint(n, (runs,), generator=generator, device="cpu")
     centres = x[first].unsqueeze(1).repeat(1, k, 1)
     distance = (squares + squares[first][:, None] - 2 * x[first] @ x.T).clamp_min(0)
     for i in range(1, k):
         mass = distance.cumsum(1)
-        u = torch.rand(runs, tries, generator=generator, dtype=x.dtype) * mass[:, -1:]
+        u = torch.rand(runs, tries, generator=generator, dtype=x.dtype, device="cpu") * mass[:, -1:]
         rows = torch.searchsorted(mass, u).clamp_max(n - 1)
         flat = rows.reshape(-1)
         new = (squares + squares[flat][:, None] - 2 * x[flat] @ x.T).clamp_min(0).view(runs, tries, n)
         new = torch.minimum(new, distance[:, None])
         best = new.sum(2).argmin(1)
-        every = torch.arange(runs)
+        every = torch.arange(runs, device=x.device)
         distance = new[every, best]
         centres[:, i] = x[rows[every, best]]
     return centres
@@ -209,7 +210,7 @@ def lloyd(x: Tensor, centres: Tensor) -> Tensor:
         if labels is not None and torch.equal(new, labels):
             break
         labels = new
-        flat = labels + k * torch.arange(runs).unsqueeze(1)
+        flat = labels + k * torch.arange(runs, device=x.device).unsqueeze(1)
         total = x.new_zeros(runs * k, width)
         if runs * len(x) <= DISTANCES // max(1, width):
             total.index_add_(0, flat.reshape(-1), x.expand(runs, *x.shape).reshape(-1, width))

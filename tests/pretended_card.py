@@ -1,0 +1,436 @@
+"""A card that is pretended: tensors live in the processor's memory, and everything that a real card would refuse is refused.
+
+Inside `pretended()`, `device="cuda"` works as with a card. What is "on the card" is known by the memory a tensor lies in, so
+that views, gradients and batches under `vmap` are there too; `.device` says `cuda:0`. Errors are those of a card: operands on
+two devices, NumPy's look at a tensor on the card, a generator of the processor for draws on the card, a custom operation that
+has no kernel there, looks at numbers while a graph is recorded. `CUDAGraph` really records operations and repeats them, in
+the same memory.
+
+The processor's device has no number. Here `cpu:1` stands for the card and `cpu:2` for a processor that was asked for by name,
+so that programs that record operations (`torch.fx`) carry both along.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._C import _functorch as functorch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+aten = torch.ops.aten
+CARD, HOST = torch.device("cpu", 1), torch.device("cpu", 2)
+NAME = torch.device("cuda", 0)
+#: Operations whose operands may lie on both devices.
+CROSSING = {aten.copy_.default, aten._to_copy.default, aten.copy.default, aten.set_.source_Tensor}
+#: Operations that wait for the card: the processor wants to see a number, or a shape that hangs on one.
+LOOKS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+#: Operations on lists that take no number from the processor's memory, unlike sums and products.
+STRICT = {aten.cat.default, aten.stack.default}
+
+
+def bare(tensor: Tensor) -> Tensor:
+    """The tensor below the layers of `vmap` and `grad`."""
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def places(tensor: Tensor) -> list[Any]:
+    """Memory of a tensor."""
+    tensor = bare(tensor)
+    if tensor.layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc):
+        return [tensor.values().untyped_storage()]
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._values().untyped_storage()]
+    return [tensor.untyped_storage()] if tensor.layout is torch.strided else []
+
+
+def tensors_of(*values: Any) -> Iterator[Tensor]:
+    """Tensors in arguments, and in lists and mappings of them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from tensors_of(*value)
+        elif isinstance(value, dict):
+            yield from tensors_of(*value.values())
+
+
+class Card:
+    """What lies on the pretended card, and what is being recorded.
+
+    Parameters
+    ----------
+    limit
+        Bytes that it holds.
+    """
+
+    def __init__(self, limit: float = float("inf")) -> None:
+        self.limit, self.waits = limit, 0
+        self._there: dict[int, StorageWeakRef] = {}
+        self._sizes: dict[int, int] = {}
+        self._crowd = 4096
+        self._lock = threading.Lock()
+        self._local = threading.local()
+        self.tape: list[tuple[Any, ...]] | None = None
+        self.generators: set[int] = set()
+        self._kept: list[Any] = []
+
+    @property
+    def ambient(self) -> list[bool]:
+        """Whether the functions under way work on the card, innermost last."""
+        if not hasattr(self._local, "ambient"):
+            self._local.ambient = [False]
+        return self._local.ambient
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies on the card."""
+        if tensor.device.type == "meta":
+            return False
+        return any(place._cdata in self._there for place in places(tensor))
+
+    def put(self, tensor: Tensor) -> None:
+        """Count a tensor's memory as the card's."""
+        for place in places(tensor):
+            with self._lock:
+                if place._cdata not in self._there:
+                    self._there[place._cdata] = StorageWeakRef(place)
+                    self._sizes[place._cdata] = place.nbytes()
+                    if len(self._there) > self._crowd or self.limit < float("inf"):
+                        self._tidy()
+                    if self.used() > self.limit:
+                        raise torch.OutOfMemoryError(
+                            f"CUDA out of memory. Tried to allocate {place.nbytes() / 2**20:.2f} MiB. GPU 0 has a total capacity of "
+                            f"{self.limit / 2**20:.2f} MiB of which {max(0, self.limit - self.used() + place.nbytes()) / 2**20:.2f} "
+                            "MiB is free."
+                        )
+
+    def _tidy(self) -> None:
+        gone = [key for key, ref in self._there.items() if ref.expired()]
+        for key in gone:
+            del self._there[key], self._sizes[key]
+        self._crowd = 2 * len(self._there) + 4096
+
+    def used(self) -> int:
+        """Bytes on the card."""
+        return sum(self._sizes.values()) if self.limit < float("inf") else 0
+
+
+class Kernels(TorchDispatchMode):
+    """Below autograd: every operation happens on one device, and its result lies there."""
+
+    def __init__(self, card: Card) -> None:
+        super().__init__()
+        self.card = card
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunction():
+            return self.run(func, args, dict(kwargs or {}))
+
+    def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The operation on the processor, its result where a card would have put it."""
+        card = self.card
+        given, on, off = list(tensors_of(args, kwargs)), [], []
+        for tensor in given:
+            if tensor.device.type != "meta":
+                (on if card.holds(tensor) else off).append(tensor)
+        asked = kwargs.get("device")
+        if asked is not None and asked.type == "cpu":
+            kwargs["device"] = torch.device("cpu")
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        if asked is not None and asked.type == "cpu" and asked.index:
+            there = asked == CARD
+        else:
+            there = bool(on) or (not given and card.ambient[-1])
+        self.check(func, args, on, off)
+        if card.tape is not None and (there or on) and (any(tag in func.tags for tag in LOOKS) or (on and not there)):
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+        if (on and any(tag in func.tags for tag in LOOKS)) or (on and not there):
+            card.waits += 1
+        out = func(*args, **kwargs)
+        if there:
+            for tensor in tensors_of(out):
+                if tensor.device.type != "meta" and not card.holds(tensor):
+                    if func in CROSSING and tensor is args[0]:
+                        continue  # a copy onto the processor
+                    card.put(tensor)
+        if card.tape is not None:
+            card.tape.append((func, args, kwargs, out))
+        return out
+
+    def check(self, func: Any, args: Any, on: list[Tensor], off: list[Tensor]) -> None:
+        """Refuse what a card refuses."""
+        if not on:
+            return
+        if func.namespace not in ("aten", "prims", "prim") and not any(
+            torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
+            for key in ("CUDA", "CompositeImplicitAutograd", "CompositeExplicitAutograd")
+        ):
+            raise NotImplementedError(f"Could not run '{func.name()}' with arguments from the 'CUDA' backend")
+        if func in CROSSING:
+            return
+        if func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default):
+            if not self.card.holds(args[0]):
+                raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
+            off = [t for t in off if not any(t is i for i in args[1])]
+        if func not in STRICT:
+            off = [t for t in off if t.ndim]
+            first = args[0] if args and isinstance(args[0], Tensor) else None
+            writes = bool(func._schema.arguments) and func._schema.arguments[0].alias_info is not None
+            if writes and first is not None and func._schema.is_mutable and not self.card.holds(first):
+                off = [first]
+        if off:
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! (when "
+                f"checking {func}: shapes {[tuple(t.shape) for t in on]} on cuda:0, {[tuple(t.shape) for t in off]} on cpu)"
+            )
+
+
+GETTERS: dict[Any, Callable[[bool], Any]] = {
+    torch.Tensor.device.__get__: lambda there: NAME if there else torch.device("cpu"),  # type: ignore[attr-defined]
+    torch.Tensor.is_cuda.__get__: lambda there: there,  # type: ignore[attr-defined]
+    torch.Tensor.is_cpu.__get__: lambda there: not there,  # type: ignore[attr-defined]
+    torch.Tensor.get_device: lambda there: 0 if there else -1,
+}
+HERE = {torch.Tensor.numpy, torch.Tensor.__array__}
+MOVES = {torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.cpu, torch.Tensor.type_as}
+FROM_NUMBERS = {torch.tensor, torch.as_tensor, torch.asarray}
+
+
+def marked(device: Any) -> Any:
+    """A device as it goes through recordings."""
+    if device is None:
+        return None
+    device = torch.device(device)
+    if device.type == "cuda":
+        return CARD
+    return HOST if device == torch.device("cpu") else device
+
+
+class Names(TorchFunctionMode):
+    """Above autograd: devices that programs ask for and are told."""
+
+    def __init__(self, card: Card) -> None:
+        super().__init__()
+        self.card = card
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, card = dict(kwargs or {}), self.card
+        if func is torch.device:
+            return func(*args, **kwargs)
+        if func in GETTERS:
+            if args[0].device.type == "meta":
+                return func(*args)
+            return GETTERS[func](card.holds(args[0]))
+        if func in HERE and card.holds(args[0]):
+            raise TypeError(
+                "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first."
+            )
+        if func in MOVES:
+            return self.move(func, *args, **kwargs)
+        if func in FROM_NUMBERS:
+            device = kwargs.pop("device", None)
+            made = func(*args, **kwargs)
+            return made if device is None else self.move(torch.Tensor.to, made, device=device)
+        if func in (torch.Tensor.pin_memory, torch.Tensor.record_stream):
+            return args[0]
+        if "device" in kwargs:
+            kwargs["device"] = marked(kwargs["device"])
+        args = tuple(marked(a) if isinstance(a, torch.device) else a for a in args)
+        card.ambient.append(any(card.holds(t) for t in tensors_of(args, kwargs)))
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            card.ambient.pop()
+        if kwargs.get("generator") is not None and isinstance(out, Tensor):
+            wanted, found = (
+                "cuda" if at else "cpu" for at in (card.holds(out), id(kwargs["generator"]) in card.generators)
+            )
+            if wanted != found:
+                raise RuntimeError(f"Expected a '{wanted}' device type for generator but found '{found}'")
+        return out
+
+    def move(self, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """To a device, to a type, or both."""
+        copy, device, dtype, layout = kwargs.pop("copy", False), None, None, kwargs.pop("memory_format", None)
+        if func is torch.Tensor.cpu:
+            device = "cpu"
+        elif func is torch.Tensor.cuda:
+            device = "cuda"
+        elif args and isinstance(args[0], Tensor) or isinstance(kwargs.get("other"), Tensor):
+            other = args[0] if args else kwargs["other"]
+            device, dtype = ("cuda" if self.card.holds(other) else "cpu"), other.dtype
+        else:
+            for a in (*args, *(kwargs[k] for k in ("device", "dtype") if k in kwargs)):
+                if isinstance(a, torch.dtype):
+                    dtype = a
+                elif isinstance(a, str | torch.device | int) and not isinstance(a, bool):
+                    device = a
+        more = {} if layout is None else {"memory_format": layout}
+        if dtype is not None:
+            more["dtype"] = dtype
+        device = marked(device)
+        if device is None or (device in (CARD, HOST) and (device == CARD) == self.card.holds(tensor)):
+            return torch.Tensor.to(tensor, copy=copy, **more) if more or copy else tensor
+        return torch.Tensor.to(tensor, device=device, **more)
+
+
+class Graph:
+    """Operations that were recorded, and are repeated in the memory where they were."""
+
+    def __init__(self, card: Card) -> None:
+        self.card, self.tape = card, []  # type: ignore[var-annotated]
+
+    def replay(self) -> None:
+        """Run every operation again."""
+        with _disable_current_modes(), torch.no_grad(), torch._C.DisableTorchFunction():
+            for func, args, kwargs, old in self.tape:
+                if any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
+                    continue  # a view: it shows the new numbers
+                new = func(*args, **kwargs)
+                for a, b in zip(tensors_of(old), tensors_of(new), strict=True):
+                    if a.untyped_storage()._cdata != b.untyped_storage()._cdata:
+                        a.copy_(b)
+
+
+class Idle:
+    """A stream or an event: there is one queue, and it is always done."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *_, **__: self
+
+    def __enter__(self) -> Idle:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+
+def stand_ins(card: Card) -> dict[str, Any]:
+    """What is asked of `torch.cuda`."""
+
+    @contextmanager
+    def recorded(graph: Graph, **_: Any) -> Iterator[None]:
+        card.tape = graph.tape
+        try:
+            yield
+        finally:
+            card.tape = None
+
+    def nothing(*_: Any, **__: Any) -> None:
+        pass
+
+    def wait(*_: Any) -> None:
+        if card.tape is not None:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+        card.waits += 1
+
+    free = 8 << 30 if card.limit == float("inf") else int(card.limit)
+    return {
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "get_device_name": lambda *_: "pretended",
+        "get_device_capability": lambda *_: (9, 0),
+        "set_device": nothing,
+        "synchronize": wait,
+        "empty_cache": nothing,
+        "manual_seed_all": nothing,
+        "manual_seed": nothing,
+        "memory_allocated": lambda *_: card.used(),
+        "max_memory_allocated": lambda *_: card.used(),
+        "reset_peak_memory_stats": nothing,
+        "mem_get_info": lambda *_: (free - card.used(), free),
+        "get_rng_state": lambda *_: torch.get_rng_state(),
+        "set_rng_state": lambda state, *_: torch.set_rng_state(state),
+        "get_rng_state_all": lambda: [torch.get_rng_state()],
+        "set_rng_state_all": lambda states: torch.set_rng_state(states[0]),
+        "is_current_stream_capturing": lambda: card.tape is not None,
+        "current_stream": Idle,
+        "Stream": Idle,
+        "Event": Idle,
+        "stream": lambda *_: nullcontext(),
+        "device": lambda *_: nullcontext(),
+        "CUDAGraph": lambda: Graph(card),
+        "graph": recorded,
+    }
+
+
+def generators(card: Card) -> type:
+    """`torch.Generator` that may be the card's."""
+
+    class Generator(torch._C.Generator):
+        def __new__(cls, device: Any = "cpu") -> Any:
+            made = torch._C.Generator.__new__(torch._C.Generator)
+            if torch.device(device).type == "cuda":
+                card._kept.append(made)
+                card.generators.add(id(made))
+            return made
+
+    return Generator
+
+
+def no_compiler(*_: Any, **__: Any) -> Any:
+    """A pretended card runs no machine code."""
+    raise RuntimeError("there is no compiler for a pretended card")
+
+
+@contextmanager
+def pretended(limit: float = float("inf")) -> Iterator[Card]:
+    """Inside, there is a card.
+
+    Parameters
+    ----------
+    limit
+        Bytes that it holds; more is `torch.OutOfMemoryError`.
+    """
+    card = Card(limit)
+    run = threading.Thread.run
+
+    def run_there(thread: threading.Thread) -> None:
+        with Names(card), Kernels(card):
+            run(thread)
+
+    backward = torch.autograd.graph._engine_run_backward
+
+    def backward_there(*args: Any, **kwargs: Any) -> Any:
+        # Programs in the backward pass are told devices, too, though autograd itself was called through `Names`.
+        card.ambient.append(any(card.holds(t) for t in tensors_of(args[0])))
+        try:
+            with Names(card):
+                return backward(*args, **kwargs)
+        finally:
+            card.ambient.pop()
+
+    with ExitStack() as stack:
+        for name, value in stand_ins(card).items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, value))
+        stack.enter_context(mock.patch.object(torch, "Generator", generators(card)))
+        stack.enter_context(mock.patch.object(torch, "compile", no_compiler))
+        stack.enter_context(mock.patch.object(threading.Thread, "run", run_there))
+        for name in ("__enter__", "__exit__"):  # `with device:` goes below all other modes, where it would not be seen
+            stack.enter_context(mock.patch.object(DeviceContext, name, getattr(TorchFunctionMode, name)))
+        for module in (torch.autograd, torch.autograd.graph):
+            stack.enter_context(mock.patch.object(module, "_engine_run_backward", backward_there))
+        stack.enter_context(Names(card))
+        stack.enter_context(Kernels(card))
+        yield card
+
+
+__all__ = ["Card", "pretended"]
