@@ -76,8 +76,10 @@ def choose(structure: Structure, want: str = "auto", *, slow: dict[str, str] | N
         return Choice(METHODS[name], f"a topic model, and {why} (want={want!r})", opinions)
     finite_locals = [s.name for s in structure.finite if s.local]
     if want != "posterior" and valid("em") and (want == "point" or structure.finite):
-        what = ", ".join(finite_locals or [s.name for s in structure.finite]) or "no latent"
-        why = f"{what} is summed out exactly and points are enough for the globals (want={want!r})"
+        summed = finite_locals or [s.name for s in structure.finite]
+        what = ", ".join([*summed[:4], "..."] if len(summed) > 4 else summed) or "no latent"
+        verb = "is" if len(summed) < 2 else "are"
+        why = f"{what} {verb} summed out exactly and points are enough for the globals (want={want!r})"
         return Choice(METHODS["em"], why, opinions)
     if valid("nuts") and not large and "nuts" not in slow:
         why = "the globals are continuous, the data are in memory, and draws promise the most"

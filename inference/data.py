@@ -117,11 +117,9 @@ def to_value(name: str, value: Any, dtype: torch.dtype, device: torch.device | s
         tensor = stored_counts(name, value)
     else:
         tensor = _from_array(name, value)
-    if tensor.dtype == torch.bool:
-        raise TypeError(f"{name} has dtype bool; say what True counts as: pass {name}.float() or {name}.astype(float)")
     if tensor.is_complex():
         raise TypeError(f"{name} has dtype {tensor.dtype}; densities need real numbers")
-    kind = dtype if tensor.is_floating_point() else torch.long
+    kind = dtype if tensor.is_floating_point() else torch.bool if tensor.dtype == torch.bool else torch.long
     if tensor.dtype == torch.float32 and tensor.numel() >= KEEP_SINGLE:
         kind = tensor.dtype  # twice the memory would hold no more digits; sums over it are made in float64
     if not stays([tensor], torch.device(device)) and tensor.ndim:

@@ -1,8 +1,10 @@
 """The front door: validate, inspect, choose, run, and hand back one kind of answer."""
 
+import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +24,8 @@ from .sharing import same_call, shared_out
 
 #: Seconds that NUTS may be expected to take before `auto` prefers SVI, where no budget is given.
 PATIENCE = 300.0
+#: Gradients that NUTS takes, one after the other: four chains of 1,000 iterations share one vectorised gradient.
+GRADIENTS = 1000 * 16
 
 
 @frees_memory
@@ -184,24 +188,56 @@ def decide(problem: Problem, method: str | Method) -> Choice:
 
 
 def pilot(problem: Problem) -> tuple[float, str]:
-    """Seconds that NUTS would need, from three gradients of the eager log joint."""
+    """Seconds that NUTS would need, from gradients of the eager log joint, or of the captured one where that is too slow."""
     from .joint import LogJoint
 
-    with problem.scope(problem.seed):
+    times = []
+    with problem.scope(problem.seed), told_by_the_story(problem):
         joint = LogJoint(problem)
-        times = []
         for _ in range(3):
             flat = joint.flatten(joint.prior_draw()).requires_grad_()
             start = time.perf_counter()
             torch.autograd.grad(joint.unconstrained(flat), flat)
             times.append(time.perf_counter() - start)
-    gradients = 4 * 1000 * 16
-    seconds = gradients * min(times) / 4  # four chains share one vectorised gradient
+    each = min(times)
     limit = problem.budget or PATIENCE
-    return (
-        seconds,
-        f"NUTS would take about {seconds:,.0f} s at {min(times) * 1e3:.1f} ms a gradient (limit {limit:g} s)",
-    )
+    if GRADIENTS * each > limit and problem.small and problem.device.type == "cpu":
+        each = min(each, captured(problem))  # a story of many small sites spends its time in Python, which NUTS leaves
+    seconds = GRADIENTS * each
+    return seconds, f"NUTS would take about {seconds:,.0f} s at {each * 1e3:.1f} ms a gradient (limit {limit:g} s)"
+
+
+def captured(problem: Problem) -> float:
+    """Seconds of one gradient as NUTS will have it: as machine code or as a graph; infinite where it cannot be told."""
+    from .marginal import density_of_globals
+    from .methods.backends import choose_backend
+    from .methods.sampling import potential_of
+
+    with problem.scope(problem.seed), told_by_the_story(problem):
+        try:
+            potential = potential_of(density_of_globals(problem), "auto")
+            code = choose_backend(potential, "auto", 2000).code
+        except ValueError:
+            return math.inf  # NUTS will say why
+        call: Callable = code or potential.numpy
+        point, times = potential.points[0].double().numpy(), []
+        for _ in range(3):
+            start = time.perf_counter()
+            call(point)
+            times.append(time.perf_counter() - start)
+    return min(times)
+
+
+@contextmanager
+def told_by_the_story(problem: Problem) -> Iterator[None]:
+    """A fault that shows itself only where latents are summed out is raised in the story's words."""
+    try:
+        yield
+    except MISTAKES as error:
+        told = retold(error, known(problem.structure), problem.kwargs)
+        if told is None:
+            raise
+        raise told from error
 
 
 def run(
@@ -213,14 +249,8 @@ def run(
     if getattr(choice.method, "spreads", "nothing") != "rows":
         shared = resident(shared, choice.method.name)
     with problem.scope(problem.seed):
-        try:
-            with MemoryGuard(memory) as guard:
-                posterior = choice.method.run(shared)
-        except MISTAKES as error:  # a fault that shows itself only where latents are summed out
-            told = retold(error, known(problem.structure), problem.kwargs)
-            if told is None:
-                raise
-            raise told from error
+        with told_by_the_story(problem), MemoryGuard(memory) as guard:
+            posterior = choice.method.run(shared)
         if shared is not problem:
             posterior = replace(posterior, problem=problem if ranks.share == "split" else posterior.problem)
     posterior = replace(posterior, choice=choice).brought_home()

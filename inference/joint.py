@@ -20,6 +20,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import transform_to
 
+from .dimensions import check_dimensions
 from .enumeration import LogFactor, align, sum_out
 from .handlers import FlatStart, MissingCells, OneProduct, Substitute
 from .lazy_rows import affordable, loaded, pieces_of
@@ -160,6 +161,7 @@ class LogJoint:
         for name, node in trace.nodes.items():
             if node["type"] == "sample" and node["infer"].get("_enumerate_symbol"):
                 names[node["infer"]["_enumerate_symbol"]] = name
+        check_dimensions(trace, names, self.structure)
         return trace, names
 
     def factors_of(self, trace: Any, names: Mapping[str, str], only: set[str] | None = None) -> list[LogFactor]:

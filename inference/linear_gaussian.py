@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .data import take_rows
 from .enumeration import align, multiply
+from .handlers import unwrap
 
 if TYPE_CHECKING:
     from .joint import Block, LogJoint
@@ -61,14 +62,11 @@ class RowTable:
 
     def table(self, z: Tensor, kwargs: Mapping[str, Any] | None = None) -> Tensor:
         """log p(x_n, z_n, s | globals), (N, S), for z (N, q) or one (q,) for all rows."""
-        from .local import RowsFree, Stacked
-
         kwargs = self.kwargs if kwargs is None else kwargs
         n = row_count(self.joint, kwargs)
-        handler = Stacked(dict(self.globals), RowsFree(self.blocks, z.expand(n, self.width)))
         plate = self.joint.structure.data_plate or ""
         inside = []
-        for f in self.joint.factors(handler, kwargs):
+        for f in self.joint.factors_of(*self.run(z, kwargs)):
             if plate in f.plates:
                 away = tuple(i for i, d in enumerate(f.dims) if d != plate and d not in self.finite)
                 dims = tuple(d for i, d in enumerate(f.dims) if i not in away)
@@ -77,6 +75,14 @@ class RowTable:
         sizes = [self.joint.structure[name].states or 1 for name in self.finite]
         value = align(value, dims, (plate, *self.finite))
         return value.expand(n, *sizes).reshape(n, -1)
+
+    def run(self, z: Tensor, kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, str]]:
+        """One enumerated run of the story with its locals at z; see `LogJoint.trace`."""
+        from .local import RowsFree, Stacked
+
+        n = row_count(self.joint, kwargs)
+        handler = Stacked(dict(self.globals), RowsFree(self.blocks, z.expand(n, self.width)))
+        return self.joint.trace(handler, kwargs)
 
 
 @dataclass
@@ -90,12 +96,10 @@ class GaussianRows(RowTable):
 
     Attributes
     ----------
-    level, slope, precision
-        The coefficients of the quadratic: (N, S), (N, S, q) and (N or 1, S, q, q) over the S joint states of finite locals.
     log_states
         log p(x_n, s) with z integrated out, (N, S).
     mean, factor
-        Of z given row and state: (N, S, q), and the Cholesky factor of the precision.
+        Of z given row and state: (N, S, q), and the Cholesky factor of the precision (N or 1, S, q, q).
     """
 
     shared: bool | None = None
@@ -105,34 +109,71 @@ class GaussianRows(RowTable):
         self.read()
 
     def read(self) -> None:
-        """Level, slope and precision from values at 0, at the axes and at their sums."""
-        eye = torch.eye(self.width, dtype=self.joint.problem.dtype, device=self.joint.problem.device)
+        """Level, slope and precision from values at the prior's mean and at some steps of its spread."""
         few = take_some(self.joint, self.kwargs, TRIAL_ROWS)
+        steps = self.prior_moments(few)[1]
+        eye = steps.diag()  # at unit distances from 0 a local of tiny spread would leave no digits for its data
         if self.shared is None:
             P = self.curvature(eye, few)
             self.shared = not self.holes() and bool((P - P[:1]).abs().max() <= 1e-9 * (1 + P.abs().max()))
         one = self.shared and self.n > TRIAL_ROWS  # a story of few rows may insist on their number
         P = self.curvature(eye, take_some(self.joint, self.kwargs, 1) if one else self.kwargs)
-        self.level = self.table(torch.zeros_like(eye[0]))
-        half = 0.5 * P.diagonal(dim1=-2, dim2=-1)
-        self.slope = torch.stack([self.table(e) - self.level + half[..., i] for i, e in enumerate(eye)], -1)
-        self.precision = P
-        self.factor, _ = torch.linalg.cholesky_ex(P)
-        self.mean = torch.cholesky_solve(self.slope.unsqueeze(-1), self.factor).squeeze(-1)
-        log_det = 2 * self.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        gain = 0.5 * (self.slope * self.mean).sum(-1)
-        self.log_states = self.level + gain + 0.5 * self.width * math.log(2 * math.pi) - 0.5 * log_det
+        centre = self.prior_moments(self.kwargs)[0]
+        factor, _ = torch.linalg.cholesky_ex(P)
+        log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1) - 2 * steps.log().sum()
+        single = P.shape[1] == 1
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not single):
+            level = self.table(centre)
+            half = 0.5 * P.diagonal(dim1=-2, dim2=-1)
+            slope = torch.stack([self.table(centre + e) - level + half[..., i] for i, e in enumerate(eye)], -1)
+            mean = torch.cholesky_solve(slope.unsqueeze(-1), factor).squeeze(-1)
+        self.mean = centre.unsqueeze(1) + mean * steps
+        self.factor = factor / steps[:, None]
+        if single:  # at its summit the log joint is no difference of large numbers, however small the noise
+            top = self.summit(P / (steps[:, None] * steps))
+        else:
+            top = level + 0.5 * (slope * mean).sum(-1)
+        self.log_states = top + 0.5 * self.width * math.log(2 * math.pi) - 0.5 * log_det
+
+    def summit(self, P: Tensor) -> Tensor:
+        """The largest log joint of every row, (N, 1), with its gradient: read off at the mean, in steps of its spread."""
+        at = self.mean[:, 0].detach()
+        wide = P.detach().diagonal(dim1=-2, dim2=-1).rsqrt()  # (N or 1, 1, q)
+        P = P * wide.unsqueeze(-1) * wide.unsqueeze(-2)
+        level = self.table(at)
+        moved = [at + wide[:, 0] * e for e in torch.eye(self.width, dtype=at.dtype, device=at.device)]
+        slope = torch.stack([self.table(z) - level + 0.5 * P[..., i, i] for i, z in enumerate(moved)], -1)
+        factor, _ = torch.linalg.cholesky_ex(P)
+        return level + 0.5 * (slope * torch.cholesky_solve(slope.unsqueeze(-1), factor).squeeze(-1)).sum(-1)
+
+    def prior_moments(self, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Mean (N, q) and standard deviation (q,), at most 1, of the locals before their data: where it is well read off.
+
+        The integral does not depend on them, which is why no gradient runs through them.
+        """
+        n = row_count(self.joint, kwargs)
+        kind: dict[str, Any] = {"dtype": self.joint.problem.dtype, "device": self.joint.problem.device}
+        mean, spread = torch.zeros(n, self.width, **kind), torch.ones(self.width, **kind)
+        with torch.no_grad():
+            for _ in self.blocks:  # a local may follow another
+                nodes = self.run(mean, kwargs)[0].nodes
+                fns = [(unwrap(nodes[name]["fn"]), stop - start) for name, start, stop in self.blocks]
+                mean = torch.cat([fn.mean.reshape(-1, n, width).mean(0) for fn, width in fns], -1)
+                narrow = [fn.variance.rsqrt().reshape(-1, width).mean(0) for fn, width in fns]
+                spread = torch.cat([v.clamp(min=1.0).reciprocal() for v in narrow])
+        return mean.detach(), spread.detach()
 
     def curvature(self, eye: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         """P from second differences, exact for a quadratic: (N, S, q, q)."""
-        zero = self.table(torch.zeros_like(eye[0]), kwargs)
-        up = [self.table(e, kwargs) for e in eye]
+        centre = self.prior_moments(kwargs)[0]
+        zero = self.table(centre, kwargs)
+        up = [self.table(centre + e, kwargs) for e in eye]
         P = zero.new_zeros(*zero.shape, self.width, self.width)
         for i in range(self.width):
-            down = self.table(-eye[i], kwargs)
+            down = self.table(centre - eye[i], kwargs)
             P[..., i, i] = 2 * zero - up[i] - down
             for j in range(i):
-                both = self.table(eye[i] + eye[j], kwargs)
+                both = self.table(centre + eye[i] + eye[j], kwargs)
                 P[..., i, j] = P[..., j, i] = up[i] + up[j] - both - zero
         return P
 

@@ -208,13 +208,10 @@ class MarginalJoint(LogJoint):
 def density_of_globals(problem: Problem) -> LogJoint:
     """What a sampler moves through: the globals alone where locals can be integrated out exactly, else everything.
 
-    A few locals stay: they cost less than their integrals. So do locals whose own spread is unknown: as it goes to 0, rows
-    read off at unit distances lose all their digits.
+    A few locals stay: they cost less than their integrals.
     """
     structure = problem.structure
     if not structure.linear_gaussian:
         return LogJoint(problem)
-    unknown = {s.name for s in structure.latents if s.continuous and not s.local}
-    hangs = any(unknown.intersection(s.parents) for s in structure.continuous_locals)
     few = sum(math.prod(s.shape) for s in structure.continuous_locals) <= FEW_LOCALS
-    return LogJoint(problem) if hangs or few else MarginalJoint(problem)
+    return LogJoint(problem) if few else MarginalJoint(problem)

@@ -200,9 +200,38 @@ def _support(found: re.Match, line: str, records: Mapping[str, "Record"], given:
 
 def _bounds(found: re.Match, line: str, records: Mapping[str, "Record"], given: Mapping[str, Any]) -> list[str]:
     index = f"index {found.group(1)}" if found.group(1) else "an index"
+    finite = [name for name, r in records.items() if r.discrete and r.kind == "latent"]
+    whole = [
+        name
+        for name, v in given.items()
+        if hasattr(v, "dtype") and "int" in str(v.dtype) and re.search(rf"\b{name}\b", line)
+    ]
+    if whole and not any(re.search(rf"\b{name}\b", line) for name in finite):
+        return [
+            f"offending: {index} lies beyond the end of the table: {whole[0]!r} goes up to {int(given[whole[0]].max())}.",
+            f"mend: number {whole[0]} from 0, and make the table's plate as large as the greatest label plus one",
+        ]
     return [
         f"offending: {index} lies beyond the end of the table: a latent has more states than there are components.",
         "mend: give the Categorical and the plate of components the same number K",
+    ]
+
+
+def _columns(found: re.Match, line: str, records: Mapping[str, "Record"], given: Mapping[str, Any]) -> list[str]:
+    column = re.search(r"\b(\w+)\[[\"'](\w+)[\"']\]", line)
+    if column is None or column.group(1) not in given:
+        return []
+    name = column.group(1)
+    return [
+        f"offending: a story is given tensors, and {name!r}, now of shape {tuple(given[name].shape)}, has no columns by name.",
+        f"mend: make columns the arguments, such as `def story(dose, arm, cured=None)`, and fit(story, {name})",
+    ]
+
+
+def _dimensions(found: re.Match, line: str, records: Mapping[str, "Record"], given: Mapping[str, Any]) -> list[str]:
+    return _columns(found, line, records, given) or [
+        f"offending: the indexed value has {found.group(1)} dimensions, no one for the components.",
+        'mend: sample one value for each component, inside `with pyro.plate("components", K):`',
     ]
 
 
@@ -221,11 +250,9 @@ HINTS: tuple[tuple[str, Callable[..., list[str]]], ...] = (
     ),
     (
         r"too many indices for tensor of dimension (\d+)",
-        _fixed(
-            "offending: the indexed value has {0} dimensions, no one for the components.",
-            'mend: sample one value for each component, inside `with pyro.plate("components", K):`',
-        ),
+        _dimensions,
     ),
+    (r"invalid data type 'str'|only integers, slices", _columns),
     (r"index (\d+) is out of bounds|index out of range()", _bounds),
     (
         r"reinterpreted_batch_ndims <= len\(base_distribution.batch_shape\), actual (\d+) vs (\d+)",

@@ -21,6 +21,8 @@ def family_arguments(fn: Any) -> dict[str, Any]:
     Of two ways to say the same (probs and logits, covariance and precision) the one that was given is kept.
     """
     base = unwrap(fn)
+    if type(base).__name__ == "TransformedDistribution":  # its name tells the transforms
+        return family_arguments(base.base_dist)
     own = vars(base)
     nested = [vars(v) for k, v in own.items() if isinstance(v, torch.distributions.Distribution)]
     nested += [vars(unwrap(v)) for v in own.values() if isinstance(v, torch.distributions.Distribution)]
@@ -43,10 +45,24 @@ def family_arguments(fn: Any) -> dict[str, Any]:
             value = getattr(base, name, None) if name in allowed else None
             if isinstance(value, Tensor):
                 found[name] = value
+    if {"probs", "logits"} <= set(found):  # PyTorch keeps the other one too, once it was asked for
+        holders = (own, *nested)
+        given = any("logits" in h and h.get("_param") is h["logits"] for h in holders)
+        del found["probs" if given else "logits"]
     if {"covariance_matrix", "precision_matrix", "scale_tril"} & set(names):
         order = ("df", "loc", "covariance_matrix", "precision_matrix", "scale_tril")
         found = {n: found[n] for n in (*order, *(k for k in found if k not in order)) if n in found}
     return found
+
+
+def family_name(fn: Any) -> str:
+    """Class of a distribution; of one that is made by transforming another, their names too: Ordered-Normal."""
+    base = unwrap(fn)
+    name = type(base).__name__
+    if name != "TransformedDistribution":
+        return name
+    steps = [type(t).__name__.removesuffix("Transform") for t in reversed(base.transforms)]
+    return "-".join([*steps, family_name(base.base_dist)])
 
 
 def _constructor_names(family: type) -> list[str]:
@@ -84,7 +100,7 @@ class Recorder(Messenger):
         if site_is_subsample(msg):
             return
         name, fn, value, watch = msg["name"], msg["fn"], msg["value"], self.watch
-        family = type(unwrap(fn)).__name__
+        family = family_name(fn)
         if site_is_deterministic(msg):
             kind, made_of, parts = "deterministic", {"value": value}, [value]
         elif family == "Unit":

@@ -65,6 +65,7 @@ def sample_rows(posterior: Posterior, num: int, seed: int | None) -> dict[str, T
     parts: list[dict[str, Tensor]] = []
     with posterior.problem.scope(posterior.seed + 1 if seed is None else seed):
         indices = posterior.some_draws(min(SAMPLE_DRAWS, num))
+        posterior.problem.check_shared(cycled(posterior, max(num // len(indices), 2)))
         for k, i in enumerate(indices):
             size = num // len(indices) + (k < num % len(indices))
             trace = run_forward(posterior, global_values(posterior, i), cycled(posterior, max(size, 2)))
@@ -72,9 +73,13 @@ def sample_rows(posterior: Posterior, num: int, seed: int | None) -> dict[str, T
                 {
                     s.name: rows_first(trace, s.name, posterior)[:size]
                     for s in structure.sites
-                    if s.local and s.kind != "param"
+                    if s.local and s.kind not in ("param", "factor")
                 }
             )
+    if not parts[0]:
+        raise ValueError(
+            "the rows are told by pyro.factor alone, which has a density and no draws; sample a site to draw it"
+        )
     return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
 

@@ -65,17 +65,57 @@ def run_and_compare(model: Callable, kwargs: dict[str, Any], dtype: torch.dtype)
 def shorter(
     model: Callable, kwargs: dict[str, Any], dtype: torch.dtype, full: dict[str, Record]
 ) -> tuple[dict[str, Record], dict[str, Any]]:
-    """A run on the first rows only, where that tells the same sites."""
-    rows = row_arguments(full, kwargs, find_data_plate(full, kwargs))
+    """A run on a few rows only, where that tells the same sites and what the rows share keeps its shape."""
+    plate = find_data_plate(full, kwargs)
+    rows = row_arguments(full, kwargs, plate)
     if not rows or len(kwargs[rows[0]]) <= 2 * FEW_ROWS:
         return full, kwargs
-    few = take_rows(kwargs, rows, slice(0, FEW_ROWS))
-    try:
-        with isolated(0, dtype):
-            first = record(model, few)
-    except (ValueError, RuntimeError, IndexError):
-        return full, kwargs  # something of full length lies outside the arguments: keep to all rows
-    return (first, few) if first.keys() == full.keys() else (full, kwargs)
+    choices: list[Any] = [slice(0, FEW_ROWS)]
+    if (telling := extreme_rows(kwargs, rows)) is not None:
+        choices.append(telling)
+    for some in choices:
+        few = take_rows(kwargs, rows, some)
+        try:
+            with isolated(0, dtype):
+                first = record(model, few)
+        except (ValueError, RuntimeError, IndexError):
+            continue  # something of full length lies outside the arguments
+        if first.keys() == full.keys() and shares_alike(first, full, plate):
+            return first, few
+    return full, kwargs
+
+
+def extreme_rows(kwargs: dict[str, Any], rows: tuple[str, ...]) -> Tensor | None:
+    """The last rows, and those with the least and the greatest of every whole-numbered argument.
+
+    A story that counts its groups in the data (`int(group.max()) + 1`) tells as many of them there as on all rows.
+    """
+    whole = [
+        kwargs[n].flatten(1) if kwargs[n].ndim > 1 else kwargs[n].unsqueeze(1) for n in rows if is_whole(kwargs[n])
+    ]
+    if not whole:
+        return None
+    n = len(whole[0])
+    ends = [part for v in whole for part in (v.argmin(0)[:FEW_ROWS], v.argmax(0)[:FEW_ROWS]) if v.shape[1]]
+    last = torch.arange(max(0, n - FEW_ROWS), n, device=whole[0].device)
+    return torch.cat([last, *ends]).unique()
+
+
+def is_whole(value: Any) -> bool:
+    """Whether an argument holds whole numbers, such as labels of groups."""
+    return isinstance(value, Tensor) and not value.is_floating_point() and value.ndim > 0
+
+
+def shares_alike(few: dict[str, Record], full: dict[str, Record], data_plate: str | None) -> bool:
+    """Whether unknowns outside the data plate, and every other plate, have the same size in both runs."""
+    for name, r in full.items():
+        other = few[name]
+        sizes = [{p: n for p, n in zip(x.plates, x.plate_sizes) if p != data_plate} for x in (r, other)]
+        if sizes[0] != sizes[1]:
+            return False
+        if r.kind in ("latent", "param") and data_plate not in r.plates and r.shape != other.shape:
+            return False
+    return True
 
 
 def run_few(
@@ -100,7 +140,18 @@ def run_few(
     except (ValueError, RuntimeError, IndexError):
         return None
     first, second = runs
-    if row_arguments(first, parts[0], find_data_plate(first, parts[0])) != names or first.keys() != second.keys():
+    plate = find_data_plate(first, parts[0])
+    if first.keys() != second.keys() or not shares_alike(first, second, plate):
+        return None
+    if (telling := extreme_rows(kwargs, names)) is not None:
+        try:
+            with isolated(0, dtype):
+                third = record(model, take_rows(kwargs, names, telling))
+        except (ValueError, RuntimeError, IndexError):
+            return None
+        if third.keys() != first.keys() or not shares_alike(first, third, plate):
+            return None  # groups are counted in the data
+    if row_arguments(first, parts[0], plate) != names:
         return None
     full = {}
     for name, r in first.items():
@@ -178,12 +229,11 @@ def run_checked(
         notes.append(f"{', '.join(kept)} stays in float32; parameters and sums are {str(dtype).removeprefix('torch.')}")
     for r in list(runs.full.values()):
         value = kwargs.get(r.argument) if r.argument else None
-        wants = r.kind == "observed" and (
-            not r.discrete or r.family == "Bernoulli"
-        )  # whose density is PyTorch's entropy
-        if wants and isinstance(value, Tensor) and not value.is_floating_point():
+        whole = isinstance(value, Tensor) and not value.is_floating_point()
+        if r.kind == "observed" and isinstance(value, Tensor) and whole and (not r.discrete or refuses_whole(r)):
             kwargs = {**kwargs, str(r.argument): value.to(dtype)}
-            notes.append(f"{r.argument} holds whole numbers and {r.family} wants real ones: converted to {dtype}")
+            if not r.discrete:
+                notes.append(f"{r.argument} holds whole numbers and {r.family} wants real ones: converted to {dtype}")
             runs = run_and_compare(model, kwargs, dtype)
     return runs, kwargs, dtype, notes
 
@@ -198,6 +248,18 @@ def widened(kwargs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 def single_latents(runs: Runs) -> list[str]:
     """Continuous latents that the story draws in single precision."""
     return [n for n, r in runs.full.items() if r.kind == "latent" and r.value.dtype == torch.float32]
+
+
+def refuses_whole(r: Record) -> bool:
+    """Whether a discrete family has no density of whole numbers, as PyTorch's Bernoulli has not."""
+    if r.family not in ("Bernoulli", "MixtureSameFamily"):
+        return False
+    try:
+        with torch.no_grad():
+            r.fn.log_prob(r.value)
+    except RuntimeError as error:
+        return is_dtype_error(error) or "can't be cast" in str(error)
+    return False
 
 
 def is_dtype_error(error: RuntimeError) -> bool:
@@ -230,6 +292,33 @@ def as_floats(kwargs: dict[str, Any], dtype: torch.dtype) -> tuple[dict[str, Any
     whole = [n for n, v in kwargs.items() if isinstance(v, Tensor) and not v.is_floating_point()]
     floats = {n: v.to(dtype) if n in whole else v for n, v in kwargs.items()}
     return floats, f"{', '.join(whole)}: whole numbers converted to {dtype}" if whole else ""
+
+
+def check_switches(model: Callable, kwargs: dict[str, Any], dtype: torch.dtype) -> None:
+    """Truth values are masks and switches for a story; one that a site observes must say what True counts as.
+
+    Raises
+    ------
+    TypeError
+        A site observes an argument of dtype bool, or the story cannot be told with one and could with numbers.
+    """
+    switches = [n for n, v in kwargs.items() if isinstance(v, Tensor) and v.dtype == torch.bool]
+    if not switches:
+        return
+
+    def told(values: dict[str, Any]) -> set[str | None] | None:
+        try:
+            with isolated(0, dtype):
+                return {r.argument for r in record(model, values).values() if r.kind == "observed"}
+        except (ValueError, RuntimeError, TypeError, IndexError):
+            return None
+
+    seen = told(kwargs)
+    if seen is None and told({n: v.to(dtype) if n in switches else v for n, v in kwargs.items()}) is not None:
+        seen = set(switches)
+    if wrong := [n for n in switches if n in (seen or ())]:
+        name = wrong[0]
+        raise TypeError(f"{name} has dtype bool; say what True counts as: pass {name}.float() or {name}.astype(float)")
 
 
 def check_covariates(model: Callable, kwargs: dict[str, Any], dtype: torch.dtype) -> None:

@@ -45,8 +45,9 @@ class Score:
         return (self.rows.std() / math.sqrt(len(self.rows))).item() if len(self.rows) > 1 else math.nan
 
     def __repr__(self) -> str:
+        spread = f" ± {self.standard_error:.4f} a row over {len(self.rows)} rows" if len(self.rows) > 1 else ""
         return (
-            f"log density {self.mean:.4f} ± {self.standard_error:.4f} a row over {len(self.rows)} rows "
+            f"log density {self.mean:.4f}{spread or ' of all there is (no rows)'} "
             f"({self.estimator}; {self.bound}; Monte Carlo error up to {self.monte_carlo_error.max().item():.2g})"
         )
 

@@ -154,7 +154,7 @@ def site_record(msg: dict, kwargs: Mapping[str, Any]) -> Record:
         name,
         kind,
         type(base).__name__ if kind not in ("factor", "deterministic") else kind,
-        tuple(getattr(value, "shape", ())),
+        tuple(getattr(value, "shape", ())) if kind != "factor" else tuple(fn.batch_shape),
         tuple(getattr(fn, "event_shape", ())),
         tuple(f.name for f in frames),
         tuple(f.size for f in frames),

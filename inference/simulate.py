@@ -1,6 +1,7 @@
 """Dream up data: run a story forward."""
 
-from collections.abc import Mapping
+import inspect as signatures
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro
@@ -12,6 +13,7 @@ from torch import Tensor
 from .handlers import FlatStart, unwrap
 from .mending import MISTAKES, retold
 from .problem import story_dtype
+from .rehearsal import is_dtype_error
 from .session import isolated
 from .shapes import Record
 from .structure import pair
@@ -35,17 +37,51 @@ def simulate(
 
     Raises
     ------
+    TypeError
+        Arguments that the story needs are missing, or it does not take one.
     ValueError
         `given` names a site that the story does not have, or a prior is improper and has no draws. A mistake in the
         story: where it stops, what had been drawn, and the line that mends it.
     """
     model, _ = pair(story)
+    _check_arguments(model, given or {}, arguments)
     fixed = {name: torch.as_tensor(value) for name, value in (given or {}).items()}
     inputs = {
-        n: torch.as_tensor(v) if hasattr(v, "__array__") and not isinstance(v, Tensor) else v
+        n: torch.as_tensor(v)
+        if hasattr(v, "__array__") and not isinstance(v, Tensor) and not hasattr(v, "columns")
+        else v
         for n, v in arguments.items()
     }
-    with isolated(seed, story_dtype(story)), torch.no_grad(), poutine.block(), FlatStart():
+    try:
+        return _told(model, fixed, inputs, seed, story_dtype(story))
+    except RuntimeError as error:
+        if not is_dtype_error(error):
+            raise
+        return _told(
+            model, fixed, inputs, seed, torch.float32
+        )  # the story holds single numbers, as `fit` finds out too
+
+
+def _check_arguments(model: Callable, given: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    """What the story cannot be told without, or does not know."""
+    parameters = signatures.signature(model).parameters
+    kinds = (signatures.Parameter.POSITIONAL_OR_KEYWORD, signatures.Parameter.KEYWORD_ONLY)
+    names = [n for n, p in parameters.items() if p.kind in kinds]
+    needed = [n for n in names if parameters[n].default is signatures.Parameter.empty and n not in arguments]
+    if needed:
+        text = f"the story needs {needed} and takes {names}: simulate(story, {', '.join(f'{n}=...' for n in needed)})"
+        raise TypeError(text + ("; given={...} holds sites fixed, not arguments" if set(needed) & set(given) else ""))
+    if any(p.kind == signatures.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return
+    if unknown := [n for n in arguments if n not in names]:
+        raise TypeError(f"the story does not take {unknown}; its arguments are {names}")
+
+
+def _told(
+    model: Callable, fixed: dict[str, Tensor], inputs: dict[str, Any], seed: int | None, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """One draw of every site in this precision."""
+    with isolated(seed, dtype), torch.no_grad(), poutine.block(), FlatStart():
         fixed, inputs = in_default_dtype(fixed), in_default_dtype(inputs)
         try:
             tracer = poutine.trace(pyro.condition(model, fixed))

@@ -1,7 +1,7 @@
 """What a story says about itself: sites, plates, what is local, what can be summed out, what has a density at all."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,10 @@ from .transforms import unconstrain_to
 
 #: Bytes that summing out finite latents may take before it is refused.
 ENUMERATION_LIMIT = 4 * 2**30
+
+
+#: Steps of one series that are all listed.
+MOST_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -191,8 +195,13 @@ class Structure:
             if divider:
                 networks[network] = networks.get(network, 0) + math.prod(s.shape)
         rows += [(n, "param", "network", f"{count:,} weights", "", "", "", "") for n, count in networks.items()]
+        hidden, told = middle_steps([s.name for s in self.sites]), False
         for s in self.sites:
             if "$$$" in s.name:
+                continue
+            if s.name in hidden:
+                rows += [] if told else [("...", f"{len(hidden)} more steps", "", "", "", "", "", "")]
+                told = True
                 continue
             where = {"latent": "local" if s.local else "global"}.get(s.kind, "local" if s.local else "")
             kind = s.kind + (f", {s.missing} cells missing" if s.missing else "")
@@ -207,7 +216,7 @@ class Structure:
         lines.append(f"plates: {plates or 'none'}")
         if self.finite:
             lines.append(
-                f"summing out {', '.join(s.name for s in self.finite)}: tables of "
+                f"summing out {shortened([s.name for s in self.finite])}: tables of "
                 f"{self.enumeration_elements():,.0f} elements, {format_bytes(self.enumeration_bytes())}"
             )
         if self.unnormalised:
@@ -215,6 +224,21 @@ class Structure:
         if self.implicit:
             lines.append("implicit: the story generates data without a density")
         return "\n".join(lines + [f"note: {n}" for n in self.notes])
+
+
+def middle_steps(names: Sequence[str]) -> set[str]:
+    """Steps of long series (h_0, h_1, ..., h_99) that a table leaves out: all but the first two and the last."""
+    series: dict[str, list[str]] = {}
+    for name in names:
+        stem, divider, number = name.rpartition("_")
+        if divider and number.isdigit():
+            series.setdefault(stem, []).append(name)
+    return {name for steps in series.values() if len(steps) > MOST_STEPS for name in steps[2:-1]}
+
+
+def shortened(names: Sequence[str], most: int = 4) -> str:
+    """a, b, c, d, ... (80 in all)"""
+    return ", ".join(names) if len(names) <= 2 * most else f"{', '.join(names[:most])}, ... ({len(names)} in all)"
 
 
 def format_bytes(count: float) -> str:
@@ -251,6 +275,7 @@ def find_data_plate(records: dict[str, Record], kwargs: dict[str, Any]) -> str |
     Without one, the outermost plate of the first observed site that is as long as an argument.
     """
     seen = [r for r in records.values() if r.kind == "observed"]
+    seen = seen or [r for r in records.values() if r.kind == "factor" and r.plates]  # a likelihood told by pyro.factor
     if not seen:
         return None
     names = {name for r in seen for name in r.plates}

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 #: What Pyro writes between the name of a network and that of its weight.
 NETWORK = "$$$"
-#: Entries that a table lists.
-ROWS = 200
+#: Entries that a table lists, and entries of locals that it lists where there is nothing else.
+ROWS, FEW_LOCALS = 200, 20
 
 
 @dataclass(frozen=True, repr=False)
@@ -62,8 +62,12 @@ def summarise(posterior: Posterior) -> Summary:
     rows: list[dict[str, float]] = []
     names: list[str] = []
     local = {b.name for b in posterior.joint.blocks if b.local}
+    few = sum(math.prod(v.shape[1:]) for v in posterior.draws.values()) <= FEW_LOCALS
+    hidden = (
+        set() if local.issuperset(posterior.draws) and few else local
+    )  # two arms of a trial are all there is to see
     for name, value in posterior.draws.items():
-        if name in local:
+        if name in hidden:
             continue
         array = value.double().cpu().numpy()
         for index in entries(tuple(array.shape[1:])):
@@ -85,11 +89,11 @@ def summarise(posterior: Posterior) -> Summary:
     heading = [head_line(posterior)]
     if seen := data_line(posterior):
         heading.append(seen)
-    total = sum(math.prod(v.shape[1:]) for n, v in posterior.draws.items() if n not in local)
+    total = sum(math.prod(v.shape[1:]) for n, v in posterior.draws.items() if n not in hidden)
     if total > len(rows):
         heading.append(f"the first {len(rows)} of {total} entries")
     heading += [f"{name} is a network of {count:,} weights" for name, count in network_weights(posterior).items()]
-    for name in sorted(local):
+    for name in sorted(hidden):
         heading.append(f"{name} is local: posterior.local({name!r})")
     if several := posterior.diagnostics.get("restarts"):
         heading.append(restarts_line(several))

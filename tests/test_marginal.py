@@ -136,15 +136,34 @@ def test_a_few_locals_are_sampled():
         assert density_of_globals(problem).dim == 10
 
 
-def test_an_effect_of_unknown_spread_is_sampled():
-    """Centred effects are not integrated out: with a spread that goes to 0, rows read off at 1 have no digits left."""
+def test_effects_of_unknown_spread_are_integrated_whatever_it_is():
+    """Measurement error in closed form, (w, y) bivariate normal: a spread of 1e-7 or a noise of 1e-6 must leave digits."""
 
-    def centred(x):
-        s = pyro.sample("s", dist.HalfNormal(1.0))
-        with pyro.plate("rows", len(x)):
-            z = pyro.sample("z", dist.Normal(0.0, s))
-            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+    def measured(w, y):
+        noise = pyro.sample("noise", dist.HalfNormal(1.0))
+        spread = pyro.sample("spread", dist.HalfNormal(1.0))
+        slope = pyro.sample("slope", dist.Normal(0.0, 3.0))
+        with pyro.plate("rows", len(w)):
+            x = pyro.sample("x", dist.Normal(1.0, spread))
+            pyro.sample("w", dist.Normal(x, 0.5), obs=w)
+            pyro.sample("y", dist.Normal(slope * x, noise), obs=y)
 
-    problem = prepare(centred, torch.randn(80), seed=0)
+    torch.manual_seed(0)
+    w, y = torch.randn(80, dtype=torch.float64), torch.randn(80, dtype=torch.float64)
+    problem = prepare(measured, {"w": w, "y": y}, seed=0)
     with problem.scope(0):
-        assert not isinstance(density_of_globals(problem), MarginalJoint)
+        joint = density_of_globals(problem)
+        assert isinstance(joint, MarginalJoint)
+        for spread, noise in ((2.0, 0.2), (0.1, 0.2), (1e-4, 0.2), (1e-7, 0.2), (1.0, 1e-4), (1.0, 1e-6)):
+            values = {"spread": spread, "noise": noise, "slope": -1.3}
+            theta = {n: torch.tensor(v, requires_grad=True) for n, v in values.items()}
+            found = joint.likelihood(theta)
+            load = torch.stack([torch.ones(()), theta["slope"]])
+            cov = theta["spread"] ** 2 * load[:, None] * load + torch.diag(
+                torch.stack([torch.tensor(0.25), theta["noise"] ** 2])
+            )
+            exact = dist.MultivariateNormal(load, cov).log_prob(torch.stack([w, y], -1)).sum()
+            torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-7)
+            slopes = [torch.autograd.grad(v, list(theta.values())) for v in (found, exact)]
+            for n, a, b in zip(theta, *slopes, strict=True):
+                torch.testing.assert_close(a * theta[n], b * theta[n], rtol=1e-4, atol=1e-3)

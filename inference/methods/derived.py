@@ -68,6 +68,15 @@ class DerivedTarget:
         self.axes = {
             b.name: axis for b, p in zip(self.joint.blocks, self.part.blocks) if (axis := cut(b, p)) is not None
         }
+        shared = [
+            n for n in self.axes if self.problem.structure[n].kind == "latent" and not self.problem.structure[n].local
+        ]
+        if shared:
+            raise ValueError(
+                f"SVI(batch_size={batch_size}): the size of {', '.join(shared)} changes with the rows that are shown, outside "
+                f"plate {problem.structure.data_plate!r}: a batch would tell another story. Use batch_size=None, or give that "
+                f"size to the story as a number"
+            )
         if self.axes and family != "mean_field":
             raise ValueError(
                 f"SVI(guide={family!r}, batch_size={batch_size}): {', '.join(self.axes)} have a value a row, which are "

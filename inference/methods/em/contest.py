@@ -15,6 +15,7 @@ from ..blame import impossibility, impossible
 from .climb import Climb, Limits, Run, batch, begin, incremental, stepwise
 from .engine import Enumeration
 from .repair import EMPTY, collapsed, reseed
+from .vanishing import vanished
 
 if TYPE_CHECKING:
     from ...joint import LogJoint
@@ -255,6 +256,11 @@ class Contest:
             warnings.append(
                 f"without priors the spread of a constant column falls to 0: it stands at the variance floor "
                 f"(ridge={self.em.ridge:g}), and the likelihood says nothing"
+            )
+        if self.em.estimate == "map" and (gone := vanished(self.joint, best.theta)):
+            warnings.append(
+                f"the spread of {', '.join(gone)} fell to 0: with its scale unknown too, a hierarchy has no highest point, and "
+                f"this one says nothing about the data; use NUTS or SVI, which ask for volume, or fix the scale"
             )
         if self.problem.want == "posterior":
             warnings.append("EM gives points for the globals: it says nothing about their uncertainty")

@@ -105,7 +105,7 @@ class Enumeration:
         wide = [c.rows.num_words for c, _ in self.mixture.counted] if self.mixture is not None else []
         rows = sample_rows(joint, seeds[0], max(wide, default=1))
         kwargs = few_kwargs(joint, rows)
-        labels = self.ranks.first(clusters(joint, kwargs, len(seeds), seeds[0]) if joint.finite else None)
+        labels = self.ranks.first(clusters(joint, kwargs, len(seeds), seeds[0], offset) if joint.finite else None)
         if labels is None:
             return stack([self.start_without(seed, offset + i) for i, seed in enumerate(seeds)])
         if self.together and self.mixture is not None and rows is not None:

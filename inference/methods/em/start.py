@@ -1,4 +1,7 @@
-"""Where EM starts: k-means++ clusters where latents have observed children, else the story's guide or its prior."""
+"""Where EM starts: k-means++ clusters where latents have observed children, else the story's guide or its prior.
+
+Where rows bring covariates, clusters of values alone always cut the same way; every other start is clusters about planes.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,8 @@ SAMPLE, SWEEPS = 8_000, 30
 CANDIDATES, MANY = 4, 5_000
 #: Share of a row that is spread over all states at the start: a class that no row of a cluster shows stays possible.
 SOFT = 0.05
+#: Sweeps of clusterwise regression, most covariates that it looks at, and its ridge per row.
+PLANE_SWEEPS, PLANE_COLUMNS, PLANE_RIDGE = 12, 20, 1e-3
 #: Entries of the largest table of distances.
 DISTANCES = 4_000_000
 
@@ -82,9 +87,10 @@ def standardised(node: dict) -> Tensor:
     return share * (table - table.mean(0)) / table.std(0, correction=0).clamp_min(1e-12)
 
 
-def clusters(joint: LogJoint, kwargs: dict[str, Any], runs: int, seed: int) -> Clusters | None:
+def clusters(joint: LogJoint, kwargs: dict[str, Any], runs: int, seed: int, number: int = 0) -> Clusters | None:
     """Labels (R, rows) for every finite local latent from k-means on its observed children, or None.
 
+    `number` is that of the first run: runs with odd numbers are clusters about planes where rows bring covariates.
     Latents with the same number of states and children of the same width (the steps of a chain) share one clustering.
     """
     tables = children_tables(joint, kwargs)
@@ -102,8 +108,47 @@ def clusters(joint: LogJoint, kwargs: dict[str, Any], runs: int, seed: int) -> C
         if len(table) > SAMPLE:  # chains: one clustering of all steps is learned from some
             chosen = torch.randperm(len(table), generator=generator, device="cpu")[:SAMPLE]
         found = nearest(table, distinct(table[chosen], states, runs, generator))
+        planes = covariate_table(joint, kwargs, rows) if len(members) == 1 and states > 1 else None
+        odd = [r for r in range(runs) if (number + r) % 2]
+        if planes is not None and odd:
+            found[odd] = about_planes(planes, table, states, len(odd), generator)
         for i, name in enumerate(members):
             labels[name] = found[:, i * rows : (i + 1) * rows].to(joint.problem.device)
+    return labels
+
+
+def covariate_table(joint: LogJoint, kwargs: dict[str, Any], rows: int) -> Tensor | None:
+    """What is known of the rows beside the observed values, (rows, columns) of unit variance, or None."""
+    seen = {s.argument for s in joint.structure.observed}
+    columns = []
+    for name in joint.structure.row_arguments:
+        value = kwargs[name]
+        if name not in seen and isinstance(value, Tensor) and len(value) == rows:
+            table = value.reshape(rows, -1).double()
+            columns.append(table[:, table.std(0, correction=0) > 0])
+    table = torch.cat(columns, 1)[:, :PLANE_COLUMNS] if columns else torch.empty(rows, 0)
+    return (table - table.mean(0)) / table.std(0, correction=0) if table.shape[1] else None
+
+
+def about_planes(x: Tensor, y: Tensor, k: int, runs: int, generator: torch.Generator) -> Tensor:
+    """Labels (R, rows) of k planes through covariates x (rows, C) and values y (rows, D), from random planes.
+
+    Clusterwise linear regression (Spaeth, Computing 22, 1979): every row goes to the plane that is nearest to its value,
+    every plane to the least squares of its rows.
+    """
+    n = len(x)
+    x = torch.cat([x.new_ones(n, 1), x.to(y.device)], 1).to(y)
+    width = x.shape[1]
+    slope = torch.randn(runs, k, width, y.shape[1], generator=generator, dtype=y.dtype) * (width - 1) ** -0.5
+    slope[:, :, 0] *= 0.5
+    labels = torch.zeros(runs, n, dtype=torch.long)
+    ridge = PLANE_RIDGE * n * torch.eye(width, dtype=y.dtype)
+    for _ in range(PLANE_SWEEPS):
+        for r in range(runs):  # one run at a time: the distances of all runs at once would be a large table
+            labels[r] = (y - x @ slope[r]).square().sum(-1).argmin(0)
+            hot = one_hot(labels[r], k).to(y)
+            square = torch.einsum("nk,nc,nd->kcd", hot, x, x) + ridge
+            slope[r] = torch.linalg.solve(square, torch.einsum("nk,nc,nd->kcd", hot, x, y))
     return labels
 
 
