@@ -278,6 +278,8 @@ def start(share: str) -> Ranks:
                 f"WORLD_SIZE={os.environ['WORLD_SIZE']} says that there are several processes, and {', '.join(missing)} "
                 f"is not set: start them with torchrun, or pass ranks='alone'"
             )
+        if wrong := [n for n in ("RANK", "MASTER_PORT") if not os.environ[n].isdigit()]:
+            raise ValueError(f"{wrong[0]}={os.environ[wrong[0]]!r} must be a whole number")
         join()
     if dist.get_world_size() < 2:
         return ALONE
