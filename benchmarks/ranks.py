@@ -85,7 +85,8 @@ def deviation(name: str, found: dict[str, np.ndarray], wanted: dict[str, np.ndar
     worst = 0.0
     for key, value in wanted.items():
         if key.startswith(f"{name}/") and value.size:
-            worst = max(worst, float(np.abs(found[key] - value).max() / max(1.0, np.abs(value).max())))
+            value, other = value.astype(float), found[key].astype(float)
+            worst = max(worst, float(np.abs(other - value).max() / max(1.0, np.abs(value).max())))
     return worst
 
 

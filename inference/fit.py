@@ -10,7 +10,7 @@ import torch
 
 from .choose import WANTS, Choice, check_request, choose
 from .devices import DeviceChoice, settled
-from .distributed import ALONE, SHARES, Ranks, own_device, start
+from .distributed import ALONE, SHARES, Ranks, first_warns, own_device, start
 from .guard import MemoryGuard, frees_memory
 from .lazy_rows import has_lazy, resident
 from .mending import MISTAKES, known, retold
@@ -126,7 +126,8 @@ def fit(
             progress=progress and others.leads,
         )
 
-    problem = others.together(lambda: on(device))
+    with first_warns(others):
+        problem = others.together(lambda: on(device))
     if others.several:
         problem = replace(problem, seed=others.first(problem.seed))
     choice = others.together(lambda: decide(problem, method))
@@ -137,7 +138,8 @@ def fit(
     place = None
     if device == "auto":
         problem, place = on_a_device(problem, choice, on, others)
-    posterior = run(problem, choice, time.perf_counter() - began, others, memory)
+    with first_warns(others):
+        posterior = run(problem, choice, time.perf_counter() - began, others, memory)
     if place is not None:
         told = {**posterior.diagnostics, "device": str(place)}
         posterior = replace(posterior, diagnostics=told, timings={**posterior.timings, **place.timings})
