@@ -237,9 +237,8 @@ def climb(
         )
         state = ranks.first(first.state) if ranks.shares_rows else first.state
     else:
-        state = Counts(
-            *(found[0][n] for n in ("N", "Nk")), alpha.new_zeros(0, len(alpha)), found[0]["alpha"], found[0]["eta"]
-        )
+        kept = found[0]
+        state = Counts(kept["N"], kept["Nk"], alpha.new_zeros(0, len(alpha)), kept["alpha"], kept["eta"])
     run = StreamedCounts(documents, state, learn_alpha, learn_eta, tied, seed, ranks)
     history: list[float] = []
     if found is not None:
