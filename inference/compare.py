@@ -20,7 +20,7 @@ from .agreement import Agreement, agree
 from .choose import check_request
 from .crosscheck import STRENGTH, all_seconded
 from .data import take_rows
-from .distributed import start
+from .distributed import first_warns, start
 from .errors import DivergenceError
 from .fit import fit
 from .methods import METHODS, resolve
@@ -165,7 +165,8 @@ def compare(
     asked = {"methods": chosen, "test": test, "guide": guide, "seed": seed, "device": device, "budget": budget}
     same_call(others, "compare", story=story, **asked, cross_check=cross_check)
     seed = others.first(fresh_seed()) if seed is None else seed
-    problem = others.together(lambda: prepare(story, data, guide=guide, device=device, seed=seed))
+    with first_warns(others):
+        problem = others.together(lambda: prepare(story, data, guide=guide, device=device, seed=seed))
     train, held, notes = split(problem, data, test, seed)
     show = (sys.stderr.isatty() if progress is None else progress) and others.leads
     posteriors, refused = answers(problem, story, train, chosen, guide, seed, device, budget, show)

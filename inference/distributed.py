@@ -15,7 +15,9 @@ import gc
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -278,6 +280,8 @@ def start(share: str) -> Ranks:
                 f"WORLD_SIZE={os.environ['WORLD_SIZE']} says that there are several processes, and {', '.join(missing)} "
                 f"is not set: start them with torchrun, or pass ranks='alone'"
             )
+        if wrong := [n for n in ("RANK", "MASTER_PORT") if not os.environ[n].isdigit()]:
+            raise ValueError(f"{wrong[0]}={os.environ[wrong[0]]!r} must be a whole number")
         join()
     if dist.get_world_size() < 2:
         return ALONE
@@ -340,6 +344,15 @@ def tells_first() -> bool:
         return store.add(f"zoo/told/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1) == 1
     except RuntimeError:  # the one that kept the store is gone
         return True
+
+
+@contextmanager
+def first_warns(ranks: Ranks) -> Iterator[None]:
+    """Warnings of the first rank only: the others would say the same."""
+    with warnings.catch_warnings() if ranks.several and not ranks.leads else nullcontext():
+        if ranks.several and not ranks.leads:
+            warnings.simplefilter("ignore")
+        yield
 
 
 def own_device(device: str | torch.device) -> str | torch.device:

@@ -12,7 +12,7 @@ import torch
 
 from .choose import WANTS, Choice, check_request, choose
 from .devices import DeviceChoice, only_here, settled
-from .distributed import ALONE, SHARES, Ranks, own_device, start
+from .distributed import ALONE, SHARES, Ranks, first_warns, own_device, start
 from .guard import MemoryGuard, frees_memory
 from .lazy_rows import has_lazy, resident
 from .mending import MISTAKES, known, retold
@@ -130,7 +130,8 @@ def fit(
             progress=progress and others.leads,
         )
 
-    problem = others.together(lambda: on(device))
+    with first_warns(others):
+        problem = others.together(lambda: on(device))
     if others.several:
         problem = replace(problem, seed=others.first(problem.seed))
     choice = others.together(lambda: decide(problem, method))
@@ -143,7 +144,8 @@ def fit(
         problem, place = on_a_device(problem, choice, on, others)
     if problem.device.type != "cpu" and (alone := only_here(problem, choice.method)):
         problem, place = brought_home(problem), DeviceChoice("cpu", (), alone, str(device))
-    posterior = run(problem, choice, time.perf_counter() - began, others, memory)
+    with first_warns(others):
+        posterior = run(problem, choice, time.perf_counter() - began, others, memory)
     if place is not None:
         told = {**posterior.diagnostics, "device": str(place)}
         posterior = replace(posterior, diagnostics=told, timings={**posterior.timings, **place.timings})

@@ -19,6 +19,8 @@ from .errors import RankError
 
 #: A talk that may take as long as chains do.
 FOREVER = timedelta(days=3650)
+#: What ranks that are all there need to open the lines.
+MEETING = timedelta(seconds=20)
 
 
 class Lifeline:
@@ -92,6 +94,7 @@ class Lifeline:
 
         before = (self.ranks.rank - 1) % self.ranks.size
         try:
-            dist.recv(torch.zeros(1), before, group=Lifeline._group, tag=Lifeline._count)
+            word: Any = dist.irecv(torch.zeros(1), before, group=Lifeline._group, tag=Lifeline._count)
+            word.wait(FOREVER)
         except Exception as error:  # told by the rank itself, not by its listener
             self._error = error

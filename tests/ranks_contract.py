@@ -1,7 +1,10 @@
 """What ranks are asked and answer beyond the numbers of `ranks_work.py`: `torchrun ranks_contract.py FOLDER NAME...`."""
 
+import contextlib
+import io
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +18,7 @@ import torch
 from ranks_work import RANK, SIZE, clusters, factors, line, line_guide, lines, own, stopped_at
 from torch import Tensor
 
-from inference import EM, SVI, compare, fit
+from inference import EM, NUTS, SVI, compare, fit
 from zoo import GMM, FactorAnalysis
 
 WORK: dict[str, Callable[[], dict[str, object]]] = {}
@@ -167,6 +170,27 @@ def compared() -> dict[str, object]:
         "held": torch.stack(list(found.heldout.values())),
         "trained": trained,
     }
+
+
+def warning_story(x: Tensor) -> None:
+    """A normal mean, told with a warning."""
+    warnings.warn(f"told by rank {RANK}", UserWarning, stacklevel=1)
+    mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mu, 1.0), obs=x)
+
+
+@piece
+def warned() -> dict[str, object]:
+    """A story that warns, under every kind of method, with bars that are asked for."""
+    x = own(clusters())[:50, 0]
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()) as said:
+        warnings.simplefilter("always")
+        for method in (SVI(guide="mean_field", steps=20, starts=1, draws=25, mode="eager"), EM(restarts=1, max_iter=5)):
+            fit(warning_story, x, method, seed=1, ranks="own", progress=True)
+        chains = NUTS(chains=2, warmup=5, draws=5, backend="eager")
+        fit(warning_story, clusters()[:50, 0], chains, seed=1, progress=True)
+    return {"said": said.getvalue()}
 
 
 def batches(path: Path | None, seed: int = 1) -> object:

@@ -381,6 +381,15 @@ def test_a_rank_killed_at_any_moment(trial, tmp_path, monkeypatch):
     check_answer(tmp_path, size, {k: np.asarray(v) for k, v in ranks_work.work(["lasting"])["lasting"].items()})
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["em", "svi", "params", "hmc", "nuts", "lda"])
+def test_survivors_of_a_rank_end_by_themselves(method):
+    """No torchrun looks after them: a few kills of `faults/rank_kills.py`, resumed by two, three and one process."""
+    command = [sys.executable, str(ROOT / "tests" / "faults" / "rank_kills.py"), "3", method]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=1200, cwd=ROOT)
+    assert done.returncode == 0 and "every answer equal" in done.stdout, done.stdout + done.stderr[-2000:]
+
+
 def same_everywhere(results: list[dict[str, np.ndarray]]) -> None:
     first, *others = results
     for other in others:

@@ -126,3 +126,10 @@ def test_batches_go_on_with_other_ranks(ranks):
     # a step size that began again at its height would throw the last steps about
     roughness = [np.std(np.diff(p.history[-60:])) for p in others]
     assert np.std(np.diff(found["history"][-60:])) < 2 * max(roughness)
+
+
+def test_one_rank_speaks(ranks):
+    """Bars and warnings of the first rank; the second one says nothing at all."""
+    first, second = (text(parts(r, "warned")["said"]) for r in ranks)
+    assert second == ""
+    assert all(word in first for word in ("SVI:", "EM:", "NUTS:", "told by rank 0"))

@@ -350,7 +350,8 @@ def _launch(
     except CycloptsError:
         return USAGE  # cyclopts has said what is wrong
     except KeyboardInterrupt:
-        print("\nzoo: stopped", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # the terminal interrupts all ranks
+            print("\nzoo: stopped", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader went away, as in `zoo sample ... | head`; the last flush must not complain either.
