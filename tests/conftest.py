@@ -54,6 +54,8 @@ def fixed_seed():
 def on_the_device(request, monkeypatch):
     """With `--device cuda` every fit runs there that names no device; what it answers is compared as ever."""
     device = request.config.getoption("--device")
+    if request.node.get_closest_marker("processor"):
+        device = "cpu"
     with pretended() if device == "pretended" else nullcontext():
         if device != "cpu":
             everything_on("cuda", monkeypatch)
@@ -62,11 +64,15 @@ def on_the_device(request, monkeypatch):
 
 def everything_on(device, monkeypatch):
     """Let "auto" mean a device, without a trial of steps."""
-    from inference import devices, fit, problem
+    from inference import devices, fit
 
-    chosen = problem.choose_device
-    monkeypatch.setattr(problem, "choose_device", lambda name: chosen(device if name == "auto" else name))
     front = sys.modules[fit.__module__]
+    prepare = front.prepare
+    monkeypatch.setattr(
+        front,
+        "prepare",
+        lambda *args, **kw: prepare(*args, **{**kw, "device": device if kw["device"] == "auto" else kw["device"]}),
+    )
     monkeypatch.setattr(
         front, "settled", lambda found, method, on: (found, devices.DeviceChoice(device, (), "--device"))
     )

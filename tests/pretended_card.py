@@ -77,12 +77,10 @@ class Card:
     ----------
     waits
         How often the processor has waited for it.
-    largest
-        Bytes of the largest tensor it has held.
     """
 
     def __init__(self, limit: float = float("inf")) -> None:
-        self.limit, self.waits, self.largest = limit, 0, 0
+        self.limit, self.waits = limit, 0
         self._there: dict[int, StorageWeakRef] = {}
         self._sizes: dict[int, int] = {}
         self._crowd = 4096
@@ -115,7 +113,6 @@ class Card:
                     self._sizes[place._cdata] = place.nbytes()
                     if len(self._there) > self._crowd or self.limit < float("inf"):
                         self._tidy()
-                    self.largest = max(self.largest, place.nbytes())
                     held = sum(self._sizes.values()) if self.limit < float("inf") else 0
                     if held > self.limit:
                         asked, free = place.nbytes() / 2**20, max(0.0, self.limit - held + place.nbytes()) / 2**20
@@ -446,6 +443,17 @@ def grouped(card: Card) -> Callable[..., Any]:
     return groups
 
 
+def parsed(card: Card) -> Callable[..., Any]:
+    """What `Module.to` reads from its arguments, of which a tensor may be on the card."""
+    real = torch._C._nn._parse_to
+
+    def parse(*args: Any, **kwargs: Any) -> Any:
+        found = real(*args, **kwargs)
+        return (NAME, *found[1:]) if any(map(card.holds, tensors_of(args, kwargs))) else found
+
+    return parse
+
+
 def no_compiler(*_: Any, **__: Any) -> Any:
     """A pretended card runs no machine code."""
     raise RuntimeError("there is no compiler for a pretended card")
@@ -489,6 +497,7 @@ def pretended(limit: float = float("inf")) -> Iterator[Card]:
             mock.patch.object(torch, "inference_mode", lambda mode=True: torch.no_grad() if mode else nullcontext())
         )
         stack.enter_context(mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", grouped(card)))
+        stack.enter_context(mock.patch.object(torch._C._nn, "_parse_to", parsed(card)))
         stack.enter_context(mock.patch.object(threading.Thread, "run", run_there))
         for name in ("__enter__", "__exit__"):  # `with device:` goes below all other modes, where it would not be seen
             stack.enter_context(mock.patch.object(DeviceContext, name, getattr(TorchFunctionMode, name)))

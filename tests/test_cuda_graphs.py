@@ -174,6 +174,7 @@ def test_a_fit_by_recorded_steps_is_the_fit_by_the_graph(own, batch_size, monkey
 
 
 @pytest.mark.skipif(CUDA, reason="a CUDA device is here")
+@pytest.mark.processor
 def test_without_a_card_cuda_graphs_are_refused():
     """Before any step, with what to use instead."""
     with pytest.raises(ValueError, match=r"mode='cudagraph'.*on 'cpu'.*no CUDA device was found.*mode='graph'"):

@@ -315,6 +315,7 @@ def test_single_precision_data_are_kept_and_lose_little():
     assert abs(narrow.diagnostics["log_likelihood"] - wide.diagnostics["log_likelihood"]) < 1e-5 * len(x)
 
 
+@pytest.mark.processor
 def test_a_memory_map_is_read_in_place(tmp_path):
     """The same numbers as from memory, and no copy of the file."""
     x = clusters(30_000)
