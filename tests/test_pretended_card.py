@@ -212,7 +212,7 @@ def test_rows_that_do_not_fit_the_card_travel(method):
     wanted = fit(story, data, method, seed=1, device="cpu")
     with pretended() as card, pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "mem_get_info", lambda *_: (x.numel() * 8, 1 << 30))
-        patch.setattr("inference.methods.em.mixture.FEATURES", 5000)
+        patch.setattr("inference.methods.em.features.FEATURES", 5000)
         patch.setattr("inference.methods.em.mixture.KEEP", 0)
         found = fit(story, data, method, seed=1, device="cuda")
         assert any(isinstance(v, LazyRows) for v in found.problem.kwargs.values())

@@ -207,7 +207,7 @@ def test_mixtures_of_documents_on_disk(narrow, few_rows, monkeypatch, tmp_path):
     """The answer of the dense table in memory from compressed rows, to 1e-9; no dense block is a tenth of the table."""
     monkeypatch.setattr("inference.methods.em.counted.ENTRIES", 300)
     monkeypatch.setattr("inference.methods.em.mixture.KEEP", 0)
-    monkeypatch.setattr("inference.methods.em.mixture.TURN", 0)
+    monkeypatch.setattr("inference.methods.em.features.TURN", 0)
     monkeypatch.setattr("inference.methods.batches.JUDGED", 40)
     monkeypatch.setattr("inference.methods.em.start.SAMPLE", 60)
     monkeypatch.setattr("inference.methods.em.plan.PLAN_ROWS", 60)

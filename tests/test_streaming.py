@@ -198,13 +198,13 @@ def same(a, b):
 )
 def test_em_on_rows_that_are_handed_over(method, elsewhere, monkeypatch):
     """Bit by bit the answer of rows that are there, in blocks that are read ahead."""
-    monkeypatch.setattr("inference.methods.em.mixture.FEATURES", 3000)
+    monkeypatch.setattr("inference.methods.em.features.FEATURES", 3000)
     monkeypatch.setattr("inference.methods.em.mixture.KEEP", 0)
     story = PPCA(1) if method.estimate == "mle" else GMM(2, scale=3.0)
     streamed = fit(story, table(1500), method, seed=0)
     assert isinstance(streamed.problem.kwargs["x"], LazyRows)
     monkeypatch.undo()
-    monkeypatch.setattr("inference.methods.em.mixture.FEATURES", 3000)
+    monkeypatch.setattr("inference.methods.em.features.FEATURES", 3000)
     monkeypatch.setattr("inference.methods.em.mixture.KEEP", 0)
     assert same(streamed, fit(story, table(1500), method, seed=0))
 

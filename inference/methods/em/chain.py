@@ -18,7 +18,8 @@ from ...handlers import unwrap
 from ...joint import LogJoint
 from .estep import Expectation, Part, expectation, few_rows, read_slots, slots_now
 from .families import Statistics
-from .mixture import TRIAL, Column, MixtureKernel
+from .features import TRIAL, Column
+from .mixture import MixtureKernel
 from .plan import Plan
 from .terms import Term, parameters
 

@@ -117,7 +117,9 @@ class LinearGaussian:
             rest = values[: f.columns - f.width].clamp_min(0).mean() if f.columns > f.width else values[0] * 0
             rest = torch.maximum(rest, 1e-3 * self.variance.mean() + 1e-12)
             axes = vectors[:, -f.width :] * (values[-f.width :] - rest).clamp_min(1e-3 * rest).sqrt()
-            turn = torch.linalg.qr(torch.randn(f.width, f.width, generator=generator, dtype=mean.dtype, device="cpu"))[0]
+            turn = torch.linalg.qr(torch.randn(f.width, f.width, generator=generator, dtype=mean.dtype, device="cpu"))[
+                0
+            ]
             W.append(axes @ turn.to(axes.device))
             b.append(mean)
             psi.append(covariance.diagonal().sub((W[-1] ** 2).sum(1)).clamp_min(0.1 * rest))
