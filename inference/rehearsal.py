@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .data import first_index, has_nan, take_rows
+from .lazy_rows import LazyRows
 from .session import isolated
 from .shapes import Record, record, same_sites
 from .structure import find_data_plate, row_arguments
@@ -102,8 +103,9 @@ def extreme_rows(kwargs: dict[str, Any], rows: tuple[str, ...]) -> Tensor | None
 
 
 def is_whole(value: Any) -> bool:
-    """Whether an argument holds whole numbers, such as labels of groups."""
-    return isinstance(value, Tensor) and not value.is_floating_point() and value.ndim > 0
+    """Whether an argument holds whole numbers, such as labels of groups; counts that are kept elsewhere are none."""
+    labels = isinstance(value, Tensor) and not isinstance(value, LazyRows)
+    return labels and not value.is_floating_point() and value.ndim > 0
 
 
 def shares_alike(few: dict[str, Record], full: dict[str, Record], data_plate: str | None) -> bool:
