@@ -136,7 +136,7 @@ class _Recorder(TorchDispatchMode):
         if isinstance(out, Tensor) and func in _RESHAPES and isinstance(args[0], Tensor) and same_layout(out, args[0]):
             self._note(out, self._name(args[0]))
             return out
-        target = STAND_INS.get(func, func)
+        target = stand_in(func, args)
         node = self.graph.call_function(target, tree_map(self._name, args), tree_map(self._name, kwargs))
         if isinstance(out, Tensor):
             self._note(out, node)
@@ -159,7 +159,7 @@ class _Recorder(TorchDispatchMode):
         whole = all(_geometry(user) == _geometry(target) for user in users)
         if pure is None or not name.endswith("_") or len(written) != 1 or not whole:
             raise _Written
-        made = STAND_INS.get(pure, pure)
+        made = stand_in(pure, args)
         node = self.graph.call_function(made, tree_map(self._name, args), tree_map(self._name, kwargs))
         out = func(*args, **kwargs)
         for user in users:
@@ -278,18 +278,16 @@ def _part(parts: Any, index: int) -> Any:
     return parts[index]
 
 
-def put(old: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Tensor:
-    """`old[indices] = values`; one number under a mask is a choice, which many draws can make side by side."""
+def chosen(old: Tensor, indices: Any, value: Tensor, accumulate: bool = False) -> Tensor:
+    """`old[mask] = value` of one number: a choice, which many draws can make side by side."""
+    return torch.where(indices[0], value, old)
+
+
+def is_choice(old: Tensor, indices: Any, value: Tensor, accumulate: bool = False) -> bool:
+    """Whether an assignment puts one number under a mask."""
     mask = indices[0]
-    if (
-        len(indices) == 1
-        and not accumulate
-        and mask.dtype == torch.bool
-        and mask.shape == old.shape
-        and values.ndim == 0
-    ):
-        return torch.where(mask, values, old)
-    return aten.index_put.default(old, indices, values, accumulate)
+    whole = mask is not None and mask.dtype == torch.bool and mask.shape == old.shape
+    return whole and len(indices) == 1 and not accumulate and value.ndim == 0
 
 
 def filled_with(old: Tensor, new: Tensor, non_blocking: bool = False) -> Tensor:
@@ -320,11 +318,17 @@ def logits_cross_entropy(
 #: What stands in a graph for an operation that can be neither differentiated nor batched.
 STAND_INS: dict[Any, Callable[..., Tensor]] = {
     aten.copy.default: filled_with,
-    aten.index_put.default: put,
     aten.binary_cross_entropy_with_logits.default: logits_cross_entropy,
     aten.normal_.default: normal_like,
     aten.uniform_.default: uniform_like,
 }
+
+
+def stand_in(func: Any, args: Any) -> Any:
+    """What is recorded for an operation on these operands."""
+    if func is aten.index_put.default and is_choice(*args):
+        return chosen
+    return STAND_INS.get(func, func)
 
 
 def nan_unless_ok(value: Tensor, info: Tensor) -> Tensor:
