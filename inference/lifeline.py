@@ -19,7 +19,7 @@ from .errors import RankError
 
 #: A talk that may take as long as chains do.
 FOREVER = timedelta(days=3650)
-#: What ranks that are all there need to open the lines.
+#: What ranks that are all there need to open the lines: one that dies just then is not waited for any longer.
 MEETING = timedelta(seconds=20)
 
 
@@ -50,8 +50,9 @@ class Lifeline:
             import torch.distributed as dist
 
             if Lifeline._group is None:
+                self.ranks.gather(None)  # however late the others come; from then on all are there
                 self.ranks.exchange(
-                    lambda: setattr(Lifeline, "_group", dist.new_group(timeout=FOREVER, backend="gloo"))
+                    lambda: setattr(Lifeline, "_group", dist.new_group(timeout=MEETING, backend="gloo"))
                 )
             Lifeline._count += 1
             self._thread = threading.Thread(target=self._listen, name="lifeline", daemon=True)
