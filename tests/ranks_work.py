@@ -172,7 +172,7 @@ def topics() -> dict[str, Tensor]:
 def topics_own() -> dict[str, Tensor]:
     """Variational Bayes of documents that each rank brought itself."""
     w = torch.from_numpy(load_corpus().pruned(most=100).counts.toarray()).double()
-    cut = {1: [502], 2: [180, 322], 3: [80, 180, 242]}[SIZE]
+    cut = {1: [len(w)], 2: [180, len(w) - 180], 3: [80, 180, len(w) - 260]}[SIZE]
     posterior = fit(LDA(4), {"w": w.split(cut)[RANK]}, SVI(steps=15, starts=1, draws=30), seed=1, ranks="own")
     return {"elbo": torch.tensor(posterior.diagnostics["elbo"], dtype=torch.float64)}
 

@@ -1,5 +1,7 @@
 """The device of a fit: which one is taken and why, with clocks and cards that are made up."""
 
+import sys
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -157,10 +159,14 @@ def test_the_option_of_the_tests_moves_every_fit_that_names_no_device(monkeypatc
     """`pytest --device cuda`: here with a name that says where it was asked for."""
     import conftest
 
-    from inference import problem
-
-    conftest.everything_on("meta", monkeypatch)
-    assert problem.choose_device("auto").type == "meta" and problem.choose_device("cpu").type == "cpu"
+    asked = []
+    front = sys.modules[fit.__module__]
+    monkeypatch.setattr(front, "prepare", lambda *args, **kw: asked.append(kw["device"]) or prepare(story, X, seed=0))
+    conftest.everything_on("elsewhere", monkeypatch)
+    for named in ({}, {"device": "auto"}, {"device": "cpu"}):
+        fit(story, X, SVI(steps=3, starts=1, mode="eager"), seed=0, **named)
+    assert asked == ["elsewhere", "elsewhere", "cpu"]
+    monkeypatch.undo()
     assert step_of(prepare(story, X, seed=1, device="cpu"), EM())() is not None
     posterior = fit(story, X, SVI(steps=3, starts=1, mode="eager"), seed=0, device="cpu")
     assert "device: cpu" in posterior.why().splitlines()

@@ -190,7 +190,7 @@ def test_topics_of_documents_held_apart(alone, ranks):
     for name in ("phi", "alpha", "eta", "theta"):
         np.testing.assert_allclose(found[f"batch/{name}"], wanted[f"batch/{name}"], rtol=1e-3, atol=1e-4, err_msg=name)
     np.testing.assert_allclose(found["batch/history"], wanted["batch/history"], rtol=1e-6)
-    assert found["stepwise/theta"].shape == (502, 4)
+    assert found["stepwise/theta"].shape == wanted["stepwise/theta"].shape
     assert found["stepwise/history"][-1] > wanted["stepwise/history"][-1] - 0.002 * abs(wanted["stepwise/history"][-1])
     bound, own = (float(parts(r, "topics_own")["elbo"]) for r in (alone, ranks[0]))
     assert abs(own / bound - 1) < 0.01, (own, bound)

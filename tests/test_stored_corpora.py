@@ -29,7 +29,7 @@ EVERYTHING = {
 
 @pytest.fixture(scope="module")
 def corpus():
-    """Passages of a manual; 502 documents."""
+    """Passages of Python's manual: some 500, as this Python has them."""
     return load_corpus()
 
 
@@ -73,7 +73,7 @@ def test_parts_become_one_corpus(corpus, tmp_path, monkeypatch):
     """Rows in their order, whatever the parts; positions are kept in 64 bits where there are many."""
     monkeypatch.setattr(stored, "LONG", 10_000)
     monkeypatch.setattr(stored, "ENTRIES", 777)
-    kept = store_corpus(tmp_path / "all", (corpus[a : a + 100] for a in range(0, 502, 100)))
+    kept = store_corpus(tmp_path / "all", (corpus[a : a + 100] for a in range(0, len(corpus), 100)))
     assert (kept.counts != corpus.counts).nnz == 0 and len(kept.sequences) == len(corpus.sequences)
     assert kept.counts.indptr.dtype == kept.counts.indices.dtype == np.int64
     again = store_corpus(tmp_path / "again", [kept], name="again")
@@ -91,7 +91,7 @@ def test_a_matrix_that_scipy_saved_is_stored_once(corpus, tmp_path, monkeypatch,
     assert kept.name == "counts" and kept.vocabulary == corpus.vocabulary
     assert (kept.counts != 2 * c).nnz == 0
     (tmp_path / "counts.npz").write_bytes(b"")  # not looked at again
-    assert len(open_corpus(tmp_path / "counts.npz")) == 502
+    assert len(open_corpus(tmp_path / "counts.npz")) == len(corpus)
 
 
 def test_faults_of_folders_are_told(corpus, tmp_path):
@@ -157,7 +157,7 @@ def test_rows_are_those_of_the_dense_table(corpus, on_disk, view):
     dense = {"table": corpus.counts.toarray(), "words": words, "counts": counts}[view]
     x = LazyRows(Counts(Rows(c.indptr, c.indices, c.data, c.shape[1]), view, dense.shape[1]), torch.float64)
     full = torch.from_numpy(dense).double()
-    mask = torch.arange(502) % 3 == 0
+    mask = torch.arange(len(corpus)) % 3 == 0
     for index in (
         slice(3, 40),
         slice(0, 0),
@@ -168,11 +168,11 @@ def test_rows_are_those_of_the_dense_table(corpus, on_disk, view):
         (slice(2, 9), 1),
     ):
         assert torch.equal(x[index], full[index]), index
-    assert x.shape == full.shape and len(x) == 502 and x.ndim == 2 and x.dtype == torch.float64
+    assert x.shape == full.shape and len(x) == len(corpus) and x.ndim == 2 and x.dtype == torch.float64
     assert torch.equal(torch.cat(list(x.split(100))), full) and torch.equal((x + 1), full + 1)
     assert x.to(torch.float32)[:3].dtype == torch.float32
     with pytest.raises(IndexError):
-        x[torch.tensor([502])]
+        x[torch.tensor([len(corpus)])]
 
 
 def test_a_table_that_is_too_large_is_never_made_whole(on_disk, monkeypatch):
@@ -181,7 +181,7 @@ def test_a_table_that_is_too_large_is_never_made_whole(on_disk, monkeypatch):
     monkeypatch.setattr(lazy_rows, "LEAST", 50)
     c = on_disk.counts
     x = LazyRows(Counts(Rows(c.indptr, c.indices, c.data, c.shape[1]), "table", c.shape[1]), torch.long)
-    with pytest.raises(ValueError, match=r"cumsum on all rows: 502 rows x 1,068 .*SVI\(batch_size"):
+    with pytest.raises(ValueError, match=rf"cumsum on all rows: {len(x)} rows x {c.shape[1]:,} .*SVI\(batch_size"):
         x.cumsum(0)
     dense = torch.from_numpy(c.toarray()).long()
     assert torch.equal(x.sum(0), dense.sum(0)) and torch.equal(x.sum(-1), dense.sum(-1)) and x.sum() == dense.sum()
@@ -298,9 +298,10 @@ def test_shares_are_written_piece_by_piece(corpus, on_disk, few_rows, tmp_path, 
     monkeypatch.setattr("inference.topics.answers.WRITTEN", 97)
     written = shares(posterior, path=tmp_path / "theta.npy")
     np.testing.assert_allclose(np.load(tmp_path / "theta.npy"), whole.numpy(), atol=1e-4)
-    assert written.shape == (502, 4)
-    assert posterior.local("theta").shape[1:] == (502, 4) and posterior.log_prob().shape == (502,)
-    assert "502 rows" in str(posterior.summary())
+    n = len(corpus)
+    assert written.shape == (n, 4)
+    assert posterior.local("theta").shape[1:] == (n, 4) and posterior.log_prob().shape == (n,)
+    assert f"{n} rows" in str(posterior.summary())
     np.testing.assert_allclose(shares(posterior, corpus[100:120]), whole[100:120], atol=1e-5)
 
 
@@ -310,7 +311,7 @@ def test_a_saved_answer_holds_some_documents_and_says_so(corpus, on_disk, few_ro
     posterior = fit(LDA(3), on_disk, EM(restarts=1, max_iter=4), seed=0)
     again = load(posterior.save(tmp_path / "answer"), LDA(3))
     assert torch.equal(again.draws["phi"], posterior.draws["phi"]) and len(shares(again)) == 30
-    assert any("502 rows of the fit were not saved" in w for w in again.warnings)
+    assert any(f"{len(corpus)} rows of the fit were not saved" in w for w in again.warnings)
     np.testing.assert_allclose(shares(again, corpus[40:50]), shares(posterior, corpus[40:50]), atol=1e-6)
 
 

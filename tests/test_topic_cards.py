@@ -25,7 +25,7 @@ from zoo import LDA, load_corpus
 
 @pytest.fixture(scope="module")
 def corpus():
-    """Passages of a manual; 502 documents."""
+    """Passages of Python's manual: some 500, as this Python has them."""
     return load_corpus()
 
 
@@ -190,7 +190,7 @@ def test_where_machine_code_settles_a_card_stands_still(documents, card):
 
 def test_large_blocks_end_where_small_ones_do(documents, monkeypatch):
     """A climb of a card from its own start explains held-out words as well as the processor's."""
-    train, held = documents.take(np.arange(0, 502, 2)), documents.take(np.arange(1, 502, 2))
+    train, held = (documents.take(np.arange(first, len(documents), 2)) for first in (0, 1))
     alpha, eta = prior(documents)
 
     def score():
@@ -247,9 +247,9 @@ def test_documents_left_out_count_nothing_on_a_card(documents, card, monkeypatch
     """Passes are those of the other documents alone, whether counts lie there or are streamed; later all come back."""
     monkeypatch.setattr(cards, "keeps", lambda *a: stays)
     monkeypatch.setattr(visits, "WIDE", 64)
-    aside, (alpha, eta) = np.array([0, 63, 64, 200, 501]), prior(documents)
+    aside, (alpha, eta) = np.array([0, 63, 64, 200, len(documents) - 1]), prior(documents)
     first = climb(documents.take(np.arange(100)), alpha, eta, max_iter=5, seed=1).state
-    rest = documents.take(np.delete(np.arange(502), aside))
+    rest = documents.take(np.delete(np.arange(len(documents)), aside))
     runs = [StreamedCounts(d, first, learn_alpha=True) for d in (documents, rest)]
     runs[0].state = runs[1].state.copy()
     runs[0].leave_out(aside)
