@@ -246,7 +246,7 @@ def record(args: argparse.Namespace) -> None:
     from _peers import machine
 
     path = Path(__file__).with_suffix(".json")
-    known = json.loads(path.read_text(encoding="utf-8"))["cases"] if path.exists() else []
+    known = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else []
     cases = {case["case"]: case for case in known}
     for what, sizes in RECORD.items():
         if args.only not in what:
@@ -268,7 +268,7 @@ def record(args: argparse.Namespace) -> None:
             "command": f"python benchmarks/beyond_memory.py --record --limit {args.limit}" + " --warm" * args.warm,
             "date": time.strftime("%Y-%m-%d"),
             "machine": machine(int(os.environ.get("OMP_NUM_THREADS", "1"))),
-            "cases": [cases[name] for name in RECORD if name in cases],
+            "results": [cases[name] for name in RECORD if name in cases],
         }
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
