@@ -1,5 +1,6 @@
 """The site asks nobody for anything, and what checks it sees the faults it is there for."""
 
+import importlib
 import importlib.util
 import subprocess
 import sys
@@ -84,6 +85,15 @@ def test_a_run_is_recorded_case_by_case(tmp_path):
             "test_b": {"passed": 0, "failed": 0, "skipped": 1, "seconds": 1.0},
         }
     }
+
+
+def test_every_recorded_figure_reaches_its_page(monkeypatch):
+    """A record of another shape than the tables would stop the site."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    results = importlib.import_module("writers.results")
+    text = results.benchmarks(ROOT)
+    assert text.count("| ---") > 20 and all(goal.share > 0 for goal in results.goals(ROOT))
+    assert "test_em" in results.correctness(ROOT)
 
 
 @pytest.mark.slow
