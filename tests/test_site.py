@@ -93,7 +93,7 @@ def test_every_recorded_figure_reaches_its_page(monkeypatch):
     results = importlib.import_module("writers.results")
     text = results.benchmarks(ROOT)
     assert text.count("| ---") > 20 and all(goal.share > 0 for goal in results.goals(ROOT))
-    assert "test_em" in results.correctness(ROOT)
+    assert results.correctness(ROOT).count(" passed; ") > 500
 
 
 @pytest.mark.slow
