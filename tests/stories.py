@@ -146,3 +146,8 @@ def beta_bernoulli(x):
     p = pyro.sample("p", dist.Beta(2.0, 3.0))
     with pyro.plate("data", len(x)):
         pyro.sample("x", dist.Bernoulli(p), obs=x)
+
+
+def recorded_mode(posterior):
+    """How a recorded step runs where the fit was: launched as a CUDA graph on a card."""
+    return "cudagraph" if posterior.diagnostics["device"].startswith("cuda") else "graph"
