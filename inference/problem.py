@@ -212,16 +212,21 @@ def choose_device(device: str | torch.device) -> torch.device:
     Raises
     ------
     ValueError
-        CUDA was asked for and there is none, or the name means nothing to PyTorch.
+        CUDA was asked for and there is none, or no such card, or the name means no device that fits run on.
     """
     if device == "auto":
         return torch.device("cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"device={device!r} is unknown; use 'auto', 'cpu', 'cuda' or 'cuda:0'") from None
+    except (RuntimeError, TypeError):
+        chosen = torch.device("meta")
+    if chosen.type not in ("cpu", "cuda") or (chosen.type == "cpu" and chosen.index):
+        raise ValueError(f"device={device!r} is unknown; use 'auto', 'cpu', 'cuda' or 'cuda:0'")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}: no CUDA device was found; use device='cpu' or device='auto'")
+    if chosen.type == "cuda" and (chosen.index or 0) >= (count := torch.cuda.device_count()):
+        there = "only 'cuda:0'" if count == 1 else f"'cuda:0' to 'cuda:{count - 1}'"
+        raise ValueError(f"device={device!r}: there is no such card; here {'is' if count == 1 else 'are'} {there}")
     return chosen
 
 

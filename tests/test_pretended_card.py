@@ -249,6 +249,18 @@ def test_a_story_with_a_tensor_of_the_processor_is_told():
         fit(story, X, SVI(**QUICK), seed=0, device="cuda")
 
 
+@pytest.mark.parametrize("device", ["mps", "meta", "cpu:3", None, 3, "gpu"])
+def test_names_that_are_no_device_of_fits_are_told(device):
+    """Not in PyTorch's words, and not after work has begun."""
+    with pytest.raises(ValueError, match="use 'auto', 'cpu', 'cuda' or 'cuda:0'"):
+        fit(GMM(2), X, EM(), device=device)
+
+
+def test_a_card_that_is_not_there_is_told(card):
+    with pytest.raises(ValueError, match="device='cuda:1': there is no such card; here is only 'cuda:0'"):
+        fit(GMM(2), X, EM(), device="cuda:1")
+
+
 @pytest.mark.parametrize("first", ["cpu", "cuda"])
 def test_a_climb_goes_on_on_another_device(first, tmp_path):
     """A checkpoint of a card is continued on the processor, and the other way round, to the answer of one run."""
