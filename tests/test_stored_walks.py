@@ -109,7 +109,7 @@ def test_runs_of_documents_word_by_word_are_those_in_blocks(monkeypatch):
         S = torch.zeros(40, 4, dtype=torch.float64)
         ends.append((S, *run.visit(run.table(), documents, S, learn=True)))
     for a, b in zip(*ends, strict=True):
-        torch.testing.assert_close(torch.as_tensor(a).double(), torch.as_tensor(b).double(), rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(torch.as_tensor(a).double(), torch.as_tensor(b).double(), rtol=2e-5, atol=2e-5)
 
 
 def test_documents_that_are_left_out_are_not_counted(monkeypatch):

@@ -131,8 +131,9 @@ void first_pass(int64_t documents, const int64_t *order, int64_t blocks, const i
 }
 
 /* Shares of documents given a table of topics: `rounds` of EM on their expected counts n, then the counts of words in topics are
-   added to S and become r (where these are not null), and the log-likelihood of all words is returned. Document d is told by
-   the table of number tables[d]. `zero` as above; `work` holds 2 rows. */
+   added to S and become r (where these are not null), n becomes their sums over the words, and the log-likelihood of all words
+   at the shares before that is returned. Document d is told by the table of number tables[d]. `zero` as above; `work` holds 2
+   rows. */
 double settle_pass(int64_t documents, const int64_t *tables, int64_t vocabulary, int64_t rounds, int64_t blocks,
                    const int64_t *starts, const int32_t *words, const float *counts, const lanes *W, lanes *S, lanes *r,
                    lanes *n, const lanes *alpha, lanes *zero, lanes *work) {
@@ -162,12 +163,12 @@ double settle_pass(int64_t documents, const int64_t *tables, int64_t vocabulary,
           const lanes share = ratio * word[b] * theta[b];
           if (sums) sums[words[j] * blocks + b] += share;
           if (r) r[j * blocks + b] = share;
+          gain[b] += share;
         }
         if (none)
           for (int64_t b = 0; b < blocks; b++) none[b] *= power(positive(1.0f - word[b] * theta[b] / p), counts[j]);
       }
-      if (!last)
-        for (int64_t b = 0; b < blocks; b++) nd[b] = theta[b] * gain[b];
+      for (int64_t b = 0; b < blocks; b++) nd[b] = last ? gain[b] : theta[b] * gain[b];
     }
   }
   return found;

@@ -111,13 +111,13 @@ class Climb:
             for block in parts:
                 W = table[block.flat].view(*block.words.shape, -1)
                 n, r = settle(W, block.counts, self.n[block.rows], self.alpha, INNER)
-                self.n[block.rows] = n
+                self.n[block.rows] = r.sum(1)
                 S[t].index_add_(0, block.flat, r.view(-1, r.shape[-1]))
                 theta = (n + self.alpha) / (n + self.alpha).sum(1, keepdim=True)
                 p = (W @ theta.unsqueeze(2)).squeeze(2)
                 total += float(torch.xlogy(block.counts, p.clamp_min(1e-30)).sum())
                 if learn:
-                    g, w = concentration_terms(r / block.counts.clamp_min(1e-9).unsqueeze(2), block.counts, self.alpha)
+                    g, w = concentration_terms(r, block.counts, self.alpha)
                     gain, weight = gain + g, weight + w
         if learn:
             self.alpha = (self.alpha * gain / weight).clamp(1e-4, 20.0)

@@ -103,6 +103,6 @@ class StreamedClimb(Climb):
                 p = (W @ ((n + self.alpha) / (length + self.alpha.sum())).unsqueeze(2)).squeeze(2)
                 value += float(torch.xlogy(block.counts, p.clamp_min(1e-30)).sum(dtype=torch.float64))
                 if learn:
-                    g, w = concentration_terms(r / block.counts.clamp_min(1e-9).unsqueeze(2), block.counts, self.alpha)
+                    g, w = concentration_terms(r, block.counts, self.alpha)
                     gain, weight = gain + g, weight + w
         return value, gain, weight

@@ -197,10 +197,10 @@ class ExpectedCounts:
             length = block.counts.sum(1, keepdim=True) - 1 + s.alpha.sum()
             total += (block.counts * (norm.squeeze(2) / length.clamp_min(1e-7)).log()).sum(dtype=torch.float64)
             p.div_(norm)
-            if learn:
-                g, w = concentration_terms(p, block.counts, s.alpha)
-                gain, weight = gain + g, weight + w
             new = p.mul_(c)
+            if learn:
+                g, w = concentration_terms(new, block.counts, s.alpha)
+                gain, weight = gain + g, weight + w
             s.kept[i], s.n[block.rows] = new, new.sum(1)
             block.add(s.N, torch.sub(new, old, out=own))
             s.Nk = s.N.sum(0)
@@ -227,9 +227,12 @@ def settle(W: Tensor, counts: Tensor, n: Tensor, alpha: Tensor, rounds: int) -> 
     return n, ratio.unsqueeze(2) * theta.unsqueeze(1) * W
 
 
-def concentration_terms(p: Tensor, counts: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """Numerator (K,) and denominator of Minka's fixed point, over a block: expected digamma differences of counts."""
-    n = (p * counts.unsqueeze(2)).sum(1)
+def concentration_terms(r: Tensor, counts: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """Numerator (K,) and denominator of Minka's fixed point, over a block: expected digamma differences of counts.
+
+    `r` (B, L, K) are the counts of topics at every place, which sum to `counts` (B, L).
+    """
+    n, p = r.sum(1), r / counts.unsqueeze(2).clamp_min(1e-9)
     some = -torch.expm1((torch.log1p(-p.clamp_max(1 - 1e-6)) * counts.unsqueeze(2)).sum(1))
     if_any = n / some.clamp_min(1e-9)
     gain = (some * ((alpha + if_any).digamma() - alpha.digamma())).sum(0)

@@ -154,7 +154,7 @@ class StreamedCounts:
             shares = (n + alpha) / (length + alpha.sum())
             value += torch.xlogy(block.counts, (W @ shares.unsqueeze(2)).squeeze(2)).sum(dtype=torch.float64)
             if learn:
-                g, w = concentration_terms(r / block.counts.unsqueeze(2).clamp_min(1.0), block.counts, alpha)
+                g, w = concentration_terms(r, block.counts, alpha)
                 gain, weight = gain + g, weight + w
         return value, gain, weight
 

@@ -128,13 +128,7 @@ class WordByWord:
             table = padded((N + state.eta) / (N + state.eta).sum(0))
             settle(self.built, self.places, table, self.n, alpha, rounds=1, S=self.N.zero_(), r=self.r)
             N = self.state.N
-        self.n.copy_(self.of_documents(self.r))  # the passes keep the two in step from here on
         self.state.Nk = self.state.N.sum(0)
-
-    def of_documents(self, r: Tensor) -> Tensor:
-        """Sums of the places of every document."""
-        places = torch.repeat_interleave(torch.arange(len(self.n)), self.places.starts.diff())
-        return torch.zeros_like(self.n).index_add_(0, places, r)
 
     def sweep(self) -> float:
         """One pass over all words; the log-likelihood of every word given all others, summed."""
@@ -195,7 +189,7 @@ def settle(
     tables
         Shares of words in topics, ([T,] V, K padded).
     n
-        (D, K padded), changed in place.
+        (D, K padded), changed in place: in the end the sums of the places of every document.
     alpha
         (K padded,).
     rounds
