@@ -87,6 +87,7 @@ class Card:
         self._lock = threading.Lock()
         self._local = threading.local()
         self.tape: list[tuple[Any, ...]] | None = None
+        self.told, self.stuck = 0, False  # as `set_sync_debug_mode` says; whether a recording broke off
         self.before: dict[int, tuple[Any, Any]] = {}
         self.generators: set[int] = set()
         self._kept: list[Any] = []
@@ -146,7 +147,7 @@ def looks_at_numbers(func: Any, args: Any) -> bool:
     """Whether the processor must wait for what an operation finds: a number, or a shape that hangs on one."""
     if func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
         return any(t.dtype in (torch.bool, torch.uint8) for t in tensors_of(args[1]))
-    return any(tag in func.tags for tag in LOOKS)
+    return func is aten._linalg_check_errors.default or any(tag in func.tags for tag in LOOKS)
 
 
 class Kernels(TorchDispatchMode):
@@ -178,9 +179,15 @@ class Kernels(TorchDispatchMode):
             there = bool(on) or (not given and card.ambient[-1])
         self.check(func, args, on, off)
         looks = bool(on) and (not there or looks_at_numbers(func, args))
+        looks = looks or (there and func in CROSSING and bool(off) and not kwargs.get("non_blocking"))
         card.waits += looks
         if card.tape is not None and looks:
+            card.stuck = True
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+        if card.told == 2 and looks:
+            raise RuntimeError("called a synchronizing CUDA operation")
+        if card.stuck and there and card.tape is None and torch.Tag.nondeterministic_seeded in func.tags:
+            raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
         if card.tape is not None and func._schema.is_mutable:
             card.keep(args, kwargs, func)
         out = func(*args, **kwargs)
@@ -344,6 +351,21 @@ class Graph:
                         a.copy_(b)
 
 
+class DefaultGenerator:
+    """The card's random numbers: after a recording that broke off there are none until its state is put back."""
+
+    def __init__(self, card: Card) -> None:
+        self.card = card
+
+    def clone_state(self) -> bool:
+        """Whether it draws."""
+        return self.card.stuck
+
+    def graphsafe_set_state(self, state: bool) -> None:
+        """As it was."""
+        self.card.stuck = state
+
+
 class Idle:
     """A stream or an event: there is one queue, and it is always done."""
 
@@ -381,8 +403,12 @@ def stand_ins(card: Card) -> dict[str, Any]:
 
     def wait(*_: Any) -> None:
         if card.tape is not None:
+            card.stuck = True
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
         card.waits += 1
+
+    def tell(mode: int | str) -> None:
+        card.told = mode if isinstance(mode, int) else ("default", "warn", "error").index(mode)
 
     free = 8 << 30 if card.limit == float("inf") else int(card.limit)
     return {
@@ -411,6 +437,9 @@ def stand_ins(card: Card) -> dict[str, Any]:
         "Event": Idle,
         "stream": lambda *_: nullcontext(),
         "device": lambda *_: nullcontext(),
+        "default_generators": (DefaultGenerator(card),),
+        "get_sync_debug_mode": lambda: card.told,
+        "set_sync_debug_mode": tell,
         "CUDAGraph": lambda: Graph(card),
         "graph": recorded,
     }

@@ -1,6 +1,7 @@
 """Fits on a card that is pretended: the answers of the processor, nothing left behind, and the refusals of a real card."""
 
 import gc
+from dataclasses import replace
 
 import numpy as np
 import pyro
@@ -12,6 +13,7 @@ from torch import nn
 
 from inference import EM, HMC, NUTS, SVI, fit
 from inference.lazy_rows import LazyRows
+from inference.methods import cuda_graphs
 from zoo import GMM, PPCA, GaussianHMM
 
 CUDA = torch.cuda.is_available()
@@ -98,6 +100,36 @@ def test_recorded_operations_are_repeated_in_their_memory(card):
     assert total.item() == 16.0
     with pytest.raises(RuntimeError, match="capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         total.item()
+
+
+def some_of_them(y):
+    """How many rows are taken is a number that the processor has to wait for."""
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+    taken = y > -0.5
+    pyro.sample("y", dist.Normal(0.0, (scale * torch.ones(len(y)))[taken]).to_event(1), obs=y[taken])
+
+
+def test_a_step_that_waits_for_the_card_is_not_recorded(card):
+    """It is found out before the recording, after which older versions of PyTorch draw no more random numbers."""
+    y, quick = torch.linspace(-1, 2, 5, dtype=torch.float64), SVI(steps=60, starts=1)
+    there = fit(some_of_them, y, quick, seed=1, device="cuda")
+    assert there.diagnostics["mode"] == "graph" and "synchronizing" in there.diagnostics["reason"]
+    assert not card.stuck and card.told == 0
+    here = fit(some_of_them, y, replace(quick, mode="graph"), seed=1, device="cpu")
+    torch.testing.assert_close(there.draws["scale"], here.draws["scale"], rtol=1e-6, atol=1e-9)
+
+
+def test_a_recording_that_breaks_off_leaves_random_numbers(card):
+    """Where PyTorch does not say that work waits."""
+    x = torch.ones(3, device="cuda")
+
+    def work():
+        card.told = 0
+        float((x + torch.randn(3, device="cuda")).sum())
+
+    with pytest.raises(RuntimeError, match="capturing"):
+        cuda_graphs.OnCard(torch.device("cuda"))(work)
+    assert torch.randn(3, device="cuda").shape == (3,)
 
 
 def test_the_pretence_ends():

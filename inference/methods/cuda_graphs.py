@@ -9,7 +9,8 @@ next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -68,14 +69,40 @@ class OnCard:
             side = cuda.Stream(self.device)
             side.wait_stream(cuda.current_stream(self.device))
             with cuda.stream(side):
-                for _ in range(WARM):
+                for _ in range(WARM - 1):
+                    work()
+                with waits_told(cuda):
                     work()
             cuda.current_stream(self.device).wait_stream(side)
             cuda.synchronize(self.device)
             graph = cuda.CUDAGraph()
-            with cuda.graph(graph, stream=side):  # where libraries have made their handles in the warm-up
+            # On the stream where libraries have made their handles; a thread that reads ahead may go on allocating.
+            with unharmed(cuda), cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 work()
         return graph.replay
+
+
+@contextmanager
+def waits_told(cuda: Any) -> Iterator[None]:
+    """Work that waits for the card ends in an error here, and not in the recording, which PyTorch's allocator survives badly."""
+    before = cuda.get_sync_debug_mode()
+    cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        cuda.set_sync_debug_mode(before)
+
+
+@contextmanager
+def unharmed(cuda: Any) -> Iterator[None]:
+    """A recording that breaks off leaves the card's generator as it was: versions of PyTorch let it draw no more."""
+    generator = cuda.default_generators[cuda.current_device()]
+    kept = generator.clone_state()
+    try:
+        yield
+    except BaseException:
+        generator.graphsafe_set_state(kept)
+        raise
 
 
 class GraphedStep:
@@ -200,7 +227,7 @@ def once_on(device: torch.device) -> Recorder:
     def record(work: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(device)
-        with torch.cuda.device(device), torch.cuda.graph(graph):
+        with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             work()
         return graph.replay
 
