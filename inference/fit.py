@@ -21,6 +21,7 @@ from .methods.base import Method, one_of, positive_float, positive_int
 from .posterior import Posterior
 from .problem import Problem, brought_home, prepare
 from .sharing import same_call, shared_out
+from .streaming import finish_reading
 
 #: Seconds that NUTS may be expected to take before `auto` prefers SVI, where no budget is given.
 PATIENCE = 300.0
@@ -251,8 +252,11 @@ def run(
     if getattr(choice.method, "spreads", "nothing") != "rows":
         shared = resident(shared, choice.method.name)
     with problem.scope(problem.seed):
-        with told_by_the_story(problem), MemoryGuard(memory) as guard:
-            posterior = choice.method.run(shared)
+        try:
+            with told_by_the_story(problem), MemoryGuard(memory) as guard:
+                posterior = choice.method.run(shared)
+        finally:
+            finish_reading()
         if shared is not problem:
             posterior = replace(posterior, problem=problem if ranks.share == "split" else posterior.problem)
     posterior = replace(posterior, choice=choice).brought_home()

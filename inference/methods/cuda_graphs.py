@@ -84,7 +84,7 @@ class OnCard:
 
 @contextmanager
 def waits_told(cuda: Any) -> Iterator[None]:
-    """Work that waits for the card ends in an error here, and not in the recording, which PyTorch's allocator survives badly."""
+    """Work that waits for the card ends in an error here, and not in the recording: the allocator survives that badly."""
     before = cuda.get_sync_debug_mode()
     cuda.set_sync_debug_mode("error")
     try:
