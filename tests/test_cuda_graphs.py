@@ -95,7 +95,7 @@ def test_work_is_warmed_up_beside_the_main_stream_and_then_recorded_once():
     text = " ".join(cuda.seen)
     assert text == (
         "device Stream current_stream wait_stream stream work work work end current_stream wait_stream synchronize "
-        "CUDAGraph graph(stream) work end end"
+        "current_stream CUDAGraph graph(capture_error_mode, stream) work end set_stream end"
     )
     launch()
     assert cuda.seen[-1] == "replay"
