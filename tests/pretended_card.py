@@ -452,7 +452,9 @@ class Graph:
         RuntimeError
             Memory that they read has been given back: a card would read whatever lies there now.
         """
-        if any(torch._C._storage_Use_Count(place) <= held for place, held in self.read.items()):
+        if any(
+            torch._C._storage_Use_Count(place) <= held + 1 for place, held in self.read.items()
+        ):  # and by its name in Python
             raise RuntimeError("the graph reads memory that was given back after the recording")
         card = self.card
         with _disable_current_modes(), torch.no_grad(), torch._C.DisableTorchFunction():

@@ -160,6 +160,8 @@ def graphed(
         for seed, point in enumerate((example, *points)):
             check_agreement(call, step, point, seed)
     except Exception as error:  # whatever cannot be recorded says so in its own way
+        while isinstance(error.__context__, Exception):  # what came first; the rest is that the recording is spoilt
+            error = error.__context__
         return Captured(step, "graph", f"CUDA graph: {reason_of(error)}")
     return Captured(call, "cudagraph")
 
