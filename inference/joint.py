@@ -25,6 +25,7 @@ from .enumeration import LogFactor, align, sum_out
 from .handlers import FlatStart, MissingCells, OneProduct, Substitute
 from .lazy_rows import affordable, loaded, pieces_of
 from .problem import Problem
+from .session import streams_kept
 from .transforms import log_jacobian, unconstrain_to
 
 #: Rows that are always taken at once, and entries of the largest table beyond that.
@@ -356,8 +357,7 @@ def factor_weights(factors: list[LogFactor], finite: set[str]) -> tuple[Tensor, 
 @contextmanager
 def isolated_run(problem: Problem, seed: int | None = None) -> Iterator[None]:
     """A bookkeeping run of the story: draws nothing from the surrounding random stream."""
-    state = torch.get_rng_state()
-    with poutine.block(), pyro.get_param_store().scope():
+    with streams_kept(), poutine.block(), pyro.get_param_store().scope():
         old = torch.get_default_dtype()
         torch.set_default_dtype(problem.dtype)
         if seed is not None:
@@ -366,4 +366,3 @@ def isolated_run(problem: Problem, seed: int | None = None) -> Iterator[None]:
             yield
         finally:
             torch.set_default_dtype(old)
-            torch.set_rng_state(state)

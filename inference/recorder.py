@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+
+from .session import put_back, random_streams
 
 aten = torch.ops.aten
 
@@ -54,18 +57,18 @@ def pure_graph(
         The function looks at values of its inputs, or draws random numbers although `random` is False.
     """
     example = tuple(e.detach().clone() for e in example)
-    state = torch.get_rng_state()
+    streams = random_streams()
     try:
         with pyro.validation_enabled(False), torch.set_grad_enabled(not differentiable):
             try:
                 recorder, out = _record(fn, example)
             except _Written:
-                torch.set_rng_state(state)
+                put_back(streams)
                 recorder, out = _record(torch.func.functionalize(fn), example)
     except _Written:
         raise CaptureError("the story writes into a tensor in a way that cannot be undone") from None
     finally:
-        torch.set_rng_state(state)
+        put_back(streams)
     return recorder.finish(out, random, differentiable)
 
 
@@ -242,9 +245,9 @@ class PureGraph:
     differentiable: bool = False
 
     def __call__(self, *args: Tensor) -> Any:
-        if self.differentiable:
-            return self.module.forward(*args, *self.constants)
-        with torch.no_grad():
+        # Every operation names its device already: what fills devices in (the context of a fit on a card) would only take time.
+        plain = torch._C.DisableTorchFunction() if torch._C._is_torch_function_mode_enabled() else nullcontext()
+        with plain, torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
             return self.module.forward(*args, *self.constants)
 
 

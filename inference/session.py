@@ -12,6 +12,7 @@ import numpy as np
 import pyro
 import torch
 from pyro.poutine.runtime import _PYRO_STACK
+from torch import Tensor
 
 from .devices import full_precision
 
@@ -32,6 +33,28 @@ def seed_everything(seed: int) -> None:
         torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
+
+
+def random_streams() -> tuple[Tensor, list[Tensor] | None]:
+    """Where torch's streams of random numbers stand: the processor's, and those of cards that are in use."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+
+
+def put_back(streams: tuple[Tensor, list[Tensor] | None]) -> None:
+    """Let torch's streams of random numbers go on from where they stood."""
+    torch.set_rng_state(streams[0])
+    if streams[1] is not None:
+        torch.cuda.set_rng_state_all(streams[1])
+
+
+@contextmanager
+def streams_kept() -> Iterator[None]:
+    """Afterwards torch's streams of random numbers, also those of cards, go on as if nothing had been drawn inside."""
+    streams = random_streams()
+    try:
+        yield
+    finally:
+        put_back(streams)
 
 
 @contextmanager
@@ -65,8 +88,7 @@ def isolated(
             "another thread is running a story: Pyro keeps one handler stack and one parameter store per process. "
             "Run fits one after another, or in processes of their own (concurrent.futures.ProcessPoolExecutor)"
         )
-    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    streams, numpy_state, python_state = random_streams(), np.random.get_state(), random.getstate()
     old_threads = torch.get_num_threads()
     old_dtype, depth = torch.get_default_dtype(), len(_PYRO_STACK)
     try:
@@ -85,11 +107,9 @@ def isolated(
         torch.set_default_dtype(old_dtype)
         if torch.get_num_threads() != old_threads:
             torch.set_num_threads(old_threads)
-        torch.set_rng_state(torch_state)
+        put_back(streams)
         np.random.set_state(numpy_state)
         random.setstate(python_state)
-        if cuda_states is not None:
-            torch.cuda.set_rng_state_all(cuda_states)
         _LOCK.release()
 
 

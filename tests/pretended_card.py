@@ -3,8 +3,9 @@
 Inside `pretended()`, `device="cuda"` works as with a card. What is "on the card" is known by the memory a tensor lies in, so
 that views, gradients and batches under `vmap` are there too; `.device` says `cuda:0`. Errors are those of a card: operands on
 two devices, NumPy's look at a tensor on the card, a generator of the processor for draws on the card, a custom operation that
-has no kernel there, looks at numbers while a graph is recorded. `CUDAGraph` really records operations and repeats them, in
-the same memory.
+has no kernel there. `CUDAGraph` really records operations and repeats them, in the same memory: what a recording makes holds no
+numbers before the first launch, what it reads must live as long as it, numbers of the processor are those of the recording, and
+looks at numbers, copies between the devices and other threads' demands spoil it.
 
 The processor's device has no number. Here `cpu:1` stands for the card and `cpu:2` for a processor that was asked for by name,
 so that programs that record operations (`torch.fx`) carry both along.
@@ -13,8 +14,10 @@ so that programs that record operations (`torch.fx`) carry both along.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -33,8 +36,35 @@ NAME = torch.device("cuda", 0)
 CROSSING = {aten.copy_.default, aten._to_copy.default, aten.copy.default, aten.set_.source_Tensor}
 #: Operations that wait for the card: the processor wants to see a number, or a shape that hangs on one.
 LOOKS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
-#: Operations on lists that take no number from the processor's memory, unlike sums and products.
-STRICT = {aten.cat.default, aten.stack.default}
+#: The same, though PyTorch does not say so: they check their operands, or leave part of their work to the processor.
+WAITS = (
+    *("multinomial", "histc", "_linalg_eigh", "_linalg_svd", "_linalg_eig", "linalg_eig", "linalg_lstsq"),
+    *("linalg_householder_product", "linalg_matrix_exp", "_linalg_check_errors"),
+)
+#: Operations beside those element by element that take a number from the processor's memory.
+LENIENT = (
+    "masked_fill",
+    "masked_fill_",
+    "fill",
+    "fill_",
+    "index_put",
+    "index_put_",
+    "_index_put_impl_",
+    "index_fill",
+    "index_fill_",
+)
+#: Additions that a card makes in the order in which its threads arrive.
+RACES = (
+    "index_add",
+    "index_add_",
+    "scatter_add",
+    "scatter_add_",
+    "scatter_reduce",
+    "scatter_reduce_",
+    "index_reduce",
+    "put",
+)
+BUSY = "CUDA error: operation not permitted when stream is capturing"
 
 
 def bare(tensor: Tensor) -> Tensor:
@@ -77,18 +107,29 @@ class Card:
     ----------
     waits
         How often the processor has waited for it.
+    races
+        Additions of fractions to one place by several threads: their last digits differ from run to run.
+    told
+        What `set_sync_debug_mode` was asked for: at 2 waits are errors.
+    stuck
+        Whether a recording was spoilt, after which the card's generator draws no more.
+    stream
+        The one on which operations are put.
+    random
+        Its own stream of random numbers, or None where it draws from the processor's.
     """
 
-    def __init__(self, limit: float = float("inf")) -> None:
-        self.limit, self.waits = limit, 0
+    def __init__(self, limit: float = float("inf"), random: torch.Generator | None = None) -> None:
+        self.limit, self.waits, self.random = limit, 0, random
+        self.races: list[str] = []
+        self.told, self.stuck = 0, False
+        self.stream: Any = Idle(self)
         self._there: dict[int, StorageWeakRef] = {}
         self._sizes: dict[int, int] = {}
         self._crowd = 4096
         self._lock = threading.Lock()
         self._local = threading.local()
-        self.tape: list[tuple[Any, ...]] | None = None
-        self.told, self.stuck = 0, False  # as `set_sync_debug_mode` says; whether a recording broke off
-        self.before: dict[int, tuple[Any, Any]] = {}
+        self.recording: Recording | None = None
         self.generators: set[int] = set()
         self._kept: list[Any] = []
 
@@ -98,6 +139,25 @@ class Card:
         if not hasattr(self._local, "ambient"):
             self._local.ambient = [False]
         return self._local.ambient
+
+    @property
+    def own(self) -> Recording | None:
+        """What this thread is recording."""
+        found = self.recording
+        return found if found is not None and found.thread == threading.get_ident() else None
+
+    def demand(self) -> None:
+        """Somebody asks for memory, or waits.
+
+        Raises
+        ------
+        RuntimeError
+            Another thread is recording and has not allowed it; the recording is spoilt.
+        """
+        found = self.recording
+        if found is not None and found is not self.own and found.mode == "global":
+            found.spoilt = True
+            raise RuntimeError(BUSY)
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor lies on the card."""
@@ -122,14 +182,19 @@ class Card:
                             f"{self.limit / 2**20:.2f} MiB of which {free:.2f} MiB is free."
                         )
 
-    def keep(self, args: Any, kwargs: Any, func: Any) -> None:
-        """What an operation is about to write over, once a recording: recording does not run anything."""
-        named = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
-        written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-        for tensor in tensors_of(*(named.get(name) for name in written)):
-            place = tensor.untyped_storage()
-            if place._cdata not in self.before:
-                self.before[place._cdata] = (place, place.clone())
+    @contextmanager
+    def drawing(self, there: bool) -> Iterator[None]:
+        """Inside, random numbers are the card's own, where it has some and the operation is there."""
+        if not there or self.random is None:
+            yield
+            return
+        here = torch.get_rng_state()
+        torch.set_rng_state(self.random.get_state())
+        try:
+            yield
+        finally:
+            self.random.set_state(torch.get_rng_state())
+            torch.set_rng_state(here)
 
     def _tidy(self) -> None:
         for key in [key for key, ref in self._there.items() if ref.expired()]:
@@ -143,11 +208,40 @@ class Card:
             return sum(self._sizes.values())
 
 
+@cache
+def takes_numbers(func: Any) -> bool:
+    """Whether an operation on the card takes a tensor without dimension from the processor's memory."""
+    name = base(func)
+    plain = getattr(getattr(aten, name.rstrip("_"), None), func._overloadname, func)
+    if name in LENIENT or name.startswith("_foreach"):
+        return True
+    return torch.Tag.pointwise in func.tags or torch.Tag.pointwise in plain.tags
+
+
+def base(func: Any) -> str:
+    """Name of an operation, whatever its overload."""
+    return func._schema.name.partition("::")[2]
+
+
+def collides(func: Any, args: Any) -> bool:
+    """Whether fractions are added to one place by several threads in the order of their arrival."""
+    if base(func) not in RACES or torch.are_deterministic_algorithms_enabled() or not args[0].is_floating_point():
+        return False
+    axis, index = args[1] % max(1, args[0].ndim), args[2]
+    if not index.numel():
+        return False
+    index = index.reshape(1, -1) if index.ndim < 2 else index.movedim(axis, -1).reshape(-1, index.shape[axis])
+    index = index.sort(-1).values
+    return bool((index[:, 1:] == index[:, :-1]).any())
+
+
 def looks_at_numbers(func: Any, args: Any) -> bool:
     """Whether the processor must wait for what an operation finds: a number, or a shape that hangs on one."""
+    if base(func) in WAITS:
+        return True
     if func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
         return any(t.dtype in (torch.bool, torch.uint8) for t in tensors_of(args[1]))
-    return func is aten._linalg_check_errors.default or any(tag in func.tags for tag in LOOKS)
+    return any(tag in func.tags for tag in LOOKS)
 
 
 class Kernels(TorchDispatchMode):
@@ -179,27 +273,45 @@ class Kernels(TorchDispatchMode):
             there = bool(on) or (not given and card.ambient[-1])
         self.check(func, args, on, off)
         looks = bool(on) and (not there or looks_at_numbers(func, args))
-        looks = looks or (there and func in CROSSING and bool(off) and not kwargs.get("non_blocking"))
         card.waits += looks
-        if card.tape is not None and looks:
-            card.stuck = True
-            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
-        if card.told == 2 and looks:
+        recording = card.own
+        if recording is not None:
+            if looks or self.crosses(func, on, off, there):
+                recording.spoilt = True
+                raise RuntimeError(BUSY)
+            recording.keep(func, args, kwargs)
+        elif looks:
+            card.demand()
+        if (
+            card.told == 2
+            and recording is None
+            and (looks or (func in CROSSING and self.crosses(func, on, off, there)))
+        ):
             raise RuntimeError("called a synchronizing CUDA operation")
-        if card.stuck and there and card.tape is None and torch.Tag.nondeterministic_seeded in func.tags:
+        if there and collides(func, args):
+            card.races.append(str(func))
+        draws = there and torch.Tag.nondeterministic_seeded in func.tags
+        if draws and card.stuck and recording is None:
             raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
-        if card.tape is not None and func._schema.is_mutable:
-            card.keep(args, kwargs, func)
-        out = func(*args, **kwargs)
+        with card.drawing(draws):
+            out = func(*args, **kwargs)
+        if there and not all(card.holds(t) for t in tensors_of(out)):
+            card.demand()
         if there:
             for tensor in tensors_of(out):
                 if tensor.device.type != "meta" and not card.holds(tensor):
                     if func in CROSSING and tensor is args[0]:
                         continue  # a copy onto the processor
                     card.put(tensor)
-        if card.tape is not None:
-            card.tape.append((func, args, kwargs, out))
+        if recording is not None and (there or on):  # the processor's own work is done once, and not recorded
+            recording.note(func, args, kwargs, out)
         return out
+
+    def crosses(self, func: Any, on: list[Tensor], off: list[Tensor], there: bool) -> bool:
+        """Whether numbers travel between the devices; a single one goes along with the operation that needs it."""
+        if func in CROSSING:
+            return bool(off) and (there or bool(on))
+        return bool(on) and any(t.ndim for t in off)
 
     def check(self, func: Any, args: Any, on: list[Tensor], off: list[Tensor]) -> None:
         """Refuse what a card refuses."""
@@ -216,12 +328,12 @@ class Kernels(TorchDispatchMode):
             if not self.card.holds(args[0]):
                 raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
             off = [t for t in off if not any(t is i for i in args[1])]
-        if func not in STRICT:
+        if takes_numbers(func):
             off = [t for t in off if t.ndim]
-            first = args[0] if args and isinstance(args[0], Tensor) else None
-            writes = bool(func._schema.arguments) and func._schema.arguments[0].alias_info is not None
-            if writes and first is not None and func._schema.is_mutable and not self.card.holds(first):
-                off = [first]
+        first = args[0] if args and isinstance(args[0], Tensor) else None
+        writes = bool(func._schema.arguments) and func._schema.arguments[0].alias_info is not None
+        if writes and first is not None and func._schema.is_mutable and not self.card.holds(first):
+            off = [first]
         if off:
             raise RuntimeError(
                 f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! (when "
@@ -337,40 +449,121 @@ class Graph:
     """Operations that were recorded, and are repeated in the memory where they were."""
 
     def __init__(self, card: Card) -> None:
-        self.card, self.tape = card, []  # type: ignore[var-annotated]
+        self.card = card
+        self.tape: list[tuple[Any, ...]] = []
+        self.read: dict[int, int] = {}  # memory that others must keep, and by how many tensors it is held here
+        self.registered: list[Any] = []
+
+    def register_generator_state(self, generator: Any) -> None:
+        """Draws from a generator other than the card's own may be recorded."""
+        self.registered.append(generator)
 
     def replay(self) -> None:
-        """Run every operation again."""
+        """Run every operation again.
+
+        Raises
+        ------
+        RuntimeError
+            Memory that they read has been given back: a card would read whatever lies there now.
+        """
+        if any(
+            torch._C._storage_Use_Count(place) <= held + 1 for place, held in self.read.items()
+        ):  # and by its name in Python
+            raise RuntimeError("the graph reads memory that was given back after the recording")
+        card = self.card
         with _disable_current_modes(), torch.no_grad(), torch._C.DisableTorchFunction():
             for func, args, kwargs, old in self.tape:
-                if any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
-                    continue  # a view: it shows the new numbers
-                new = func(*args, **kwargs)
+                with card.drawing(torch.Tag.nondeterministic_seeded in func.tags):
+                    new = func(*args, **kwargs)
                 for a, b in zip(tensors_of(old), tensors_of(new), strict=True):
                     if a.untyped_storage()._cdata != b.untyped_storage()._cdata:
                         a.copy_(b)
 
 
-class DefaultGenerator:
-    """The card's random numbers: after a recording that broke off there are none until its state is put back."""
+class Recording:
+    """What one thread records.
 
-    def __init__(self, card: Card) -> None:
-        self.card = card
+    Parameters
+    ----------
+    card
+        Where.
+    graph
+        What is filled.
+    mode
+        "global" spoils the recording where another thread asks for memory or waits; "thread_local" does not.
+    """
 
-    def clone_state(self) -> bool:
-        """Whether it draws."""
-        return self.card.stuck
+    def __init__(self, card: Card, graph: Graph, mode: str) -> None:
+        self.card, self.graph, self.mode, self.thread = card, graph, mode, threading.get_ident()
+        self.spoilt = False
+        self.before: dict[int, tuple[Any, Any]] = {}
+        self.made: dict[int, Tensor] = {}
+        self.all: list[Tensor] = []
 
-    def graphsafe_set_state(self, state: bool) -> None:
-        """As it was."""
-        self.card.stuck = state
+    def keep(self, func: Any, args: Any, kwargs: Any) -> None:
+        """What an operation is about to write over, once a recording: recording does not run anything."""
+        generator = kwargs.get("generator")
+        if generator is not None and generator not in self.graph.registered:
+            self.spoilt = True
+            raise RuntimeError("Attempt to increase offset for a CUDA generator not in capture mode.")
+        if not func._schema.is_mutable:
+            return
+        named = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
+        written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        for tensor in tensors_of(*(named.get(name) for name in written)):
+            place = tensor.untyped_storage()
+            if place._cdata not in self.before and place._cdata not in self.made:
+                self.before[place._cdata] = (place, place.clone())
+
+    def note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Write an operation down, by tensors that lie where the given ones do and keep none of them alive."""
+        read = {place._cdata for t in tensors_of(args, kwargs) if self.card.holds(t) for place in places(t)}
+        for tensor in tensors_of(out):
+            for place in places(tensor):
+                if self.card.holds(tensor) and place._cdata not in read:
+                    self.made.setdefault(place._cdata, self.alias(tensor))
+        if not any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):  # no view
+            self.graph.tape.append((func, *(self.aliases(v) for v in (args, kwargs, out))))
+
+    def aliases(self, value: Any) -> Any:
+        """The same with other tensors in place of tensors."""
+        if isinstance(value, Tensor):
+            return self.alias(value)
+        if isinstance(value, list | tuple):
+            return type(value)(self.aliases(v) for v in value)
+        return {k: self.aliases(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    def alias(self, tensor: Tensor) -> Tensor:
+        """Another tensor on the same memory; of a number of the processor, what it is now."""
+        if tensor.device.type == "meta" or tensor.layout is not torch.strided:
+            return tensor
+        if not self.card.holds(tensor):
+            return tensor.clone()
+        self.all.append(tensor.detach())
+        return self.all[-1]
+
+    def end(self) -> None:
+        """Nothing has run: what was written over is back, and what was made holds no numbers yet."""
+        for place, old in self.before.values():
+            place.copy_(old)
+        with _disable_current_modes(), torch.no_grad(), torch._C.DisableTorchFunction():
+            for tensor in self.made.values():
+                if tensor.is_floating_point():
+                    torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage()).fill_(torch.nan)
+        held = Counter(t.untyped_storage()._cdata for t in self.all)
+        self.graph.read = {place: n for place, n in held.items() if place not in self.made}
+        self.before, self.made, self.all = {}, {}, []
 
 
 class Idle:
     """A stream or an event: there is one queue, and it is always done."""
 
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
+    def __init__(self, card: Card, *_: Any, **__: Any) -> None:
+        self.card = card
+
+    def synchronize(self) -> None:
+        """Wait, which spoils a recording."""
+        wait(self.card)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -384,31 +577,67 @@ class Idle:
         pass
 
 
+class DefaultGenerator:
+    """The card's random numbers: after a recording that was spoilt there are none until its state is put back."""
+
+    def __init__(self, card: Card) -> None:
+        self.card = card
+
+    def clone_state(self) -> bool:
+        """Whether it is stuck."""
+        return self.card.stuck
+
+    def graphsafe_set_state(self, state: bool) -> None:
+        """As it was."""
+        self.card.stuck = state
+
+
+def wait(card: Card) -> None:
+    """The processor waits for all that the card does."""
+    if card.own is not None:
+        card.own.spoilt = True
+        raise RuntimeError(BUSY)
+    card.demand()
+    card.waits += 1
+
+
 def stand_ins(card: Card) -> dict[str, Any]:
     """What is asked of `torch.cuda`."""
 
     @contextmanager
-    def recorded(graph: Graph, **_: Any) -> Iterator[None]:
-        card.tape = graph.tape
+    def recorded(graph: Graph, stream: Any = None, capture_error_mode: str = "global", **_: Any) -> Iterator[None]:
+        before, card.stream = card.stream, stream or Idle(card)
+        found = card.recording = Recording(card, graph, capture_error_mode)
         try:
             yield
         finally:
-            card.tape = None
-            for place, old in card.before.values():
-                place.copy_(old)
-            card.before = {}
+            card.recording = None
+            found.end()
+            if found.spoilt:  # PyTorch does not come as far as leaving the stream, or telling the generator
+                card.stuck = True
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+            card.stream = before
+
+    @contextmanager
+    def on_stream(stream: Any) -> Iterator[None]:
+        before, card.stream = card.stream, stream
+        try:
+            yield
+        finally:
+            card.stream = before
 
     def nothing(*_: Any, **__: Any) -> None:
         pass
 
-    def wait(*_: Any) -> None:
-        if card.tape is not None:
-            card.stuck = True
-            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
-        card.waits += 1
+    def state(*_: Any) -> Tensor:
+        return torch.get_rng_state() if card.random is None else card.random.get_state()
 
-    def tell(mode: int | str) -> None:
-        card.told = mode if isinstance(mode, int) else ("default", "warn", "error").index(mode)
+    def set_state(state: Tensor, *_: Any) -> None:
+        torch.set_rng_state(state) if card.random is None else card.random.set_state(state)
+
+    def seeded(seed: int) -> None:
+        if card.random is not None:
+            card.random.manual_seed(seed)
 
     free = 8 << 30 if card.limit == float("inf") else int(card.limit)
     return {
@@ -419,27 +648,28 @@ def stand_ins(card: Card) -> dict[str, Any]:
         "get_device_name": lambda *_: "pretended",
         "get_device_capability": lambda *_: (9, 0),
         "set_device": nothing,
-        "synchronize": wait,
+        "synchronize": lambda *_: wait(card),
         "empty_cache": nothing,
-        "manual_seed_all": nothing,
-        "manual_seed": nothing,
+        "manual_seed_all": seeded,
+        "manual_seed": seeded,
         "memory_allocated": lambda *_: card.used(),
         "max_memory_allocated": lambda *_: card.used(),
         "reset_peak_memory_stats": nothing,
         "mem_get_info": lambda *_: (free - card.used(), free),
-        "get_rng_state": lambda *_: torch.get_rng_state(),
-        "set_rng_state": lambda state, *_: torch.set_rng_state(state),
-        "get_rng_state_all": lambda: [torch.get_rng_state()],
-        "set_rng_state_all": lambda states: torch.set_rng_state(states[0]),
-        "is_current_stream_capturing": lambda: card.tape is not None,
-        "current_stream": Idle,
-        "Stream": Idle,
-        "Event": Idle,
-        "stream": lambda *_: nullcontext(),
+        "get_rng_state": state,
+        "set_rng_state": set_state,
+        "get_rng_state_all": lambda: [state()],
+        "set_rng_state_all": lambda states: set_state(states[0]),
+        "is_current_stream_capturing": lambda: card.own is not None,
+        "current_stream": lambda *_: card.stream,
+        "set_stream": lambda stream: setattr(card, "stream", stream),
+        "Stream": lambda *_, **__: Idle(card),
+        "Event": lambda *_, **__: Idle(card),
+        "stream": on_stream,
         "device": lambda *_: nullcontext(),
         "default_generators": (DefaultGenerator(card),),
         "get_sync_debug_mode": lambda: card.told,
-        "set_sync_debug_mode": tell,
+        "set_sync_debug_mode": lambda mode: setattr(card, "told", {"error": 2}.get(mode, mode)),
         "CUDAGraph": lambda: Graph(card),
         "graph": recorded,
     }
@@ -489,15 +719,17 @@ def no_compiler(*_: Any, **__: Any) -> Any:
 
 
 @contextmanager
-def pretended(limit: float = float("inf")) -> Iterator[Card]:
+def pretended(limit: float = float("inf"), own_stream: bool = False) -> Iterator[Card]:
     """Inside, there is a card.
 
     Parameters
     ----------
     limit
         Bytes that it holds; more is `torch.OutOfMemoryError`.
+    own_stream
+        Whether it has random numbers of its own, as real ones do; else it draws from the processor's, to the same answer.
     """
-    card = Card(limit)
+    card = Card(limit, torch.Generator() if own_stream else None)
     run = threading.Thread.run
 
     def run_there(thread: threading.Thread) -> None:

@@ -96,8 +96,8 @@ def test_work_is_warmed_up_beside_the_main_stream_and_then_recorded_once():
     text = " ".join(cuda.seen)
     assert text == (
         "device Stream current_stream wait_stream stream work work get_sync_debug_mode set_sync_debug_mode work "
-        "set_sync_debug_mode end current_stream wait_stream synchronize CUDAGraph current_device clone_state "
-        "graph(stream, capture_error_mode) work end end"
+        "set_sync_debug_mode end current_stream wait_stream synchronize current_stream CUDAGraph current_device clone_state "
+        "graph(capture_error_mode, stream) work end set_stream end"
     )
     launch()
     assert cuda.seen[-1] == "replay"

@@ -161,17 +161,17 @@ def layout(problem: Problem) -> list[tuple[str, tuple[int, ...]]]:
 
 def random_state(target: Any) -> dict[str, Tensor]:
     """Of the generators that a step draws from."""
-    found = {"cpu": torch.get_rng_state()}
+    found, device = {"cpu": torch.get_rng_state()}, target.batches.device
     if target.batches.generator is not None:
         found["batches"] = target.batches.generator.get_state()
-    return found | ({"cuda": torch.cuda.get_rng_state()} if target.batches.device.type == "cuda" else {})
+    return found | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
 def set_random_state(target: Any, tensors: dict[str, Tensor], same: bool, steps: int) -> None:
     """Go on with what was drawn from; ranks that are others than before draw rows, and what belongs to rows, anew."""
     torch.set_rng_state(tensors["random/cpu"])
     if "random/cuda" in tensors and target.batches.device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["random/cuda"])
+        torch.cuda.set_rng_state(tensors["random/cuda"], target.batches.device)
     generator, ranks = target.batches.generator, target.problem.ranks
     if generator is not None and same and "random/batches" in tensors:
         generator.set_state(tensors["random/batches"])
