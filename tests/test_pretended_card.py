@@ -1,8 +1,8 @@
 """Fits on a card that is pretended: the answers of the processor, nothing left behind, and the refusals of a real card."""
 
 import gc
-from dataclasses import replace
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pyro
@@ -323,6 +323,8 @@ def test_a_card_answers_as_the_processor_does(case):
         assert found.diagnostics["device"].startswith("cuda")
         if isinstance(method, SVI) and method.mode == "cudagraph":
             assert found.diagnostics["mode"] == "cudagraph", found.diagnostics["reason"]
+        if isinstance(method, HMC):
+            assert found.diagnostics["leapfrog"] == "cudagraph"
         gc.collect()
         assert card.used() == 0
         assert found.problem.device.type == "cpu"

@@ -15,7 +15,7 @@ from .adaptation import DualAveraging, windows
 from .base import Verdict, one_of, positive_float, positive_int
 from .hamiltonian import DIVERGENCE, Failed, Record, Settings
 from .hmc_file import MoveFile
-from .movers import Ensemble, Mover, mover_for
+from .movers import BatchMover, Ensemble, Mover, mover_for
 from .nuts import BACKENDS, Run, check_init, failure
 from .sampling import Watch, answer, beside_bar, potential_of, sampling_verdict, spread
 from .starts import starts
@@ -46,6 +46,9 @@ class HMC:
     trajectory lengths in Hamiltonian Monte Carlo*, AISTATS 2021), for every gradient that it costs. Before that every chain
     finds the bulk of the posterior by a short run of NUTS of its own: no chain is ever moved to where another one is, so that
     modes stay visible.
+
+    On a card a leapfrog step of all chains is one launch of a CUDA graph where it can be recorded;
+    `posterior.diagnostics["leapfrog"]` says "cudagraph", or why not.
 
     Parameters
     ----------
@@ -138,6 +141,9 @@ class HMC:
                 file.remove()
             positions, stats, notes = moves.gather(watch.stopped)
             facts = {"trajectory_length": moves.length, "dense_mass": moves.scale.dense}
+            own = getattr(mover, "own", mover)
+            if isinstance(own, BatchMover):
+                facts["leapfrog"] = f"{own.mode}: {own.reason}" if own.reason else own.mode
             return answer(
                 self, problem, joint, potential, backend, positions, stats, notes, facts, meter, not watch.stopped
             )
