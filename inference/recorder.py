@@ -191,7 +191,7 @@ class _Recorder(TorchDispatchMode):
                 continue
             if id(index) not in self._rows:
                 self._alive.append(index)
-                self._rows[id(index)] = index.nonzero().unbind(1)
+                self._rows[id(index)] = tuple(p.contiguous() for p in index.nonzero(as_tuple=True))
             found += self._rows[id(index)]
         return found
 
