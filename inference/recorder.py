@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -249,6 +250,18 @@ class PureGraph:
         plain = torch._C.DisableTorchFunction() if torch._C._is_torch_function_mode_enabled() else nullcontext()
         with plain, torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
             return self.module.forward(*args, *self.constants)
+
+    def at_home(self) -> PureGraph:
+        """The same program on the processor."""
+
+        def home(leaf: Any) -> Any:
+            return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
+
+        module = copy.deepcopy(self.module)
+        for node in module.graph.nodes:
+            node.args, node.kwargs = tree_map(home, node.args), tree_map(home, node.kwargs)
+        module.recompile()
+        return PureGraph(module, [c.cpu() for c in self.constants], self.differentiable)
 
 
 def merge_repeats(graph: fx.Graph) -> None:

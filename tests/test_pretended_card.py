@@ -1,6 +1,7 @@
 """Fits on a card that is pretended: the answers of the processor, nothing left behind, and the refusals of a real card."""
 
 import gc
+import shutil
 import threading
 from dataclasses import replace
 
@@ -14,7 +15,9 @@ from torch import nn
 
 from inference import EM, HMC, NUTS, SVI, fit
 from inference.lazy_rows import LazyRows
+from inference.methods import hmc
 from inference.methods.cuda_graphs import GraphedStep, OnCard, graphed
+from inference.recorder import pure_graph
 from inference.streaming import Stream
 from zoo import GMM, PPCA, GaussianHMM
 
@@ -411,3 +414,27 @@ def test_a_climb_goes_on_on_another_device(first, tmp_path):
         found = fit(GMM(3), X, EM(max_iter=12, **options), seed=1, device=second)
     wanted = fit(GMM(3), X, EM(max_iter=12, restarts=1, tol=0.0), seed=1)
     np.testing.assert_allclose(found.history, wanted.history, rtol=1e-9)
+
+
+def test_chains_of_a_card_search_alone_in_machine_code(card, monkeypatch):
+    """From the recording of the card, on the processor, as there each would wait for its own gradients; what is large stays."""
+    moved, run = [], hmc.Run.go
+    monkeypatch.setattr(hmc.Run, "go", lambda self, watch: moved.append(self.backend.name) or run(self, watch))
+    method = HMC(chains=4, warmup=60, draws=20)
+    found = fit(regression, PAIR, method, seed=1, device="cuda")
+    monkeypatch.setattr(hmc, "ASKED", 0.0)
+    fit(regression, PAIR, method, seed=1, device="cuda")
+    assert moved[0] == ("compiled" if shutil.which("cc") else "graph") and moved[-1] == "graph"
+    assert found.diagnostics["leapfrog"] == "cudagraph" and found.diagnostics["backend"].startswith("graph")
+
+
+def test_a_recording_of_a_card_runs_on_the_processor(card):
+    """Constants and devices that it names come along."""
+
+    def density(q):
+        return (q * y + torch.arange(3, device="cuda")).square().sum() + q.new_zeros(3).sum()
+
+    y, q = torch.linspace(-1, 1, 3, device="cuda"), torch.ones(3, device="cuda")
+    here = pure_graph(density, (q,)).at_home()
+    assert not here.constants[0].is_cuda
+    assert float(here(torch.ones(3))) == pytest.approx(float(density(q)))

@@ -12,22 +12,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .adaptation import DualAveraging, windows
+from .backends import NUMBER, Backend, numbers_of
 from .base import Verdict, one_of, positive_float, positive_int
 from .hamiltonian import DIVERGENCE, Failed, Record, Settings
 from .hmc_file import MoveFile
 from .movers import BatchMover, Ensemble, Mover, mover_for
+from .native import cores
 from .nuts import BACKENDS, Run, check_init, failure
 from .sampling import Watch, answer, beside_bar, potential_of, sampling_verdict, spread
 from .starts import starts
 from .trajectories import Climb, Scale, Within, criterion, van_der_corput
 
 if TYPE_CHECKING:
+    from ..capture import ValueAndGrad
+    from ..distributed import Ranks
     from ..joint import LogJoint
     from ..posterior import Posterior
     from ..problem import Problem
     from ..structure import Structure
-    from .backends import Backend
 
+#: Seconds of Python for every gradient that a chain asks for where chains run in lockstep but at their own pace.
+ASKED = 5e-5
 #: Iterations in which every chain finds the posterior's bulk on its own, at most, and their share of the warm-up.
 ALONE, SHARE = 100, 0.25
 #: Rounds more of them for chains that lie behind, and how far: so many times the spread of the other chains' densities.
@@ -121,7 +126,7 @@ class HMC:
                 said, layout = replace(self, checkpoint=None, init="auto"), [(b.name, b.shape) for b in joint.blocks]
                 file = MoveFile(Path(self.checkpoint), problem, said, backend.name, layout)
             kept = file.read() if file is not None else None
-            begun = None if kept is not None else self.alone(joint, potential, backend)
+            begun = None if kept is not None else self.alone(joint, *self.searched_by(ranks, potential, backend))
             moves = Moves(self, joint, mover, begun, kept, file)
             meter.mark("setup")
             total = self.warmup + self.draws
@@ -140,13 +145,25 @@ class HMC:
             elif file is not None:
                 file.remove()
             positions, stats, notes = moves.gather(watch.stopped)
-            facts = {"trajectory_length": moves.length, "dense_mass": moves.scale.dense}
+            facts: dict[str, Any] = {"trajectory_length": moves.length, "dense_mass": moves.scale.dense}
             own = getattr(mover, "own", mover)
             if isinstance(own, BatchMover):
                 facts["leapfrog"] = f"{own.mode}: {own.reason}" if own.reason else own.mode
             return answer(
                 self, problem, joint, potential, backend, positions, stats, notes, facts, meter, not watch.stopped
             )
+
+    def searched_by(self, ranks: Ranks, potential: ValueAndGrad, backend: Backend) -> tuple[ValueAndGrad, Backend]:
+        """What moves chains that are alone: on a card each asks for itself, so that machine code is often faster there."""
+        if potential.points[0].device.type == "cpu" or self.backend not in ("auto", "compiled"):
+            return potential, backend
+        home = potential.at_home()
+        if home is potential or NUMBER * numbers_of(home) > ASKED * cores():
+            return potential, backend
+        from .chains import same_backend
+
+        found = same_backend(ranks, home, "auto", self.chains * ALONE, None)
+        return (home, found) if found.code is not None else (potential, backend)
 
     def alone(self, joint: LogJoint, potential: Any, backend: Backend) -> tuple[list[Record], int]:
         """Every chain after a short run of NUTS of its own, and the iterations that took.
