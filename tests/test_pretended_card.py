@@ -13,9 +13,9 @@ import torch
 from pretended_card import pretended
 from torch import nn
 
-from inference import EM, HMC, NUTS, SVI, fit
+from inference import EM, HMC, NUTS, SVI, devices, fit
 from inference.lazy_rows import LazyRows
-from inference.methods import hmc
+from inference.methods import cuda_graphs, hmc
 from inference.methods.cuda_graphs import GraphedStep, OnCard, graphed
 from inference.recorder import pure_graph
 from inference.streaming import Stream
@@ -438,3 +438,19 @@ def test_a_recording_of_a_card_runs_on_the_processor(card):
     here = pure_graph(density, (q,)).at_home()
     assert not here.constants[0].is_cuda
     assert float(here(torch.ones(3))) == pytest.approx(float(density(q)))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [HMC(chains=4, warmup=20, draws=10), SVI(guide="mean_field", **QUICK), EM(restarts=1, max_iter=3)],
+    ids=["hmc", "svi", "em"],
+)
+def test_devices_are_timed_on_what_they_will_do(card, method):
+    """On the card, too: a trial that fails there passes it over; recorded steps are timed as such."""
+    made, once = [], cuda_graphs.GraphedStep.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_graphs.GraphedStep, "__init__", lambda self, *a: made.append(self) or once(self, *a))
+        patch.setattr(devices, "PAYS", 0.0)
+        found = fit(GMM(2) if method.name == "em" else regression, X if method.name == "em" else PAIR, method, seed=0)
+    assert {"step_cpu", "step_cuda"} <= set(found.timings) and found.diagnostics["device"].startswith("cpu")
+    assert len(made) == (method.name != "em")

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from ..problem import Problem
     from ..structure import Structure
 
+#: Leapfrog steps that a device is timed on.
+TRIED = 5
 #: Seconds of Python for every gradient that a chain asks for where chains run in lockstep but at their own pace.
 ASKED = 5e-5
 #: Iterations in which every chain finds the posterior's bulk on its own, at most, and their share of the warm-up.
@@ -152,6 +154,19 @@ class HMC:
             return answer(
                 self, problem, joint, potential, backend, positions, stats, notes, facts, meter, not watch.stopped
             )
+
+    def trial(self, problem: Problem) -> Callable[[], Any]:
+        """A few leapfrog steps of all chains, to be timed."""
+        from ..marginal import density_of_globals
+        from .backends import choose_backend
+
+        joint = density_of_globals(problem)
+        potential = potential_of(joint, self.backend)
+        work = self.chains * (self.warmup + self.draws)
+        mover = mover_for(potential, choose_backend(potential, self.backend, work, problem.budget))
+        here = mover.at(np.stack([potential.points[c % len(potential.points)].double().cpu() for c in range(self.chains)]))
+        still, scales = np.zeros_like(here.position), np.ones(here.position.shape[1])
+        return lambda: mover.move(here, still, TRIED, 1e-6, scales)
 
     def searched_by(self, ranks: Ranks, potential: ValueAndGrad, backend: Backend) -> tuple[ValueAndGrad, Backend]:
         """What moves chains that are alone: on a card each asks for itself, so that machine code is often faster there."""
