@@ -14,6 +14,8 @@ from torch import nn
 from inference import EM, HMC, NUTS, SVI, fit
 from inference.joint import isolated_run
 from inference.lazy_rows import LazyRows
+from inference.methods.ascent import Ascent
+from inference.methods.climb_file import ClimbFile
 from inference.methods.cuda_graphs import GraphedStep, OnCard, graphed
 from inference.methods.holdout import Holdout
 from inference.problem import prepare
@@ -413,6 +415,23 @@ def test_names_that_are_no_device_of_fits_are_told(device):
 def test_a_card_that_is_not_there_is_told(card):
     with pytest.raises(ValueError, match="device='cuda:1': there is no such card; here is only 'cuda:0'"):
         fit(GMM(2), X, EM(), device="cuda:1")
+
+
+@pytest.mark.parametrize("mode", ["graph", "cudagraph"])
+def test_a_climb_of_svi_goes_on_where_it_was(mode, tmp_path):
+    """Parameters were read into the processor's memory, where a card's step cannot take them."""
+    options = {"guide": "mean_field", "steps": 30, "starts": 1, "draws": 5, "batch_size": 50, "mode": mode}
+    with pretended():
+        wanted = fit(regression, PAIR, SVI(**options), seed=1, device="cuda")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ClimbFile, "every", 0.0)
+            step, made = Ascent.step, iter(range(12))
+            patch.setattr(Ascent, "step", lambda ascent: step(ascent) if next(made, None) is not None else 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                fit(regression, PAIR, SVI(**options, checkpoint=tmp_path / "climb"), seed=1, device="cuda")
+        found = fit(regression, PAIR, SVI(**options, checkpoint=tmp_path / "climb"), seed=1, device="cuda")
+    assert found.history == wanted.history
+    assert torch.equal(found.draws["w"], wanted.draws["w"])
 
 
 @pytest.mark.parametrize("first", ["cpu", "cuda"])
