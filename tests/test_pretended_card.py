@@ -11,7 +11,7 @@ import torch
 from pretended_card import pretended
 from torch import nn
 
-from inference import EM, HMC, NUTS, SVI, fit
+from inference import EM, HMC, NUTS, SVI, DivergenceError, fit
 from inference.joint import isolated_run
 from inference.lazy_rows import LazyRows
 from inference.methods.ascent import Ascent
@@ -386,6 +386,23 @@ def test_a_full_card_is_told_with_a_smaller_batch():
                 regression, {"X": x[:, :2].contiguous(), "y": x[:, 2].contiguous()}, SVI(**QUICK), seed=0, device="cuda"
             )
         gc.collect()
+        assert card.used() == 0
+
+
+def test_a_run_that_diverges_brings_its_last_state_home():
+    """And holds nothing on the card, though the error is kept."""
+
+    def story(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu.exp().exp().exp(), 1.0), obs=x)
+
+    with pretended() as card:
+        with pytest.raises(DivergenceError) as caught:
+            fit(story, X[:, 0].contiguous(), SVI(guide="mean_field", lr=30.0, **QUICK), seed=0, device="cuda")
+        state = caught.value.state
+        gc.collect()
+        assert state and not any(v.is_cuda for v in state.values())
         assert card.used() == 0
 
 
