@@ -109,6 +109,7 @@ def release() -> None:
     """Give back what a card holds for tensors that are gone."""
     if torch.cuda.is_initialized():
         gc.collect()
+        getattr(torch._C, "_cuda_clearCublasWorkspaces", int)()  # one for every stream that multiplied matrices
         torch.cuda.empty_cache()
 
 
@@ -229,8 +230,7 @@ def in_order(device: torch.device | None) -> Iterator[None]:
     if device is None or device.type != "cuda":
         yield
         return
-    import torch.utils.deterministic as memory
-
+    memory: Any = torch.utils.deterministic
     mode, filled = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory
     try:
         if mode == 0:  # operations that have one order only stay as they are: a story may need them

@@ -47,11 +47,10 @@ def frees_memory(function: F) -> F:
             bound = signatures.signature(function).bind(*args, **kwargs).arguments
         import gc
 
-        import torch
+        from .devices import release
 
         gc.collect()
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        release()
         advice = smaller(bound.get("method"), bound.get("data"), room(text))
         raise MemoryError(f"{text}; {advice}. What the fit held is released")
 
