@@ -109,6 +109,7 @@ def release() -> None:
     """Give back what a card holds for tensors that are gone."""
     if torch.cuda.is_initialized():
         gc.collect()
+        getattr(torch._C, "_cuda_clearCublasWorkspaces", int)()  # one for every stream that multiplied matrices
         torch.cuda.empty_cache()
 
 
@@ -235,3 +236,28 @@ def full_precision() -> Iterator[None]:
             cudnn.allow_tf32 = convolutions
         for part, value in zip(parts, before, strict=True):
             part.fp32_precision = value
+
+
+# -- order ------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def in_order(device: torch.device | None) -> Iterator[None]:
+    """Inside, a card adds in one order, so that the same seed gives the same bits; the processor does so anyway.
+
+    Sums into places that are named (`index_add_`, `scatter_add_`, the gradients of `gather` and `index_select`, cuDNN's
+    convolutions) are otherwise made as a card's threads arrive.
+    """
+    if device is None or device.type != "cuda":
+        yield
+        return
+    memory: Any = torch.utils.deterministic
+    mode, filled = torch.get_deterministic_debug_mode(), memory.fill_uninitialized_memory
+    try:
+        if mode == 0:  # operations that have one order only stay as they are: a story may need them
+            torch.set_deterministic_debug_mode("warn")
+        memory.fill_uninitialized_memory = False  # filling what is written over takes a launch each
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        memory.fill_uninitialized_memory = filled

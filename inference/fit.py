@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .choose import WANTS, Choice, check_request, choose
-from .devices import DeviceChoice, only_here, settled
+from .devices import DeviceChoice, only_here, release, settled
 from .distributed import ALONE, SHARES, Ranks, first_warns, own_device, start
 from .guard import MemoryGuard, frees_memory
 from .lazy_rows import has_lazy, resident
@@ -260,6 +260,8 @@ def run(
         if shared is not problem:
             posterior = replace(posterior, problem=problem if ranks.share == "split" else posterior.problem)
     posterior = replace(posterior, choice=choice).brought_home()
+    if problem.device.type == "cuda":
+        release()  # for other processes, too
     with posterior.problem.scope(problem.seed):
         if guard.reached is not None:
             note = f"the memory budget of {memory:g} MB is used up ({guard.reached:.0f} MB): the best state so far is returned"

@@ -14,7 +14,7 @@ import torch
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 
-from .devices import full_precision
+from .devices import full_precision, in_order
 
 # Pyro's handler stack and torch's default dtype belong to the process, not to a thread.
 _LOCK = threading.RLock()
@@ -92,9 +92,20 @@ def isolated(
     old_threads = torch.get_num_threads()
     old_dtype, depth = torch.get_default_dtype(), len(_PYRO_STACK)
     try:
-        with pyro.get_param_store().scope(), warnings.catch_warnings(), full_precision(), at_home(device):
+        with (
+            pyro.get_param_store().scope(),
+            warnings.catch_warnings(),
+            full_precision(),
+            in_order(device),
+            at_home(device),
+        ):
             # torch's Wishart takes rounding in large draws for singularity and resamples: nothing to act on.
             warnings.filterwarnings("ignore", message="Singular sample detected")
+            if device is not None and device.type == "cuda":
+                # PyTorch tells of every operation that has no fixed order, and that of products hangs on the environment.
+                warnings.filterwarnings(
+                    "ignore", message=".*(does not have a deterministic impl|Deterministic behavior was)"
+                )
             if dtype is not None:
                 torch.set_default_dtype(dtype)
             if threads is not None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from importlib import import_module
 from typing import Any
 from unittest import mock
 
@@ -276,6 +277,10 @@ def pretended(limit: float = float("inf"), own_stream: bool = False) -> Iterator
                 return backward(*args, **kwargs)
         finally:
             card.ambient.pop()
+
+    import_module(
+        "torch._dynamo"
+    )  # what the modes bring in, and with it filters of warnings, comes before a test looks
 
     with ExitStack() as stack:
         for name, value in stand_ins(card).items():

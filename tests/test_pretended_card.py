@@ -13,16 +13,24 @@ import torch
 from pretended_card import pretended
 from torch import nn
 
-from inference import EM, HMC, NUTS, SVI, devices, fit
+from inference import EM, HMC, NUTS, SVI, DivergenceError, devices, fit
+from inference.joint import isolated_run
 from inference.lazy_rows import LazyRows
 from inference.methods import cuda_graphs, hmc
+from inference.methods.ascent import Ascent
+from inference.methods.climb_file import ClimbFile
 from inference.methods.cuda_graphs import GraphedStep, OnCard, graphed
+from inference.methods.holdout import Holdout
+from inference.problem import prepare
 from inference.recorder import pure_graph
 from inference.streaming import Stream
 from zoo import GMM, PPCA, GaussianHMM
 
 CUDA = torch.cuda.is_available()
-pytestmark = pytest.mark.skipif(CUDA, reason="a CUDA device is here: pytest --device cuda")
+pytestmark = [
+    pytest.mark.skipif(CUDA, reason="a CUDA device is here: pytest --device cuda"),
+    pytest.mark.processor,  # each test says itself when there is a card
+]
 
 
 def clusters(n=300, d=3):
@@ -249,6 +257,53 @@ def test_rows_are_read_ahead_while_a_step_is_recorded(card):
     assert stream.take(0)[0].tolist() == [1.0] * 3
 
 
+# -- random numbers --------------------------------------------------------------------------------------------------------
+
+
+def recorded_draws():
+    return pure_graph(lambda x: x + torch.randn(3, device="cuda"), (torch.zeros(3, device="cuda"),), random=True)
+
+
+def bookkeeping():
+    problem = prepare(regression, PAIR, seed=5, device="cuda")
+    with isolated_run(problem, seed=0):
+        torch.randn(3, device="cuda")
+
+
+def a_look_at_rows_held_out():
+    class Plain(Holdout):
+        def bound(self, leaves):
+            return torch.randn((), device="cuda")
+
+    watch = Plain(None, torch.arange(3), 100)
+    watch.look(0, {})
+    watch.look(1, {})
+    assert watch.history[0][1] == watch.history[1][1]  # the same draws at every look
+
+
+@pytest.mark.parametrize("work", [recorded_draws, bookkeeping, a_look_at_rows_held_out])
+def test_what_draws_on_the_side_leaves_a_cards_random_numbers(work):
+    """A card has numbers of its own: with the processor's alone put back, every fit went on from the same ones."""
+    with pretended(own_stream=True):
+        torch.cuda.manual_seed_all(7)
+        before = torch.cuda.get_rng_state()
+        work()
+        assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("method", [SVI(guide="mean_field", steps=10, starts=1, draws=5), EM(restarts=1, max_iter=3)])
+def test_a_seed_decides_what_a_card_draws(method):
+    """The same bits again, other numbers with another seed, and the user's own stream goes on as if nothing had been."""
+    story, data = (regression, PAIR) if method.name == "svi" else (GMM(3), X)
+    with pretended(own_stream=True) as card:
+        before = torch.cuda.get_rng_state()
+        runs = [fit(story, data, method, seed=seed, device="cuda").history for seed in (1, 1, 2)]
+        assert not torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
+        assert torch.equal(torch.cuda.get_rng_state(), before)
+        assert runs[0] == runs[1] != runs[2]
+        assert not card.races
+
+
 # -- fits ------------------------------------------------------------------------------------------------------------------
 
 
@@ -330,6 +385,7 @@ def test_a_card_answers_as_the_processor_does(case):
             assert found.diagnostics["leapfrog"] == "cudagraph"
         gc.collect()
         assert card.used() == 0
+        assert not card.races  # the same seed gives the same bits
         assert found.problem.device.type == "cpu"
         assert all(not v.is_cuda for v in (*found.draws.values(), *found.problem.kwargs.values()))
         rows = found.log_prob()
@@ -376,6 +432,23 @@ def test_a_full_card_is_told_with_a_smaller_batch():
         assert card.used() == 0
 
 
+def test_a_run_that_diverges_brings_its_last_state_home():
+    """And holds nothing on the card, though the error is kept."""
+
+    def story(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu.exp().exp().exp(), 1.0), obs=x)
+
+    with pretended() as card:
+        with pytest.raises(DivergenceError) as caught:
+            fit(story, X[:, 0].contiguous(), SVI(guide="mean_field", lr=30.0, **QUICK), seed=0, device="cuda")
+        state = caught.value.state
+        gc.collect()
+        assert state and not any(v.is_cuda for v in state.values())
+        assert card.used() == 0
+
+
 def test_a_story_with_a_tensor_of_the_processor_is_told():
     """Both devices are named, and what to do."""
     kept = torch.ones(len(X), dtype=torch.float64)
@@ -402,6 +475,23 @@ def test_names_that_are_no_device_of_fits_are_told(device):
 def test_a_card_that_is_not_there_is_told(card):
     with pytest.raises(ValueError, match="device='cuda:1': there is no such card; here is only 'cuda:0'"):
         fit(GMM(2), X, EM(), device="cuda:1")
+
+
+@pytest.mark.parametrize("mode", ["graph", "cudagraph"])
+def test_a_climb_of_svi_goes_on_where_it_was(mode, tmp_path):
+    """Parameters were read into the processor's memory, where a card's step cannot take them."""
+    options = {"guide": "mean_field", "steps": 30, "starts": 1, "draws": 5, "batch_size": 50, "mode": mode}
+    with pretended():
+        wanted = fit(regression, PAIR, SVI(**options), seed=1, device="cuda")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ClimbFile, "every", 0.0)
+            step, made = Ascent.step, iter(range(12))
+            patch.setattr(Ascent, "step", lambda ascent: step(ascent) if next(made, None) is not None else 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                fit(regression, PAIR, SVI(**options, checkpoint=tmp_path / "climb"), seed=1, device="cuda")
+        found = fit(regression, PAIR, SVI(**options, checkpoint=tmp_path / "climb"), seed=1, device="cuda")
+    assert found.history == wanted.history
+    assert torch.equal(found.draws["w"], wanted.draws["w"])
 
 
 @pytest.mark.parametrize("first", ["cpu", "cuda"])

@@ -54,7 +54,7 @@ class ClimbFile:
     every = EVERY
 
     def __init__(self, path: Path, problem: Problem, *parts: Any) -> None:
-        self.ranks = problem.ranks
+        self.ranks, self.device = problem.ranks, problem.device
         parts = (*parts, layout(problem))
         self.state = SavedState(path, "SVI", fingerprint(problem, *parts), particulars(problem, *parts))
         self.written = time.perf_counter()
@@ -122,7 +122,7 @@ class ClimbFile:
         ascents: list[Ascent] = []
         for i, numbers in enumerate(card["climbs"]):
             whole = {n.split("/", 1)[1]: v for n, v in tensors.items() if n.startswith(f"{i}/")}
-            ascent = begun(fresh, whole, card["names"], self.ranks)
+            ascent = begun(self.on_device(fresh), whole, card["names"], self.ranks)
             restore(ascent, own_rows(whole, ascent, self.ranks), numbers)
             ascents.append(ascent)
         same = card.get("rows", []) == list(self.ranks.counts)
@@ -138,6 +138,10 @@ class ClimbFile:
                 target.made = card["made"]
             set_random_state(target, tensors, same, sum(len(a.history) for a in ascents))
         return ascents, [DivergenceError(text) for text in card["dropped"]], bool(card["final"])
+
+    def on_device(self, fresh: Callable[[Leaves], Ascent]) -> Callable[[Leaves], Ascent]:
+        """A climb's maker that takes parameters to where the fit runs: a file is read by the processor."""
+        return lambda leaves: fresh({n: v.to(self.device) for n, v in leaves.items()})
 
     def leave(self, finished: bool, ascents: list[Ascent], dropped: list[DivergenceError], final: bool) -> None:
         """Remove the file of a run that has come to its end; write that of another once more."""
