@@ -12,17 +12,16 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from .agreement import Agreement, agree
 from .choose import check_request
 from .crosscheck import STRENGTH, all_seconded
-from .data import take_rows
 from .distributed import first_warns, start
 from .errors import DivergenceError
 from .fit import fit
+from .heldout import split
 from .methods import METHODS, resolve
 from .methods.base import Method
 from .posterior import Posterior
@@ -253,28 +252,6 @@ def labelled(methods: Any) -> dict[str, Method]:
             label, k = f"{method.name} {k}", k + 1
         found[label] = method
     return found
-
-
-def split(problem: Any, data: Any, test: Any, seed: int) -> tuple[Any, Any, list[str]]:
-    """Training data, held-out data (or None), and what was done."""
-    structure = problem.structure
-    if test is None or (isinstance(test, int | float) and test == 0):
-        return data, None, ["no rows were held out"]
-    if not isinstance(test, int | float):
-        return data, test, ["held-out rows: as given"]
-    if not 0 < test < 1:
-        raise ValueError(f"test={test!r} must be a share between 0 and 1, held-out data, or None")
-    n = structure.num_rows
-    if not n or not structure.row_arguments:
-        return data, None, ["the story has no data plate whose rows are arguments: no rows were held out"]
-    count = round(n * test)
-    if not 0 < count < n:
-        raise ValueError(f"test={test!r} of {n} rows is {count}: nothing is left to fit or to hold out")
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed), device="cpu")
-    pick = {part: rows.sort().values for part, rows in (("test", order[:count]), ("train", order[count:]))}
-    kwargs = problem.kwargs
-    train, held = (take_rows(kwargs, structure.row_arguments, pick[part]) for part in ("train", "test"))
-    return train, held, [f"fitted to {n - count} rows, {count} held out at random (seed {seed})"]
 
 
 def strongest(posteriors: dict[str, Posterior]) -> str:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from .gaps import GappedTable, Gaps
+from .mapped_files import still_there
 from .streaming import Stream
 
 if TYPE_CHECKING:
@@ -74,11 +76,16 @@ class HostTable:
 
     def read(self, rows: Numbers) -> Tensor:
         """Some rows."""
+        still_there(self.table)
         return self.table[rows if isinstance(rows, slice) else torch.from_numpy(rows)]
 
     def cut(self, first: int, last: int) -> HostTable:
         """A view."""
         return HostTable(self.table[first:last])
+
+    def without(self, rows: np.ndarray) -> GappedTable:
+        """All but some rows (sorted numbers), not read."""
+        return GappedTable(self.table, Gaps.of(rows), self.slow)
 
     def extremes(self) -> tuple[float, float]:
         """One pass."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..capture import check_agreement, reason_of
 from ..data import LISTED, take_rows
 from ..lazy_rows import LazyRows, affordable, has_lazy
+from ..mapped_files import still_there
 from ..problem import Problem
 from ..recorder import pure_graph
 from ..streaming import Stream
@@ -132,6 +133,7 @@ class Batches:
     def take(self, rows: Tensor) -> tuple[Tensor, ...]:
         """These rows of every argument that is cut; the batch after them is read ahead."""
         if not self.streams:
+            still_there(*(self.kwargs[name] for name in self.names))
             return tuple(self.kwargs[name][rows] for name in self.names)
         if self.stream is None:
             self.stream = Stream(self.read, self.device)
@@ -144,7 +146,8 @@ class Batches:
     def read(self, rows: Tensor) -> tuple[Tensor, ...]:
         """The same in the processor's memory."""
         index = rows.cpu()
-        given = (self.kwargs[name] for name in self.names)
+        given = [self.kwargs[name] for name in self.names]
+        still_there(*given)
         return tuple(v.host(v.numbers(index)) if isinstance(v, LazyRows) else v[index] for v in given)
 
 
