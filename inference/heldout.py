@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import lazy_rows
 from .data import some_rows, take_rows
-from .lazy_rows import CELLS, HostTable, LazyRows
+from .lazy_rows import HostTable, LazyRows
 from .mapped_files import known_file
 from .sparse_rows import FEW, Counts
 
@@ -60,8 +61,8 @@ def split(problem: Problem, data: Any, test: Any, seed: int) -> tuple[Any, Any, 
 def stays_away(value: Tensor) -> bool:
     """Whether rows are too many to be copied: read as they are needed, or from a large file."""
     if isinstance(value, LazyRows):
-        return value.source.slow and value.numel() > CELLS
-    return value.numel() > CELLS and known_file(value) is not None
+        return value.source.slow and value.numel() > lazy_rows.CELLS
+    return value.numel() > lazy_rows.CELLS and known_file(value) is not None
 
 
 def affordable(value: Tensor) -> int:
@@ -91,5 +92,5 @@ def taken(value: Tensor, rows: np.ndarray) -> Tensor:
     if not isinstance(value.source, Counts):
         return value.source.read(rows).to(dtype=value.dtype, device=value.device)
     found = value.source.taken(rows)
-    small = len(rows) <= FEW or len(rows) * found.width <= CELLS
+    small = len(rows) <= FEW or len(rows) * found.width <= lazy_rows.CELLS
     return found.read(slice(0, len(rows))).to(value.device) if small else value.like(found)
