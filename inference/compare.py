@@ -173,17 +173,8 @@ def compare(
         posteriors = all_seconded(posteriors, cross_check is True, show, others.several)
     reference = strongest(posteriors)
     agreements = {n: agree(p, posteriors[reference]) for n, p in posteriors.items() if n != reference}
-    rows, heldout = {}, {}
-    for label, posterior in posteriors.items():
-        reason = without_density(posterior)
-        if held is not None and not reason:
-            heldout[label] = posterior.log_prob(held)
-        rows[label] = table_row(posterior, heldout.get(label), agreements.get(label), label == reference)
-        if reason:
-            rows[label]["held-out log p"] = "n/a (no density)"
-    for label in refused:
-        rows[label] = {"kind": "n/a (no density)" if problem.structure.implicit else "n/a (refused)"}
-    table = others.first(pd.DataFrame.from_dict(rows, orient="index").reindex(list(chosen)))
+    heldout = {n: p.log_prob(held) for n, p in posteriors.items() if held is not None and not without_density(p)}
+    table = others.first(table_of(posteriors, refused, heldout, agreements, reference).reindex(list(chosen)))
     if problem.structure.continuous_locals and not problem.structure.linear_gaussian:
         notes.append(
             "ELPD-LOO is that of rows given their drawn latents: it flatters, compare held-out densities instead"
@@ -263,6 +254,24 @@ def strongest(posteriors: dict[str, Posterior]) -> str:
         return (STRENGTH.index(p.kind) + (2 if doubtful else 0), list(posteriors).index(label))
 
     return min(posteriors, key=rank)
+
+
+def table_of(
+    posteriors: dict[str, Posterior],
+    refused: dict[str, str],
+    heldout: dict[str, Tensor],
+    agreements: dict[str, Agreement],
+    reference: str,
+) -> pd.DataFrame:
+    """One row a method, those without an answer too."""
+    rows: dict[str, dict[str, Any]] = {}
+    for label, posterior in posteriors.items():
+        rows[label] = table_row(posterior, heldout.get(label), agreements.get(label), label == reference)
+        if without_density(posterior):
+            rows[label]["held-out log p"] = "n/a (no density)"
+    implicit = posteriors[reference].structure.implicit
+    rows |= {label: {"kind": "n/a (no density)" if implicit else "n/a (refused)"} for label in refused}
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def table_row(

@@ -44,7 +44,7 @@ def column_ends_of(part: Tensor) -> tuple[Tensor, Tensor]:
 
 def where(value: Tensor, test: Callable[[Tensor], Tensor]) -> tuple[int, tuple[int, ...]]:
     """How many numbers pass a test, and the index of the first; an empty one where none does."""
-    count, index = 0, ()
+    count, index = 0, tuple[int, ...]()
     for first, part in pieces(value):
         good = test(part)
         here = int(good.sum())

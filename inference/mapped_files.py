@@ -104,7 +104,9 @@ def remember_shared(tensor: Tensor) -> Tensor:
             number = os.stat(name).st_ino
         except OSError:
             return tensor
-        KNOWN[storage.data_ptr()] = MappedFile(str(name), storage.nbytes(), partial(length_under, str(name), number), True)
+        KNOWN[storage.data_ptr()] = MappedFile(
+            str(name), storage.nbytes(), partial(length_under, str(name), number), True
+        )
     return tensor
 
 

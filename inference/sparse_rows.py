@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -34,9 +34,9 @@ class Rows:
         V.
     """
 
-    starts: np.ndarray | Gapped
-    words: np.ndarray | Gapped
-    counts: np.ndarray | Gapped
+    starts: np.ndarray
+    words: np.ndarray
+    counts: np.ndarray
     num_words: int
 
     def __len__(self) -> int:
@@ -76,8 +76,9 @@ class Rows:
         first, last = np.asarray(self.starts[rows], np.int64), np.asarray(self.starts[rows + 1], np.int64)
         check_starts(first, last, len(self.words))
         entries = Gaps.of(first, last - first)
-        words, counts = (Gapped(values, entries) for values in (self.words, self.counts))
-        return Rows(Gapped(self.starts, Gaps.of(rows), entries.before), words, counts, self.num_words)
+        starts: Any = Gapped(self.starts, Gaps.of(rows), entries.before)
+        words, counts = (cast(np.ndarray, Gapped(values, entries)) for values in (self.words, self.counts))
+        return Rows(starts, words, counts, self.num_words)
 
     def entries(self, rows: slice | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Row (counted from 0), place in the row and number of every entry of some rows."""

@@ -28,7 +28,7 @@ look = MappedFile.check
 count = 0
 
 def shorten(path):
-    \"\"\"From the given look on the file has half of its bytes: as another process would do it, and just before a block is read.\"\"\"
+    \"\"\"From the given look on the file has half of its bytes, as by another process just before a block is read.\"\"\"
     def check(self):
         global count
         count += 1

@@ -90,7 +90,8 @@ class Batches:
         return rows if self.pool is None else self.pool[rows]
 
     def next(self) -> Tensor:
-        """Indices of the next batch."""
+        """Indices of the next batch, whose rows are still there."""
+        still_there(*(self.kwargs[name] for name in self.names))
         size = self.size or self.rows
         if self.ranks.shares_rows and size == self.rows:
             return self.first()
@@ -133,7 +134,6 @@ class Batches:
     def take(self, rows: Tensor) -> tuple[Tensor, ...]:
         """These rows of every argument that is cut; the batch after them is read ahead."""
         if not self.streams:
-            still_there(*(self.kwargs[name] for name in self.names))
             return tuple(self.kwargs[name][rows] for name in self.names)
         if self.stream is None:
             self.stream = Stream(self.read, self.device)
