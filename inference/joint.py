@@ -24,6 +24,7 @@ from .dimensions import check_dimensions
 from .enumeration import LogFactor, align, sum_out
 from .handlers import FlatStart, MissingCells, OneProduct, Substitute
 from .lazy_rows import affordable, loaded, pieces_of
+from .mapped_files import still_there
 from .problem import Problem
 from .session import streams_kept
 from .transforms import log_jacobian, unconstrain_to
@@ -152,6 +153,7 @@ class LogJoint:
     ) -> tuple[Any, dict[str, str]]:
         """One enumerated run, and the names (latents, plates) of the symbols of its dimensions."""
         kwargs = loaded(self.problem.kwargs if kwargs is None else kwargs)
+        still_there(*kwargs.values())
         given = values if isinstance(values, Messenger) else Substitute(values)
         model = OneProduct()(MissingCells(self.holes)(given(self.model)))
         model = poutine.enum(model, first_available_dim=-1 - self.structure.max_plate_nesting)

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .data import DataNotice, bind, first_index, has_nan
+from .data import DataNotice, bind, has_nan
 from .distributed import ALONE, Ranks
 from .handlers import supports_missing
 from .lazy_rows import LazyRows, has_lazy
+from .looks import column_ends, ends, where
 from .rehearsal import FEW_ROWS, check_covariates, check_switches, is_whole, run_checked
 from .session import at_home, fresh_seed, isolated
 from .shapes import Record, check_supports, record, without_values
@@ -369,9 +370,8 @@ def check_missing(records: dict[str, Record], kwargs: dict[str, Any]) -> None:
     for name, value in kwargs.items():
         if not (isinstance(value, Tensor) and value.is_floating_point() and has_nan(value)):
             continue
-        nan = value.isnan()
-        where = first_index(nan)
-        text = f"{name} holds {int(nan.sum())} NaN, the first at index {where[0] if len(where) == 1 else where}"
+        count, index = where(value, torch.isnan)
+        text = f"{name} holds {count} NaN, the first at index {index[0] if len(index) == 1 else index}"
         sites = [r for r in records.values() if r.kind == "observed" and r.argument == name]
         for r in sites:
             if r.missing and not supports_missing(r.fn):
@@ -389,25 +389,24 @@ def value_notes(records: dict[str, Record]) -> list[str]:
             continue
         if r.missing:
             cells = "cell" if r.missing == 1 else "cells"
-            where = first_index(r.value.isnan())
+            _, index = where(r.value, torch.isnan)
             notes.append(
                 f"{r.missing} {cells} of {r.argument or r.name} missing (NaN), the first at index "
-                f"{where[0] if len(where) == 1 else where}: integrated out"
+                f"{index[0] if len(index) == 1 else index}: integrated out"
             )
-        rows = r.value.flatten(1) if r.value.ndim > 1 else r.value.unsqueeze(-1)
-        if r.missing:
-            rows = torch.where(rows.isnan(), rows.nanmean(0), rows)
+        rows = r.value if r.value.ndim else r.value.reshape(1)
         if not r.discrete and len(rows) > 1:
-            still = rows[0] == rows[:: max(1, len(rows) // FEW_ROWS)]
-            flat = [j for j in still.all(0).nonzero().flatten().tolist() if bool((rows[:, j] == rows[0, j]).all())]
-            if flat:
+            low, high = column_ends(rows[:: max(1, len(rows) // FEW_ROWS)])
+            if bool((low >= high).any()):  # of some rows; where none of these differ, all are looked at
+                low, high = column_ends(rows)
+            if flat := (low >= high).nonzero().flatten().tolist():
                 notes.append(
                     f"columns {flat[:8]} of {r.argument or r.name} are constant: a learned scale there has only its prior"
                 )
         if len(rows) == 1 and r.plates:
             notes.append(f"one row only: what {r.name} says about scales is the prior")
-        low, high = torch.aminmax(rows)
-        top = max(-float(low), float(high))
+        least, most = ends(rows)
+        top = max(-least, most)
         if top > 1e6 and not r.discrete:
             notes.append(f"the scale of {r.argument or r.name} is {top:.0e}; standardise it")
     return notes

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...distributed import ALONE, Ranks
 from ...handlers import unwrap
 from ...joint import LogJoint
+from ...mapped_files import still_there
 from .counted import Counted, suits
 from .estep import Part, few_rows
 from .families import Statistics
@@ -210,6 +211,7 @@ class RowFeatures:
         """Sufficient statistics of some rows; the count only where some values do not count."""
         assert term.family is not None
         column = self.columns[term.name]
+        still_there(column.value)
         value = column.value[rows]
         if term.shift is not None:
             value = value.to(self.dtype) - term.shift.to(self.dtype)
