@@ -178,7 +178,9 @@ def compare(
     for label, posterior in posteriors.items():
         reason = without_density(posterior)
         if held is not None and not reason:
-            heldout[label] = posterior.log_prob(held)
+            found = posterior.score(held)
+            heldout[label] = found.rows
+            notes += [f"{label}: {found.warning}"] if found.warning else []
         rows[label] = table_row(posterior, heldout.get(label), agreements.get(label), label == reference)
         if reason:
             rows[label]["held-out log p"] = "n/a (no density)"

@@ -245,7 +245,7 @@ class MStep:
         for b in self.joint.blocks:
             if b.name in names:
                 size = b.stop - b.start
-                blocks.append(Block(b.name, b.shape, b.free_shape, start, start + size, b.param, b.local))
+                blocks.append(Block(b.name, b.shape, b.free_shape, start, start + size, b.param, b.local, b.axis))
                 pieces.append(full[b.start : b.stop])
                 start += size
         begin = torch.cat(pieces)
