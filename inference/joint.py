@@ -231,7 +231,7 @@ class LogJoint:
         if len(pieces) > 1:
             return torch.cat([self.rows(values, piece) for piece in pieces])
         total, dims = sum_out(self._row_factors(values, kwargs), set(self.finite), self._keep)
-        return self._as_rows(total, dims, kwargs)
+        return total if dims else total.reshape(1)
 
     def latent_rows(self, values: Mapping[str, Tensor], kwargs: Mapping[str, Any]) -> Tensor:
         """log p(z_n | values) of the continuous latents of each row, its finite ones summed out: (N,)."""
@@ -260,11 +260,14 @@ class LogJoint:
         return frozenset({plate}) if plate else frozenset()
 
     def _row_factors(self, values: Mapping[str, Tensor] | Messenger, kwargs: Mapping[str, Any]) -> list[LogFactor]:
-        factors = self.factors(values, kwargs)
-        if self.structure.data_plate:
-            inside = [f for f in factors if self.structure.data_plate in f.plates]
-            return inside + self._shared_factors(values)
-        return [f for f in factors if self.structure[f.name].kind != "latent" or f.name in self.finite]
+        trace, names = self.trace(values, kwargs)
+        plate = self.structure.data_plate
+        if plate:  # what rows share is not looked at: other rows may count fewer groups
+            inside = {n for n, s in trace.nodes.items() if any(f.name == plate for f in s.get("cond_indep_stack", ()))}
+            return self.factors_of(trace, names, only=inside) + self._shared_factors(values)
+        return [
+            f for f in self.factors_of(trace, names) if self.structure[f.name].kind != "latent" or f.name in self.finite
+        ]
 
     def _shared_factors(self, values: Any) -> list[LogFactor]:
         """A finite latent shared by all rows enters a row with its posterior given the fitted data."""
@@ -278,11 +281,6 @@ class LogJoint:
             )
         probabilities = self.local_probabilities(shared[0], values)
         return [LogFactor(shared[0], probabilities.log(), (shared[0],), frozenset())]
-
-    def _as_rows(self, total: Tensor, dims: tuple[str, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        if dims:
-            return total
-        return total.reshape(1)
 
     def weights(
         self, values: Mapping[str, Tensor], kwargs: Mapping[str, Any] | None = None
