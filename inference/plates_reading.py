@@ -21,10 +21,11 @@ from .plates_replay import (
     another_param,
     another_value,
     changes,
-    first_entry_changed,
+    entry_changed,
     replay,
     row_dimension,
     rows_changed,
+    varies,
 )
 from .plates_symbols import subscripted
 from .plates_time import TimeAxis, divided, tells_step, time_axis
@@ -68,6 +69,10 @@ class Site:
         Plates along which row n depends on row n of its parents alone, as a numerical check has shown.
     time
         The chain that its value is along one of its dimensions, where it is one.
+    along
+        (parent, plate): parents outside a plate whose entry n row n depends on alone.
+    varying
+        Plates along which its distribution differs from row to row, be it by constants of the story.
     """
 
     name: str
@@ -78,6 +83,8 @@ class Site:
     arguments: tuple[tuple[str, Expr], ...] = ()
     aligned: frozenset[str] = frozenset()
     time: TimeAxis | None = None
+    along: frozenset[tuple[str, str]] = frozenset()
+    varying: frozenset[str] = frozenset()
 
     @property
     def constants(self) -> dict[str, float]:
@@ -206,13 +213,19 @@ class Reading:
             return sites
         for frame in plates.values():
             inside = [n for n, s in found.items() if frame.name in (f.name for f in s["frames"])]
-            others = {n: v for n in inside if (v := _first_row_changed(found[n], values.get(n), frame)) is not None}
-            after = replay(self.run, {**values, **others})
-            aligned = _aligned(before, after, inside, values, frame)
+
+            def rows_of(r: int, inside: list[str] = inside, frame: Any = frame) -> dict[str, dict] | None:
+                others = {n: v for n in inside if (v := _row_changed(found[n], values.get(n), frame, r)) is not None}
+                return replay(self.run, {**values, **others})
+
+            following = [n for n in inside if set(sites[n].parents) & set(inside)]
+            for name in _aligned(before, rows_of, following, values, frame):
+                sites[name] = replace(sites[name], aligned=sites[name].aligned | {frame.name})
             for name in inside:
-                if name in aligned:
-                    sites[name] = replace(sites[name], aligned=sites[name].aligned | {frame.name})
+                if varies(before[name], values.get(name), frame.dim, frame.size):
+                    sites[name] = replace(sites[name], varying=sites[name].varying | {frame.name})
             self._align_inputs(before, sites, inside, values, frame)
+            self._align_outside(before, found, sites, inside, values, frame)
         for name in (n for n, s in found.items() if s["kind"] in ("latent", "observed")):
             axis = time_axis(found[name]["fn"], values.get(name), sites[name])
             if axis is not None:
@@ -245,27 +258,59 @@ class Reading:
             dim = next((d for d, size in enumerate(value.shape) if size == frame.size), None)
             if dim is None:
                 continue
-            changed = first_entry_changed(value, dim)
-            after = replay(lambda h, c=changed, k=key: self.run(h, {k: c}), values)  # type: ignore[misc]
-            if set(users) <= _aligned(before, after, users, values, frame):
+
+            def entry(r: int, k: str = key, value: Tensor = value, dim: int = dim) -> dict[str, dict] | None:
+                changed = entry_changed(value, dim, r)
+                return replay(lambda h: self.run(h, {k: changed}), values)
+
+            if set(users) <= _aligned(before, entry, users, values, frame):
                 sites[name] = replace(sites[name], plates=(*sites[name].plates, plate))
 
+    def _align_outside(
+        self, before: dict, found: dict, sites: dict[str, Site], inside: list[str], values: dict, frame: Any
+    ) -> None:
+        """Vectors made outside the plate, or in another one, whose entry n is used for row n alone."""
+        parents = {p for n in inside for p in sites[n].parents if p not in inside and p in found}
+        for name in [n for n in found if n in parents][:20]:
+            value = values.get(name)
+            sizes = value.shape if isinstance(value, Tensor) else ()
+            users = [n for n in inside if name in sites[n].parents]
+            for dim in (d for d, size in enumerate(sizes) if size == frame.size):
 
-def _aligned(before: dict, after: dict | None, names: list[str], values: dict, frame: Any) -> set[str]:
+                def entry(r: int, name: str = name, value: Any = value, dim: int = dim) -> dict[str, dict] | None:
+                    other = another_value(found[name]["fn"], value, (dim, r))
+                    return None if other is None else replay(self.run, {**values, name: other})
+
+                for user in _aligned(before, entry, users, values, frame):
+                    sites[user] = replace(sites[user], along=sites[user].along | {(name, frame.name)})
+
+
+def _aligned(
+    before: dict, with_row: Callable[[int], dict | None], names: list[str], values: dict, frame: Any
+) -> set[str]:
+    """Sites whose row r, and no other, changes where row r of something is changed; tried until some r shows it."""
     good: set[str] = set()
-    for name in names:
-        if after is not None and name in before and name in after and name in values:
-            rows = rows_changed(before[name], after[name], values[name], frame.dim, frame.size)
-            if rows is not None and len(rows) == frame.size and bool(rows[0]) and not bool(rows[1:].any()):
-                good.add(name)
+    bad: set[str] = set()
+    last = frame.size - 1
+    for r in dict.fromkeys((0, last, last // 2, last // 3, *range(1, min(7, frame.size)))):
+        left = [n for n in names if n in before and n not in good and n not in bad]
+        after = with_row(r) if left else None
+        for name in left if after is not None else ():
+            rows = None
+            if after is not None and name in after:
+                rows = rows_changed(before[name], after[name], values.get(name), frame.dim, frame.size)
+            if rows is None or len(rows) != frame.size:
+                bad.add(name)
+            elif bool(rows.any()):
+                (good if bool(rows[r]) and int(rows.sum()) == 1 else bad).add(name)
     return good
 
 
-def _first_row_changed(site: dict, value: Any, frame: Any) -> Tensor | None:
+def _row_changed(site: dict, value: Any, frame: Any, row: int) -> Tensor | None:
     if not isinstance(value, Tensor) or site["kind"] == "factor":
         return None
     dim = row_dimension(value, site["fn"], frame.dim, frame.size, site["kind"] == "deterministic")
-    return None if dim is None else another_value(site["fn"], value, (dim, 0))
+    return None if dim is None else another_value(site["fn"], value, (dim, row))
 
 
 def _childless(found: dict[str, dict]) -> set[str]:

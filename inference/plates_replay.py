@@ -144,15 +144,15 @@ def another_value(fn: Any, value: Tensor, row: tuple[int, int] | None = None) ->
     return restricted(value.detach() * 1.1 + 0.1) if value.is_floating_point() else None
 
 
-def first_entry_changed(value: Tensor, dim: int) -> Tensor:
-    """An argument with other numbers in entry 0 of a dimension; whole numbers come from its other rows."""
+def entry_changed(value: Tensor, dim: int, row: int) -> Tensor:
+    """An argument with other numbers in one entry of a dimension; whole numbers come from its other rows."""
     changed = value.detach().clone()
-    first = value.select(dim, 0)
+    old = value.select(dim, row)
     if value.is_floating_point():
-        changed.select(dim, 0).copy_(first * 1.1 + 0.1)
+        changed.select(dim, row).copy_(old * 1.1 + 0.1)
     else:
-        different = (value != value.select(dim, 0).unsqueeze(dim)).movedim(dim, 0).reshape(value.shape[dim], -1).any(1)
-        changed.select(dim, 0).copy_(value.select(dim, int(different.int().argmax())))
+        different = (value != old.unsqueeze(dim)).movedim(dim, 0).reshape(value.shape[dim], -1).any(1)
+        changed.select(dim, row).copy_(value.select(dim, int(different.int().argmax())))
     return changed
 
 
@@ -215,7 +215,7 @@ def row_dimension(value: Tensor, fn: Any, dim: int, size: int, computed: bool) -
     return next((d for d in tried if value.dim() >= -d and value.shape[d] == size), None)
 
 
-def rows_changed(old: dict, new: dict, value: Tensor, dim: int, size: int) -> Tensor | None:
+def rows_changed(old: dict, new: dict, value: Any, dim: int, size: int) -> Tensor | None:
     """Which entries along plate dimension `dim` (counted from the right of the batch shape) change.
 
     Returns
@@ -226,6 +226,8 @@ def rows_changed(old: dict, new: dict, value: Tensor, dim: int, size: int) -> Te
     if old["computed"] is not None:
         a, b = old["computed"], new["computed"]
         dim = row_dimension(a, old["fn"], dim, size, True) or dim
+    elif isinstance(unwrap(old["fn"]), dist.Unit):
+        a, b = unwrap(old["fn"]).log_factor, unwrap(new["fn"]).log_factor
     else:
         try:
             a, b = _log_prob(old["fn"], value), _log_prob(new["fn"], value)
@@ -234,6 +236,23 @@ def rows_changed(old: dict, new: dict, value: Tensor, dim: int, size: int) -> Te
     if a.shape != b.shape or a.dim() < -dim:
         return None
     return _differ(a, b).movedim(dim, 0).flatten(1).any(1) if a.dim() > 1 else _differ(a, b)
+
+
+def varies(asked: dict, value: Any, dim: int, size: int) -> bool:
+    """Whether a site's distribution differs between the rows of a plate: told by the density of one value in all rows."""
+    fn = asked["fn"]
+    if asked["computed"] is not None or not isinstance(value, Tensor) or isinstance(unwrap(fn), dist.Unit):
+        return False
+    at = value.dim() - len(fn.event_shape) + dim
+    if not 0 <= at < value.dim() or value.shape[at] != size:
+        return False
+    try:
+        rows = _log_prob(fn, value.narrow(at, 0, 1).expand_as(value))
+    except Exception:  # no density, or not for this value
+        return False
+    if rows.dim() < -dim or rows.shape[dim] != size:
+        return False
+    return bool(_differ(rows, rows.narrow(dim, 0, 1).expand_as(rows)).any())
 
 
 def _log_prob(fn: Any, value: Tensor) -> Tensor:
