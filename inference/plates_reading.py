@@ -2,8 +2,8 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,13 +18,15 @@ from .handlers import FlatStart
 from .plates_algebra import Apply, Expr, Index, Number, Opaque, Ref, Watch, rebuilt, references, renamed
 from .plates_record import ARGUMENT, Recorder, family_arguments
 from .plates_replay import (
+    aligned,
     another_param,
     another_value,
+    buffers_kept,
     changes,
     entry_changed,
+    networks_of,
     replay,
-    row_dimension,
-    rows_changed,
+    row_changed,
     varies,
 )
 from .plates_symbols import subscripted
@@ -115,7 +117,7 @@ class Reading:
 
     def __init__(self, story: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         self.model = program(story)
-        self.networks = _networks(story)
+        self.networks = networks_of(story)
         self.store = pyro.get_param_store().get_state()
         self.positional, self.keywords = _by_name(self.model, args, kwargs)
 
@@ -124,7 +126,7 @@ class Reading:
         given = given or {}
         change = {k: given.get(k, v) for k, v in self.keywords.items()}
         args = [given.get(k, v) for k, v in self.positional]
-        with isolated(seed=0), _buffers_kept(self.networks), ExitStack() as stack:
+        with isolated(seed=0), buffers_kept(self.networks), ExitStack() as stack:
             pyro.get_param_store().set_state(self.store)
             stack.enter_context(poutine.block())
             stack.enter_context(FlatStart())
@@ -215,11 +217,11 @@ class Reading:
             inside = [n for n, s in found.items() if frame.name in (f.name for f in s["frames"])]
 
             def rows_of(r: int, inside: list[str] = inside, frame: Any = frame) -> dict[str, dict] | None:
-                others = {n: v for n in inside if (v := _row_changed(found[n], values.get(n), frame, r)) is not None}
+                others = {n: v for n in inside if (v := row_changed(found[n], values.get(n), frame, r)) is not None}
                 return replay(self.run, {**values, **others})
 
             following = [n for n in inside if set(sites[n].parents) & set(inside)]
-            for name in _aligned(before, rows_of, following, values, frame):
+            for name in aligned(before, rows_of, following, values, frame):
                 sites[name] = replace(sites[name], aligned=sites[name].aligned | {frame.name})
             for name in inside:
                 if varies(before[name], values.get(name), frame.dim, frame.size):
@@ -263,7 +265,7 @@ class Reading:
                 changed = entry_changed(value, dim, r)
                 return replay(lambda h: self.run(h, {k: changed}), values)
 
-            if set(users) <= _aligned(before, entry, users, values, frame):
+            if set(users) <= aligned(before, entry, users, values, frame):
                 sites[name] = replace(sites[name], plates=(*sites[name].plates, plate))
 
     def _align_outside(
@@ -281,36 +283,8 @@ class Reading:
                     other = another_value(found[name]["fn"], value, (dim, r))
                     return None if other is None else replay(self.run, {**values, name: other})
 
-                for user in _aligned(before, entry, users, values, frame):
+                for user in aligned(before, entry, users, values, frame):
                     sites[user] = replace(sites[user], along=sites[user].along | {(name, frame.name)})
-
-
-def _aligned(
-    before: dict, with_row: Callable[[int], dict | None], names: list[str], values: dict, frame: Any
-) -> set[str]:
-    """Sites whose row r, and no other, changes where row r of something is changed; tried until some r shows it."""
-    good: set[str] = set()
-    bad: set[str] = set()
-    last = frame.size - 1
-    for r in dict.fromkeys((0, last, last // 2, last // 3, *range(1, min(7, frame.size)))):
-        left = [n for n in names if n in before and n not in good and n not in bad]
-        after = with_row(r) if left else None
-        for name in left if after is not None else ():
-            rows = None
-            if after is not None and name in after:
-                rows = rows_changed(before[name], after[name], values.get(name), frame.dim, frame.size)
-            if rows is None or len(rows) != frame.size:
-                bad.add(name)
-            elif bool(rows.any()):
-                (good if bool(rows[r]) and int(rows.sum()) == 1 else bad).add(name)
-    return good
-
-
-def _row_changed(site: dict, value: Any, frame: Any, row: int) -> Tensor | None:
-    if not isinstance(value, Tensor) or site["kind"] == "factor":
-        return None
-    dim = row_dimension(value, site["fn"], frame.dim, frame.size, site["kind"] == "deterministic")
-    return None if dim is None else another_value(site["fn"], value, (dim, row))
 
 
 def _childless(found: dict[str, dict]) -> set[str]:
@@ -412,23 +386,3 @@ def _mark(watch: Watch, value: Any, name: str) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_mark(watch, v, name) for v in value)
     return {k: _mark(watch, v, name) for k, v in value.items()} if type(value) is dict else value
-
-
-def _networks(story: Any) -> list[torch.nn.Module]:
-    """Networks that a story holds or closes over."""
-    owner = getattr(story, "__self__", story)
-    around = [owner, *(vars(owner).values() if hasattr(owner, "__dict__") else ())]
-    code = inspect.getclosurevars(story) if inspect.isfunction(story) else None
-    around += [*code.nonlocals.values(), *code.globals.values()] if code else []
-    return [m for m in around if isinstance(m, torch.nn.Module)]
-
-
-@contextmanager
-def _buffers_kept(networks: list[torch.nn.Module]) -> Iterator[None]:
-    """Running averages of batch normalisation and the like stay as they were."""
-    kept = [(b, b.detach().clone()) for m in networks for b in m.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, old in kept:
-            buffer.data.copy_(old)

@@ -4,7 +4,9 @@ This decides what watching the operations cannot: values that left torch, and wh
 from row n of its parents alone.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -238,6 +240,35 @@ def rows_changed(old: dict, new: dict, value: Any, dim: int, size: int) -> Tenso
     return _differ(a, b).movedim(dim, 0).flatten(1).any(1) if a.dim() > 1 else _differ(a, b)
 
 
+def aligned(
+    before: dict, with_row: Callable[[int], dict | None], names: list[str], values: dict, frame: Any
+) -> set[str]:
+    """Sites whose row r, and no other, changes where row r of something is changed; tried until some r shows it."""
+    good: set[str] = set()
+    bad: set[str] = set()
+    last = frame.size - 1
+    for r in dict.fromkeys((0, last, last // 2, last // 3, *range(1, min(7, frame.size)))):
+        left = [n for n in names if n in before and n not in good and n not in bad]
+        after = with_row(r) if left else None
+        for name in left if after is not None else ():
+            rows = None
+            if after is not None and name in after:
+                rows = rows_changed(before[name], after[name], values.get(name), frame.dim, frame.size)
+            if rows is None or len(rows) != frame.size:
+                bad.add(name)
+            elif bool(rows.any()):
+                (good if bool(rows[r]) and int(rows.sum()) == 1 else bad).add(name)
+    return good
+
+
+def row_changed(site: dict, value: Any, frame: Any, row: int) -> Tensor | None:
+    """The value of a site with another row of a plate; None where it has no rows there."""
+    if not isinstance(value, Tensor) or site["kind"] == "factor":
+        return None
+    dim = row_dimension(value, site["fn"], frame.dim, frame.size, site["kind"] == "deterministic")
+    return None if dim is None else another_value(site["fn"], value, (dim, row))
+
+
 def varies(asked: dict, value: Any, dim: int, size: int) -> bool:
     """Whether a site's distribution differs between the rows of a plate: told by the density of one value in all rows."""
     fn = asked["fn"]
@@ -260,3 +291,23 @@ def _log_prob(fn: Any, value: Tensor) -> Tensor:
         fn = fn.base_dist
     floating = next((t.dtype for t in tensors_of(fn) if t.is_floating_point()), value.dtype)
     return fn.log_prob(value.to(floating) if value.is_floating_point() else value)
+
+
+def networks_of(story: Any) -> list[torch.nn.Module]:
+    """Networks that a story holds or closes over."""
+    owner = getattr(story, "__self__", story)
+    around = [owner, *(vars(owner).values() if hasattr(owner, "__dict__") else ())]
+    code = inspect.getclosurevars(story) if inspect.isfunction(story) else None
+    around += [*code.nonlocals.values(), *code.globals.values()] if code else []
+    return [m for m in around if isinstance(m, torch.nn.Module)]
+
+
+@contextmanager
+def buffers_kept(networks: list[torch.nn.Module]) -> Iterator[None]:
+    """Running averages of batch normalisation and the like stay as they were."""
+    kept = [(b, b.detach().clone()) for m in networks for b in m.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, old in kept:
+            buffer.data.copy_(old)
