@@ -7,6 +7,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
+import scipy.sparse as sp
 import torch
 from pretended_card import pretended
 from torch import nn
@@ -21,7 +22,7 @@ from inference.methods.holdout import Holdout
 from inference.problem import prepare
 from inference.recorder import pure_graph
 from inference.streaming import Stream
-from zoo import GMM, PPCA, GaussianHMM
+from zoo import GMM, PPCA, GaussianHMM, MultinomialMixture, TokenLDA
 
 CUDA = torch.cuda.is_available()
 pytestmark = [
@@ -375,6 +376,31 @@ def test_rows_that_do_not_fit_the_card_travel(method):
         gc.collect()
         assert card.used() == 0
     np.testing.assert_allclose(found.history, wanted.history, rtol=1e-6)
+
+
+def test_a_corpus_with_many_words_is_read_in_blocks_that_may_be_made():
+    """A card multiplies dense blocks; one of 256 documents of very many words was more than is made at once."""
+    random = np.random.default_rng(0)
+    words = 300 * (np.arange(600) % 2)[:, None] + random.integers(300, size=(600, 20))
+    table = sp.csr_matrix((np.ones(words.size, int), (np.repeat(np.arange(600), 20), words.ravel())), shape=(600, 600))
+    method = EM(restarts=1, max_iter=3)
+    wanted = fit(MultinomialMixture(2), table, method, seed=1, device="cpu")
+    with pretended(), pytest.MonkeyPatch.context() as patch:
+        for name in ("lazy_rows.CELLS", "sparse_rows.CELLS", "methods.em.features.CELLS", "methods.em.mixture.KEEP"):
+            patch.setattr(f"inference.{name}", 60_000)
+        found = fit(MultinomialMixture(2), table, method, seed=1, device="cuda")
+    np.testing.assert_allclose(found.history, wanted.history, rtol=1e-9)
+
+
+@pytest.mark.parametrize("method", [EM(max_iter=3), SVI(steps=3)], ids=["em", "svi"])
+def test_the_form_of_a_topic_model_comes_home(method):
+    """The answer's questions about documents met concentrations that were still on the card."""
+    story, data = TokenLDA.example()
+    with pretended() as card:
+        found = fit(story, data, method, seed=0, device="cuda")
+        gc.collect()
+        assert card.used() == 0
+        assert found.local("theta", data).isfinite().all()
 
 
 def test_a_full_card_is_told_with_a_smaller_batch():
