@@ -284,6 +284,16 @@ def regression(X, y):
         pyro.sample("y", dist.Normal(X @ w, noise), obs=y)
 
 
+def lines(t, y):
+    """Half of the starts of EM are planes through the covariates."""
+    weights = pyro.sample("weights", dist.Dirichlet(torch.ones(2)))
+    with pyro.plate("components", 2):
+        slope = pyro.sample("slope", dist.Normal(torch.tensor(0.0), 3.0))
+    with pyro.plate("data", len(t)):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("y", dist.Normal(slope[z] * t, 0.5), obs=y)
+
+
 class Autoencoder(nn.Module):
     def __init__(self):
         super().__init__()
@@ -315,6 +325,7 @@ CASES = {
     "em of rows with gaps": (GMM(2), X.masked_fill(torch.rand(X.shape) < 0.1, torch.nan), EM(restarts=1, max_iter=5)),
     "em of PPCA": (PPCA(1), X, EM()),
     "em of a chain": (GaussianHMM(2), WALK, EM(restarts=1, max_iter=5)),
+    "em from planes": (lines, {"t": X[:, 0].contiguous(), "y": X[:, 1].contiguous()}, EM(restarts=2, max_iter=5)),
     "em by gradient": (regression, PAIR, EM(restarts=1)),
     "svi": (regression, PAIR, SVI(guide="full_rank", **QUICK)),
     "svi in batches": (regression, PAIR, SVI(guide="mean_field", batch_size=50, **QUICK)),
