@@ -170,7 +170,8 @@ def brought_home(problem: Problem) -> Problem:
         {n: here(v, home) if isinstance(v, Tensor) else v for n, v in given.items()}
         for given in (problem.kwargs, problem.few)
     )
-    return replace(problem, kwargs=kwargs, few=few, device=home)
+    form = None if problem.admixture is None else problem.admixture.to(home)
+    return replace(problem, kwargs=kwargs, few=few, device=home, admixture=form)
 
 
 def here(value: Tensor, home: torch.device) -> Tensor:

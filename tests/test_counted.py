@@ -35,6 +35,7 @@ STORIES = {
 }
 
 
+@pytest.mark.processor  # a card multiplies dense blocks
 @pytest.mark.parametrize("driver", ["batch", "incremental", "stepwise"])
 @pytest.mark.parametrize("name", STORIES)
 def test_compressed_rows_give_the_answer_of_the_dense_table(counts, monkeypatch, name, driver):
@@ -113,6 +114,8 @@ def test_a_wide_corpus_in_memory_is_not_made_dense(monkeypatch):
     """Nor are parts of it that are picked out: no table is made of more than a few hundred documents."""
     monkeypatch.setattr("zoo.data.text.DENSE", 1_000_000)
     monkeypatch.setattr(lazy_rows, "CELLS", 300_000)
+    monkeypatch.setattr("inference.methods.em.features.CELLS", 300_000)
+    monkeypatch.setattr("inference.methods.em.mixture.KEEP", 300_000)
     monkeypatch.setattr("inference.sparse_rows.CELLS", 300_000)
     random, n = np.random.default_rng(0), 1200
     words = (random.exponential(20.0, (n, 30)) + 600 * (np.arange(n)[:, None] % 2)).astype(int).clip(max=1199)

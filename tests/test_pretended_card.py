@@ -2,29 +2,22 @@
 
 import gc
 import shutil
-import threading
-from dataclasses import replace
 
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
+import scipy.sparse as sp
 import torch
+from card_cases import CASES, PAIR, QUICK, X, clusters, regression
 from pretended_card import pretended
-from torch import nn
 
 from inference import EM, HMC, NUTS, SVI, DivergenceError, devices, fit
-from inference.joint import isolated_run
 from inference.lazy_rows import LazyRows
 from inference.methods import cuda_graphs, hmc
 from inference.methods.ascent import Ascent
 from inference.methods.climb_file import ClimbFile
-from inference.methods.cuda_graphs import GraphedStep, OnCard, graphed
-from inference.methods.holdout import Holdout
-from inference.problem import prepare
-from inference.recorder import pure_graph
-from inference.streaming import Stream
-from zoo import GMM, PPCA, GaussianHMM
+from zoo import GMM, MultinomialMixture, TokenLDA
 
 CUDA = torch.cuda.is_available()
 pytestmark = [
@@ -33,338 +26,10 @@ pytestmark = [
 ]
 
 
-def clusters(n=300, d=3):
-    generator = torch.Generator().manual_seed(0)
-    centres = 4 * torch.randn(3, d, generator=generator, dtype=torch.float64)
-    z = torch.randint(3, (n,), generator=generator)
-    return centres[z] + torch.randn(n, d, generator=generator, dtype=torch.float64)
-
-
 @pytest.fixture
 def card():
     with pretended() as found:
         yield found
-
-
-# -- the pretence ----------------------------------------------------------------------------------------------------------
-
-
-def test_what_a_card_refuses_is_refused(card):
-    """Two devices in one operation, NumPy's look, the wrong generator, also under vmap and in a backward pass."""
-    x = torch.randn(5, 3, device="cuda", requires_grad=True)
-    for work in (
-        lambda: x + torch.ones(3),
-        lambda: torch.stack([x[0], torch.ones(3)]),
-        lambda: torch.vmap(lambda row: row * torch.ones(3))(x),
-        lambda: torch.ones(5, 3)[torch.arange(2, device="cuda")],
-        lambda: torch.ones(3).add_(x[0].detach()),
-    ):
-        with pytest.raises(RuntimeError, match="same device"):
-            work()
-    with pytest.raises(TypeError, match="cuda:0 device type tensor to numpy"):
-        np.asarray(x.detach())
-    with pytest.raises(RuntimeError, match="generator"):
-        torch.randn(3, device="cuda", generator=torch.Generator())
-
-    class Forgetful(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x * 2
-
-        @staticmethod
-        def backward(ctx, g):
-            return g * torch.full((3,), 2.0)
-
-    with pytest.raises(RuntimeError, match="same device"):
-        Forgetful.apply(x).sum().backward()
-
-
-def test_what_a_card_takes_is_taken(card):
-    """Numbers without dimension, indices of the processor, copies, views, gradients; and it is known where each lies."""
-    x = torch.randn(5, 3, device="cuda", requires_grad=True)
-    for made in (
-        x * torch.tensor(2.0),
-        x[torch.arange(2)],
-        x[0].T,
-        x.double(),
-        x.new_zeros(3),
-        torch.zeros_like(x),
-        torch.tensor([1.0], device="cuda"),
-        torch.autograd.grad((x**2).sum(), x)[0],
-        torch.vmap(lambda row: row * torch.ones(3, device=row.device))(x),
-        torch.zeros(3).to(x),
-        nn.Linear(3, 2).to("cuda")(x),
-    ):
-        assert made.is_cuda and made.device == torch.device("cuda:0")
-    assert x.cpu().device.type == x.to("cpu").device.type == torch.zeros(3).device.type == "cpu"
-    with torch.device("cuda"):
-        assert torch.ones(2).is_cuda and torch.as_tensor(1.0).is_cuda and not torch.ones(2, device="cpu").is_cuda
-
-
-def test_recorded_operations_are_repeated_in_their_memory(card):
-    """And a look at a number, which a recording cannot hold, is refused."""
-    y = torch.zeros(4, device="cuda")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        total = (y + 1).sum()
-    y.fill_(3.0)
-    assert np.isnan(total.item())  # recording runs nothing
-    graph.replay()
-    assert total.item() == 16.0
-    with pytest.raises(RuntimeError, match="error during capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        total.item()
-
-
-def some_of_them(y):
-    """How many rows are taken is a number that the processor would wait for, were the mask counted at every step."""
-    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
-    taken = y > -0.5
-    pyro.sample("y", dist.Normal(0.0, (scale * torch.ones(len(y)))[taken]).to_event(1), obs=y[taken])
-
-
-def test_a_step_that_waits_for_the_card_is_not_recorded(card, monkeypatch):
-    """It is found out before the recording, after which older versions of PyTorch draw no more random numbers."""
-    y, quick = torch.linspace(-1, 2, 5, dtype=torch.float64), SVI(steps=60, starts=1)
-    here = fit(some_of_them, y, replace(quick, mode="graph"), seed=1, device="cpu")
-    for mode in ("cudagraph", "graph"):
-        if mode == "graph":
-            monkeypatch.setattr("inference.recorder._Recorder._numbered", lambda self, indices: indices)
-        there = fit(some_of_them, y, quick, seed=1, device="cuda")
-        assert there.diagnostics["mode"] == mode and not card.stuck and card.told == 0
-        torch.testing.assert_close(there.draws["scale"], here.draws["scale"], rtol=1e-6, atol=1e-9)
-    assert "synchronizing" in there.diagnostics["reason"]
-
-
-def test_a_recording_that_breaks_off_leaves_random_numbers(card):
-    """Where PyTorch does not say that work waits."""
-    x = torch.ones(3, device="cuda")
-
-    def work():
-        card.told = 0
-        float((x + torch.randn(3, device="cuda")).sum())
-
-    with pytest.raises(RuntimeError, match="capture"):
-        OnCard(torch.device("cuda"))(work)
-    assert torch.randn(3, device="cuda").shape == (3,)
-
-
-def test_what_spoils_a_recording_is_refused(card):
-    """Copies from the processor, indices that lie there, draws that check their operands, another thread's demands."""
-    x, i = torch.ones(4, device="cuda"), torch.arange(2)
-
-    def elsewhere():
-        errors = []
-
-        def run():
-            try:
-                torch.zeros(3, device="cuda")
-            except RuntimeError as error:
-                errors.append(error)
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        thread.join()
-        return errors
-
-    works = (
-        lambda: torch.tensor([1.0], device="cuda"),
-        lambda: x.add_(torch.ones(4).to("cuda")),
-        lambda: x[i],
-        lambda: torch.multinomial(x, 1),
-        lambda: torch.cuda.synchronize(),
-        elsewhere,
-    )
-    before = torch.cuda.current_stream()
-    for work in works:
-        with pytest.raises(RuntimeError, match="error during capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-            work()
-        torch.cuda.set_stream(before)
-    with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
-        assert not elsewhere()
-
-
-def test_a_number_of_the_processor_is_recorded_as_it_is(card):
-    """Its later values are not seen; a dot product or a sum of rows does not take it at all."""
-    x, n, graph = torch.ones(4, device="cuda"), torch.tensor(2.0), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        twice = x * n
-    n.fill_(5.0)
-    graph.replay()
-    assert twice.cpu().tolist() == [2.0] * 4
-    with pytest.raises(RuntimeError, match="same device"):
-        torch.searchsorted(x, n)
-
-
-def test_the_pretence_ends():
-    """Also after an error."""
-    with pytest.raises(KeyError), pretended():
-        assert torch.cuda.is_available()
-        raise KeyError
-    assert not torch.cuda.is_available() and torch.Generator().device.type == "cpu"
-
-
-# -- recorded steps --------------------------------------------------------------------------------------------------------
-
-
-def test_a_recorded_step_keeps_what_it_reads(card):
-    """A graph keeps no memory alive: without the function that holds them its constants are given back."""
-
-    def made():
-        constant = torch.full((3,), 2.0, device="cuda")
-        return lambda x: (x * constant,)
-
-    call = graphed(made(), (torch.ones(3, device="cuda"),), []).call
-    assert isinstance(call, GraphedStep)
-    gc.collect()
-    assert call(torch.full((3,), 3.0, device="cuda"))[0].tolist() == [6.0] * 3
-    call.fn = None
-    gc.collect()
-    with pytest.raises(RuntimeError, match="given back"):
-        call(torch.ones(3, device="cuda"))
-
-
-def test_answers_of_a_recorded_step_are_kept_apart(card):
-    """Draws that are evaluated one after the other were all the last one."""
-    step = GraphedStep(lambda x: (x * 2,), (torch.ones(3, device="cuda"),), OnCard(torch.device("cuda")))
-    found = [step(torch.full((3,), n, device="cuda"))[0] for n in (1.0, 2.0)]
-    assert [f[0].item() for f in found] == [2.0, 4.0]
-    assert step.once(torch.ones(3, device="cuda"))[0] is step.once(torch.zeros(3, device="cuda"))[0]
-
-
-def test_a_recording_that_fails_leaves_no_trace(card):
-    """The stream of the work is what it was, the step runs as before, and the reason is the first error, not the last."""
-    before = torch.cuda.current_stream()
-
-    def step(x):
-        card.told = 0  # as for work that waits in a way that PyTorch does not know
-        return (x * x.sum().item(),)
-
-    found = graphed(step, (torch.ones(3, device="cuda"),), [])
-    assert found.mode == "graph" and "not permitted when stream is capturing" in found.reason
-    assert torch.cuda.current_stream() is before
-    assert found.call(torch.ones(3, device="cuda"))[0].tolist() == [3.0] * 3
-
-
-def test_rows_are_read_ahead_while_a_step_is_recorded(card):
-    """The thread that reads takes memory of the card at any time, which spoils recordings of the default kind."""
-
-    def work():
-        stream.expect(0)
-        stream._pending.wait()
-
-    stream = Stream(lambda key: (torch.ones(3),), "cuda")
-    OnCard(torch.device("cuda"))(work)
-    assert stream.take(0)[0].tolist() == [1.0] * 3
-
-
-# -- random numbers --------------------------------------------------------------------------------------------------------
-
-
-def recorded_draws():
-    return pure_graph(lambda x: x + torch.randn(3, device="cuda"), (torch.zeros(3, device="cuda"),), random=True)
-
-
-def bookkeeping():
-    problem = prepare(regression, PAIR, seed=5, device="cuda")
-    with isolated_run(problem, seed=0):
-        torch.randn(3, device="cuda")
-
-
-def a_look_at_rows_held_out():
-    class Plain(Holdout):
-        def bound(self, leaves):
-            return torch.randn((), device="cuda")
-
-    watch = Plain(None, torch.arange(3), 100)
-    watch.look(0, {})
-    watch.look(1, {})
-    assert watch.history[0][1] == watch.history[1][1]  # the same draws at every look
-
-
-@pytest.mark.parametrize("work", [recorded_draws, bookkeeping, a_look_at_rows_held_out])
-def test_what_draws_on_the_side_leaves_a_cards_random_numbers(work):
-    """A card has numbers of its own: with the processor's alone put back, every fit went on from the same ones."""
-    with pretended(own_stream=True):
-        torch.cuda.manual_seed_all(7)
-        before = torch.cuda.get_rng_state()
-        work()
-        assert torch.equal(torch.cuda.get_rng_state(), before)
-
-
-@pytest.mark.parametrize("method", [SVI(guide="mean_field", steps=10, starts=1, draws=5), EM(restarts=1, max_iter=3)])
-def test_a_seed_decides_what_a_card_draws(method):
-    """The same bits again, other numbers with another seed, and the user's own stream goes on as if nothing had been."""
-    story, data = (regression, PAIR) if method.name == "svi" else (GMM(3), X)
-    with pretended(own_stream=True) as card:
-        before = torch.cuda.get_rng_state()
-        runs = [fit(story, data, method, seed=seed, device="cuda").history for seed in (1, 1, 2)]
-        assert not torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
-        assert torch.equal(torch.cuda.get_rng_state(), before)
-        assert runs[0] == runs[1] != runs[2]
-        assert not card.races
-
-
-# -- fits ------------------------------------------------------------------------------------------------------------------
-
-
-def bare(x):
-    """Knows nothing of devices: every tensor it makes must be made where the data are."""
-    weights = pyro.sample("weights", dist.Dirichlet(torch.ones(3)))
-    with pyro.plate("components", 3):
-        mu = pyro.sample("mu", dist.Normal(torch.zeros(2), 5.0 * torch.ones(2)).to_event(1))
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Categorical(weights))
-        pyro.sample("x", dist.Normal(mu[z], torch.tensor([1.0, 1.0])).to_event(1), obs=x)
-
-
-def regression(X, y):
-    w = pyro.sample("w", dist.Normal(torch.zeros(X.shape[1]), 3.0).to_event(1))
-    noise = pyro.sample("noise", dist.HalfNormal(torch.tensor(1.0)))
-    with pyro.plate("data", len(X)):
-        pyro.sample("y", dist.Normal(X @ w, noise), obs=y)
-
-
-class Autoencoder(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.decoder = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 3)).double()
-        self.encoder = nn.Linear(3, 4).double()
-
-    def model(self, x):
-        pyro.module("decoder", self.decoder)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(self.decoder(z), torch.tensor(0.5)).to_event(1), obs=x)
-
-    def guide(self, x):
-        pyro.module("encoder", self.encoder)
-        with pyro.plate("data", len(x)):
-            loc, log_scale = self.encoder(x).chunk(2, -1)
-            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
-
-
-X = clusters()
-PAIR = {"X": X[:, :2].contiguous(), "y": X[:, 2].contiguous()}
-WALK = torch.randn(20, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-QUICK = {"steps": 40, "starts": 1, "draws": 20}
-CASES = {
-    "em": (GMM(3), X, EM(restarts=2)),
-    "em of a bare story": (bare, X[:, :2].contiguous(), EM(restarts=2)),
-    "incremental em": (GMM(3), X, EM(restarts=1, driver="incremental", batch_size=100)),
-    "em of rows with gaps": (GMM(2), X.masked_fill(torch.rand(X.shape) < 0.1, torch.nan), EM(restarts=1, max_iter=5)),
-    "em of PPCA": (PPCA(1), X, EM()),
-    "em of a chain": (GaussianHMM(2), WALK, EM(restarts=1, max_iter=5)),
-    "em by gradient": (regression, PAIR, EM(restarts=1)),
-    "svi": (regression, PAIR, SVI(guide="full_rank", **QUICK)),
-    "svi in batches": (regression, PAIR, SVI(guide="mean_field", batch_size=50, **QUICK)),
-    "svi, latents summed out": (bare, X[:, :2].contiguous(), SVI(guide="mean_field", **QUICK)),
-    "svi of networks": (Autoencoder, X, SVI(guide="story", batch_size=50, **QUICK)),
-    "svi, eager": (regression, PAIR, SVI(guide="mean_field", mode="eager", **QUICK)),
-    "svi, recorded": (regression, PAIR, SVI(guide="mean_field", mode="cudagraph", batch_size=50, **QUICK)),
-    "svi of networks, recorded": (Autoencoder, X, SVI(guide="story", mode="cudagraph", **QUICK)),
-    "hmc": (regression, PAIR, HMC(chains=4, warmup=60, draws=30, backend="graph")),
-}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -418,6 +83,31 @@ def test_rows_that_do_not_fit_the_card_travel(method):
         gc.collect()
         assert card.used() == 0
     np.testing.assert_allclose(found.history, wanted.history, rtol=1e-6)
+
+
+def test_a_corpus_with_many_words_is_read_in_blocks_that_may_be_made():
+    """A card multiplies dense blocks; one of 256 documents of very many words was more than is made at once."""
+    random = np.random.default_rng(0)
+    words = 300 * (np.arange(600) % 2)[:, None] + random.integers(300, size=(600, 20))
+    table = sp.csr_matrix((np.ones(words.size, int), (np.repeat(np.arange(600), 20), words.ravel())), shape=(600, 600))
+    method = EM(restarts=1, max_iter=3)
+    wanted = fit(MultinomialMixture(2), table, method, seed=1, device="cpu")
+    with pretended(), pytest.MonkeyPatch.context() as patch:
+        for name in ("lazy_rows.CELLS", "sparse_rows.CELLS", "methods.em.features.CELLS", "methods.em.mixture.KEEP"):
+            patch.setattr(f"inference.{name}", 60_000)
+        found = fit(MultinomialMixture(2), table, method, seed=1, device="cuda")
+    np.testing.assert_allclose(found.history, wanted.history, rtol=1e-9)
+
+
+@pytest.mark.parametrize("method", [EM(max_iter=3), SVI(steps=3)], ids=["em", "svi"])
+def test_the_form_of_a_topic_model_comes_home(method):
+    """The answer's questions about documents met concentrations that were still on the card."""
+    story, data = TokenLDA.example()
+    with pretended() as card:
+        found = fit(story, data, method, seed=0, device="cuda")
+        gc.collect()
+        assert card.used() == 0
+        assert found.local("theta", data).isfinite().all()
 
 
 def test_a_full_card_is_told_with_a_smaller_batch():
@@ -516,18 +206,6 @@ def test_chains_of_a_card_search_alone_in_machine_code(card, monkeypatch):
     fit(regression, PAIR, method, seed=1, device="cuda")
     assert moved[0] == ("compiled" if shutil.which("cc") else "graph") and moved[-1] == "graph"
     assert found.diagnostics["leapfrog"] == "cudagraph" and found.diagnostics["backend"].startswith("graph")
-
-
-def test_a_recording_of_a_card_runs_on_the_processor(card):
-    """Constants and devices that it names come along."""
-
-    def density(q):
-        return (q * y + torch.arange(3, device="cuda")).square().sum() + q.new_zeros(3).sum()
-
-    y, q = torch.linspace(-1, 1, 3, device="cuda"), torch.ones(3, device="cuda")
-    here = pure_graph(density, (q,)).at_home()
-    assert not here.constants[0].is_cuda
-    assert float(here(torch.ones(3))) == pytest.approx(float(density(q)))
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,10 @@ class Admixture:
     theta_shape: tuple[int, ...] = ()
     walk: Walk | None = None
 
+    def to(self, device: torch.device) -> Admixture:
+        """The same with its concentrations on a device."""
+        return replace(self, alpha=self.alpha.to(device), eta=self.eta.to(device))
+
     @property
     def ragged(self) -> tuple[str, ...]:
         """Arguments that may be wider in new data."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...distributed import ALONE, Ranks
 from ...handlers import unwrap
 from ...joint import LogJoint
+from ...lazy_rows import CELLS, LazyRows
 from ...mapped_files import still_there
 from .counted import Counted, suits
 from .estep import Part, few_rows
@@ -250,6 +251,8 @@ class RowFeatures:
         """Rows whose features are made and used at once, of all rows or of those from `first` to `last`."""
         step = min(FEATURES // self.dense, TABLE // (runs * self.states))
         step = max(256, step)
+        wide = [c.value.width for c in self.columns.values() if isinstance(c.value, LazyRows) and c.counted is None]
+        step = max(1, min([step, *(CELLS // width for width in wide)]))  # more would stay where they are
         last = self.rows if last is None else min(last, self.rows)
         found = [slice(a, min(a + step, last)) for a in range(first, last, step)]
         for counted, _ in self.counted:

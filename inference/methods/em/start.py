@@ -137,12 +137,14 @@ def about_planes(x: Tensor, y: Tensor, k: int, runs: int, generator: torch.Gener
     every plane to the least squares of its rows.
     """
     n = len(x)
-    x = torch.cat([x.new_ones(n, 1), x.to(y.device)], 1).to(y)
+    x = x.to(y)
+    x = torch.cat([x.new_ones(n, 1), x], 1)
     width = x.shape[1]
-    slope = torch.randn(runs, k, width, y.shape[1], generator=generator, dtype=y.dtype) * (width - 1) ** -0.5
+    slope = torch.randn(runs, k, width, y.shape[1], generator=generator, dtype=y.dtype, device=y.device)
+    slope *= (width - 1) ** -0.5
     slope[:, :, 0] *= 0.5
-    labels = torch.zeros(runs, n, dtype=torch.long)
-    ridge = PLANE_RIDGE * n * torch.eye(width, dtype=y.dtype)
+    labels = torch.zeros(runs, n, dtype=torch.long, device=y.device)
+    ridge = PLANE_RIDGE * n * torch.eye(width, dtype=y.dtype, device=y.device)
     for _ in range(PLANE_SWEEPS):
         for r in range(runs):  # one run at a time: the distances of all runs at once would be a large table
             labels[r] = (y - x @ slope[r]).square().sum(-1).argmin(0)
