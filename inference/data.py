@@ -195,8 +195,7 @@ def plain(name: str, value: Any) -> Any:
                 f"cells; pass {name}.astype(float).filled(numpy.nan)"
             )
         return value.filled(np.nan)
-    kinds = getattr(value, "dtypes", getattr(value, "dtype", None))
-    kinds = list(kinds) if hasattr(value, "columns") else [kinds]
+    kinds: list[Any] = list(value.dtypes) if hasattr(value, "columns") else [getattr(value, "dtype", None)]
     nullable = any(hasattr(k, "na_value") for k in kinds) and hasattr(value, "to_numpy")  # of pandas, or Arrow's
     if nullable and all(getattr(k, "kind", "O") in "fiu" for k in kinds):
         whole = not bool(np.asarray(value.isna()).any()) and all(k.kind in "iu" for k in kinds)
