@@ -89,9 +89,7 @@ def log_likelihood(posterior: Posterior) -> Tensor:
         rows = []
         for i in indices:
             values = posterior.draw(i)
-            prior = [f for f in joint.factors(values) if f.name in local]
-            inside = sum(f.value.reshape(f.value.shape[0], -1).sum(1) if f.value.dim() > 1 else f.value for f in prior)
-            rows.append(joint.rows(values, kwargs) - inside)
+            rows.append(joint.rows(values, kwargs) - joint.latent_rows(values, kwargs))
         return torch.stack(rows)
 
 

@@ -173,7 +173,12 @@ def compare(
         posteriors = all_seconded(posteriors, cross_check is True, show, others.several)
     reference = strongest(posteriors)
     agreements = {n: agree(p, posteriors[reference]) for n, p in posteriors.items() if n != reference}
-    heldout = {n: p.log_prob(held) for n, p in posteriors.items() if held is not None and not without_density(p)}
+    heldout = {}
+    for label, posterior in posteriors.items():
+        if held is not None and not without_density(posterior):
+            found = posterior.score(held)
+            heldout[label] = found.rows
+            notes += [f"{label}: {found.warning}"] if found.warning else []
     table = others.first(table_of(posteriors, refused, heldout, agreements, reference).reindex(list(chosen)))
     if problem.structure.continuous_locals and not problem.structure.linear_gaussian:
         notes.append(

@@ -10,7 +10,7 @@ class DivergenceError(RuntimeError):
     Attributes
     ----------
     state
-        Site or parameter name -> last finite value.
+        Site or parameter name -> last finite value, in the processor's memory.
     step
         Iteration at which it happened, or None.
     site
@@ -21,7 +21,7 @@ class DivergenceError(RuntimeError):
         self, message: str, *, state: Mapping[str, Any] | None = None, step: int | None = None, site: str | None = None
     ) -> None:
         super().__init__(message)
-        self.state = dict(state or {})
+        self.state = {n: v.detach().cpu() if hasattr(v, "detach") else v for n, v in (state or {}).items()}
         self.step = step
         self.site = site
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .choose import WANTS, Choice, check_request, choose
-from .devices import DeviceChoice, only_here, settled
+from .devices import DeviceChoice, only_here, release, settled
 from .distributed import ALONE, SHARES, Ranks, first_warns, own_device, start
 from .guard import MemoryGuard, frees_memory
 from .lazy_rows import has_lazy, resident
@@ -21,6 +21,7 @@ from .methods.base import Method, one_of, positive_float, positive_int
 from .posterior import Posterior
 from .problem import Problem, brought_home, prepare
 from .sharing import same_call, shared_out
+from .streaming import finish_reading
 
 #: Seconds that NUTS may be expected to take before `auto` prefers SVI, where no budget is given.
 PATIENCE = 300.0
@@ -271,11 +272,16 @@ def run(
     if getattr(choice.method, "spreads", "nothing") != "rows":
         shared = resident(shared, choice.method.name)
     with problem.scope(problem.seed):
-        with told_by_the_story(problem), MemoryGuard(memory) as guard:
-            posterior = choice.method.run(shared)
+        try:
+            with told_by_the_story(problem), MemoryGuard(memory) as guard:
+                posterior = choice.method.run(shared)
+        finally:
+            finish_reading()
         if shared is not problem:
             posterior = replace(posterior, problem=problem if ranks.share == "split" else posterior.problem)
     posterior = replace(posterior, choice=choice).brought_home()
+    if problem.device.type == "cuda":
+        release()  # for other processes, too
     with posterior.problem.scope(problem.seed):
         if guard.reached is not None:
             note = f"the memory budget of {memory:g} MB is used up ({guard.reached:.0f} MB): the best state so far is returned"

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from .errors import DivergenceError
 from .meter import INTERVAL, resident_megabytes
 
 F = TypeVar("F", bound=Callable)
@@ -36,6 +37,8 @@ def frees_memory(function: F) -> F:
         except RuntimeError as error:
             text = out_of_memory(error)
             if text is None:
+                if isinstance(error, DivergenceError) and on_a_card():
+                    traceback.clear_frames(error.__traceback__)  # of what was there; the error itself says what matters
                 raise
             trouble: BaseException | None = error
             while trouble is not None:  # tracebacks hold on to every tensor of the run
@@ -44,15 +47,21 @@ def frees_memory(function: F) -> F:
             bound = signatures.signature(function).bind(*args, **kwargs).arguments
         import gc
 
-        import torch
+        from .devices import release
 
         gc.collect()
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        release()
         advice = smaller(bound.get("method"), bound.get("data"), room(text))
         raise MemoryError(f"{text}; {advice}. What the fit held is released")
 
     return wrapped  # type: ignore[return-value]
+
+
+def on_a_card() -> bool:
+    """Whether a card is in use."""
+    import torch
+
+    return torch.cuda.is_initialized()
 
 
 def out_of_memory(error: BaseException | None) -> str | None:
@@ -66,7 +75,7 @@ def out_of_memory(error: BaseException | None) -> str | None:
             isinstance(error, RuntimeError) and any(w in text for w in words)
         ):
             return text.rstrip(".")
-        error = error.__cause__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return None
 
 
@@ -85,7 +94,9 @@ def smaller(method: Any, data: Any, share: float = 0.25) -> str:
     """What to try with less memory: a batch of this share of the rows."""
     values = data.values() if isinstance(data, Mapping) else data if isinstance(data, tuple) else (data,)
     tables = [v for v in values if hasattr(v, "__len__") and not isinstance(v, str)]
-    rows = max((v.shape[0] if getattr(v, "shape", ()) else len(v) for v in tables), default=1)  # sparse ones have no len
+    rows = max(
+        (v.shape[0] if getattr(v, "shape", ()) else len(v) for v in tables), default=1
+    )  # sparse ones have no len
     size = getattr(method, "batch_size", None)
     batch = min(size, rows) if isinstance(size, int) else rows
     name = method if isinstance(method, str) else getattr(method, "name", "the method")

@@ -20,6 +20,7 @@ from torch import Tensor
 from .handlers import Substitute
 from .joint import Block, LogJoint, Unconstrained
 from .linear_gaussian import TRIAL_ROWS, GaussianRows, row_count, take_some
+from .session import streams_kept
 
 if TYPE_CHECKING:
     from .problem import Problem
@@ -88,7 +89,7 @@ class MarginalJoint(LogJoint):
         self.form = None
         if any(self.structure[s.name].missing for s in self.structure.observed):
             return
-        with torch.random.fork_rng(devices=[]):
+        with streams_kept():
             form = recognise_form(self.full, "mle")
         if form is None:
             return

@@ -269,11 +269,9 @@ def draw_finite(posterior: Posterior, values: dict[str, Tensor], kwargs: dict[st
         site = posterior.structure[name]
         probabilities = posterior.joint.local_probabilities(name, {**values, **drawn}, kwargs)
         states = torch.distributions.Categorical(probs=probabilities.clamp_min(0)).sample()
-        shape = states.shape
-        if len(site.plates) > 1:  # plates come outermost first, Pyro's dimensions from the right
-            states = states.permute(*reversed(range(states.dim())))
+        if site.plates and posterior.structure.data_plate:
+            states = posterior.joint.as_sampled(states, name)
         drawn[name] = states.to(posterior.problem.dtype) if site.family != "Categorical" else states
-        assert shape.numel() == states.numel()
     return drawn
 
 

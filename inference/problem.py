@@ -18,9 +18,9 @@ from .distributed import ALONE, Ranks
 from .handlers import supports_missing
 from .lazy_rows import LazyRows, has_lazy
 from .looks import column_ends, ends, where
-from .rehearsal import FEW_ROWS, check_covariates, check_switches, is_whole, run_checked
+from .rehearsal import FEW_ROWS, check_covariates, check_switches, run_checked
 from .session import at_home, fresh_seed, isolated
-from .shapes import Record, check_supports, record, without_values
+from .shapes import Record, check_supports, without_values
 from .structure import Structure, build, pair
 from .wide import wide_tables
 
@@ -143,31 +143,10 @@ class Problem:
         return kwargs
 
     def check_shared(self, kwargs: dict[str, Any]) -> None:
-        """Other rows must leave what the rows share as it was fitted.
+        """Other rows must leave what the rows share as it was fitted; see `shared_sizes.check_shared`."""
+        from .shared_sizes import check_shared
 
-        Raises
-        ------
-        ValueError
-            The story gives a latent outside the data plate another size for these rows.
-        """
-        shared = {s.name: s for s in self.structure.latents if not s.local}
-        rows = self.structure.row_arguments
-        if not shared or has_lazy(kwargs) or not rows or self.admixture is not None:
-            return
-        if len(kwargs[rows[0]]) == self.structure.num_rows and not any(is_whole(kwargs[n]) for n in rows):
-            return
-        try:
-            with isolated(0, self.dtype):
-                told = record(self.model, kwargs)
-        except (ValueError, RuntimeError, TypeError, IndexError):
-            return  # the story has another fault with these rows, which the question itself will name
-        for name, site in shared.items():
-            if name in told and told[name].shape != site.shape:
-                raise ValueError(
-                    f"site {name!r} has shape {site.shape} in the answer, and the story gives it {told[name].shape} for "
-                    f"{len(kwargs[rows[0]])} rows: its size is read off the data. Ask for the rows that were fitted, or write "
-                    f"that size into the story as a number"
-                )
+        check_shared(self, kwargs)
 
 
 def networks_of(story: Any) -> list[nn.Module]:

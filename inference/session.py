@@ -12,8 +12,10 @@ import numpy as np
 import pyro
 import torch
 from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.subsample_messenger import SubsampleMessenger
+from torch import Tensor
 
-from .devices import full_precision
+from .devices import full_precision, in_order
 
 # Pyro's handler stack and torch's default dtype belong to the process, not to a thread.
 _LOCK = threading.RLock()
@@ -32,6 +34,28 @@ def seed_everything(seed: int) -> None:
         torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
+
+
+def random_streams() -> tuple[Tensor, list[Tensor] | None]:
+    """Where torch's streams of random numbers stand: the processor's, and those of cards that are in use."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+
+
+def put_back(streams: tuple[Tensor, list[Tensor] | None]) -> None:
+    """Let torch's streams of random numbers go on from where they stood."""
+    torch.set_rng_state(streams[0])
+    if streams[1] is not None:
+        torch.cuda.set_rng_state_all(streams[1])
+
+
+@contextmanager
+def streams_kept() -> Iterator[None]:
+    """Afterwards torch's streams of random numbers, also those of cards, go on as if nothing had been drawn inside."""
+    streams = random_streams()
+    try:
+        yield
+    finally:
+        put_back(streams)
 
 
 @contextmanager
@@ -65,14 +89,25 @@ def isolated(
             "another thread is running a story: Pyro keeps one handler stack and one parameter store per process. "
             "Run fits one after another, or in processes of their own (concurrent.futures.ProcessPoolExecutor)"
         )
-    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    streams, numpy_state, python_state = random_streams(), np.random.get_state(), random.getstate()
     old_threads = torch.get_num_threads()
     old_dtype, depth = torch.get_default_dtype(), len(_PYRO_STACK)
     try:
-        with pyro.get_param_store().scope(), warnings.catch_warnings(), full_precision(), at_home(device):
+        with (
+            pyro.get_param_store().scope(),
+            warnings.catch_warnings(),
+            full_precision(),
+            in_order(device),
+            at_home(device),
+            all_members(),
+        ):
             # torch's Wishart takes rounding in large draws for singularity and resamples: nothing to act on.
             warnings.filterwarnings("ignore", message="Singular sample detected")
+            if device is not None and device.type == "cuda":
+                # PyTorch tells of every operation that has no fixed order, and that of products hangs on the environment.
+                warnings.filterwarnings(
+                    "ignore", message=".*(does not have a deterministic impl|Deterministic behavior was)"
+                )
             if dtype is not None:
                 torch.set_default_dtype(dtype)
             if threads is not None:
@@ -85,12 +120,32 @@ def isolated(
         torch.set_default_dtype(old_dtype)
         if torch.get_num_threads() != old_threads:
             torch.set_num_threads(old_threads)
-        torch.set_rng_state(torch_state)
+        put_back(streams)
         np.random.set_state(numpy_state)
         random.setstate(python_state)
-        if cuda_states is not None:
-            torch.cuda.set_rng_state_all(cuda_states)
         _LOCK.release()
+
+
+@contextmanager
+def all_members() -> Iterator[None]:
+    """Plates show all their members, also those that ask for a random part of them (`subsample_size`).
+
+    Every method looks at all rows, or takes batches of its own; a part that changes from run to run has no posterior.
+    """
+    kept = SubsampleMessenger.__dict__["_subsample"]
+
+    def whole(
+        name: str, size: Any = None, subsample_size: Any = None, subsample: Any = None, *rest: Any, **more: Any
+    ) -> Any:
+        if subsample is None and size is not None:
+            subsample_size = None
+        return kept.__func__(name, size, subsample_size, subsample, *rest, **more)
+
+    SubsampleMessenger._subsample = staticmethod(whole)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        SubsampleMessenger._subsample = kept  # type: ignore[method-assign]
 
 
 def at_home(device: torch.device | None) -> AbstractContextManager[Any]:

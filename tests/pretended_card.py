@@ -3,8 +3,9 @@
 Inside `pretended()`, `device="cuda"` works as with a card. What is "on the card" is known by the memory a tensor lies in, so
 that views, gradients and batches under `vmap` are there too; `.device` says `cuda:0`. Errors are those of a card: operands on
 two devices, NumPy's look at a tensor on the card, a generator of the processor for draws on the card, a custom operation that
-has no kernel there, looks at numbers while a graph is recorded. `CUDAGraph` really records operations and repeats them, in
-the same memory.
+has no kernel there. `CUDAGraph` really records operations and repeats them, in the same memory: what a recording makes holds no
+numbers before the first launch, what it reads must live as long as it, numbers of the processor are those of the recording, and
+looks at numbers, copies between the devices and other threads' demands spoil it.
 
 The processor's device has no number. Here `cpu:1` stands for the card and `cpu:2` for a processor that was asked for by name,
 so that programs that record operations (`torch.fx`) carry both along.
@@ -15,212 +16,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from importlib import import_module
 from typing import Any
 from unittest import mock
 
 import torch
+from pretended_graphs import DefaultGenerator, Graph, Idle, Recording, wait
+from pretended_memory import CARD, HOST, NAME, Card, Kernels, tensors_of
 from torch import Tensor
-from torch._C import _functorch as functorch
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-
-aten = torch.ops.aten
-CARD, HOST = torch.device("cpu", 1), torch.device("cpu", 2)
-NAME = torch.device("cuda", 0)
-#: Operations whose operands may lie on both devices.
-CROSSING = {aten.copy_.default, aten._to_copy.default, aten.copy.default, aten.set_.source_Tensor}
-#: Operations that wait for the card: the processor wants to see a number, or a shape that hangs on one.
-LOOKS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
-#: Operations on lists that take no number from the processor's memory, unlike sums and products.
-STRICT = {aten.cat.default, aten.stack.default}
-
-
-def bare(tensor: Tensor) -> Tensor:
-    """The tensor below the layers of `vmap` and `grad`."""
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = functorch.get_unwrapped(tensor)
-    return tensor
-
-
-def places(tensor: Tensor) -> list[Any]:
-    """Memory of a tensor."""
-    tensor = bare(tensor)
-    if tensor.layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc):
-        return [tensor.values().untyped_storage()]
-    if tensor.layout is torch.sparse_coo:
-        return [tensor._values().untyped_storage()]
-    return [tensor.untyped_storage()] if tensor.layout is torch.strided else []
-
-
-def tensors_of(*values: Any) -> Iterator[Tensor]:
-    """Tensors in arguments, and in lists and mappings of them."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from tensors_of(*value)
-        elif isinstance(value, dict):
-            yield from tensors_of(*value.values())
-
-
-class Card:
-    """What lies on the pretended card, and what is being recorded.
-
-    Parameters
-    ----------
-    limit
-        Bytes that it holds.
-
-    Attributes
-    ----------
-    waits
-        How often the processor has waited for it.
-    """
-
-    def __init__(self, limit: float = float("inf")) -> None:
-        self.limit, self.waits = limit, 0
-        self._there: dict[int, StorageWeakRef] = {}
-        self._sizes: dict[int, int] = {}
-        self._crowd = 4096
-        self._lock = threading.Lock()
-        self._local = threading.local()
-        self.tape: list[tuple[Any, ...]] | None = None
-        self.before: dict[int, tuple[Any, Any]] = {}
-        self.generators: set[int] = set()
-        self._kept: list[Any] = []
-
-    @property
-    def ambient(self) -> list[bool]:
-        """Whether the functions under way work on the card, innermost last."""
-        if not hasattr(self._local, "ambient"):
-            self._local.ambient = [False]
-        return self._local.ambient
-
-    def holds(self, tensor: Tensor) -> bool:
-        """Whether a tensor lies on the card."""
-        if tensor.device.type == "meta":
-            return False
-        return any(place._cdata in self._there for place in places(tensor))
-
-    def put(self, tensor: Tensor) -> None:
-        """Count a tensor's memory as the card's."""
-        for place in places(tensor):
-            with self._lock:
-                if place._cdata not in self._there:
-                    self._there[place._cdata] = StorageWeakRef(place)
-                    self._sizes[place._cdata] = place.nbytes()
-                    if len(self._there) > self._crowd or self.limit < float("inf"):
-                        self._tidy()
-                    held = sum(self._sizes.values()) if self.limit < float("inf") else 0
-                    if held > self.limit:
-                        asked, free = place.nbytes() / 2**20, max(0.0, self.limit - held + place.nbytes()) / 2**20
-                        raise torch.OutOfMemoryError(
-                            f"CUDA out of memory. Tried to allocate {asked:.2f} MiB. GPU 0 has a total capacity of "
-                            f"{self.limit / 2**20:.2f} MiB of which {free:.2f} MiB is free."
-                        )
-
-    def keep(self, args: Any, kwargs: Any, func: Any) -> None:
-        """What an operation is about to write over, once a recording: recording does not run anything."""
-        named = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
-        written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-        for tensor in tensors_of(*(named.get(name) for name in written)):
-            place = tensor.untyped_storage()
-            if place._cdata not in self.before:
-                self.before[place._cdata] = (place, place.clone())
-
-    def _tidy(self) -> None:
-        for key in [key for key, ref in self._there.items() if ref.expired()]:
-            del self._there[key], self._sizes[key]
-        self._crowd = 2 * len(self._there) + 4096
-
-    def used(self) -> int:
-        """Bytes on the card."""
-        with self._lock:
-            self._tidy()
-            return sum(self._sizes.values())
-
-
-def looks_at_numbers(func: Any, args: Any) -> bool:
-    """Whether the processor must wait for what an operation finds: a number, or a shape that hangs on one."""
-    if func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
-        return any(t.dtype in (torch.bool, torch.uint8) for t in tensors_of(args[1]))
-    return any(tag in func.tags for tag in LOOKS)
-
-
-class Kernels(TorchDispatchMode):
-    """Below autograd: every operation happens on one device, and its result lies there."""
-
-    def __init__(self, card: Card) -> None:
-        super().__init__()
-        self.card = card
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunction():
-            return self.run(func, args, dict(kwargs or {}))
-
-    def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """The operation on the processor, its result where a card would have put it."""
-        card = self.card
-        given, on, off = list(tensors_of(args, kwargs)), [], []
-        for tensor in given:
-            if tensor.device.type != "meta":
-                (on if card.holds(tensor) else off).append(tensor)
-        asked = kwargs.get("device")
-        if asked is not None and asked.type == "cpu":
-            kwargs["device"] = torch.device("cpu")
-        if kwargs.get("pin_memory"):
-            kwargs["pin_memory"] = False
-        if asked is not None and asked.type == "cpu" and asked.index:
-            there = asked == CARD
-        else:
-            there = bool(on) or (not given and card.ambient[-1])
-        self.check(func, args, on, off)
-        looks = bool(on) and (not there or looks_at_numbers(func, args))
-        card.waits += looks
-        if card.tape is not None and looks:
-            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
-        if card.tape is not None and func._schema.is_mutable:
-            card.keep(args, kwargs, func)
-        out = func(*args, **kwargs)
-        if there:
-            for tensor in tensors_of(out):
-                if tensor.device.type != "meta" and not card.holds(tensor):
-                    if func in CROSSING and tensor is args[0]:
-                        continue  # a copy onto the processor
-                    card.put(tensor)
-        if card.tape is not None:
-            card.tape.append((func, args, kwargs, out))
-        return out
-
-    def check(self, func: Any, args: Any, on: list[Tensor], off: list[Tensor]) -> None:
-        """Refuse what a card refuses."""
-        if not on:
-            return
-        if func.namespace not in ("aten", "prims", "prim") and not any(
-            torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
-            for key in ("CUDA", "CompositeImplicitAutograd", "CompositeExplicitAutograd")
-        ):
-            raise NotImplementedError(f"Could not run '{func.name()}' with arguments from the 'CUDA' backend")
-        if func in CROSSING:
-            return
-        if func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default):
-            if not self.card.holds(args[0]):
-                raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
-            off = [t for t in off if not any(t is i for i in args[1])]
-        if func not in STRICT:
-            off = [t for t in off if t.ndim]
-            first = args[0] if args and isinstance(args[0], Tensor) else None
-            writes = bool(func._schema.arguments) and func._schema.arguments[0].alias_info is not None
-            if writes and first is not None and func._schema.is_mutable and not self.card.holds(first):
-                off = [first]
-        if off:
-            raise RuntimeError(
-                f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! (when "
-                f"checking {func}: shapes {[tuple(t.shape) for t in on]} on cuda:0, {[tuple(t.shape) for t in off]} on cpu)"
-            )
-
 
 GETTERS: dict[Any, Callable[[bool], Any]] = {
     torch.Tensor.device.__get__: lambda there: NAME if there else torch.device("cpu"),  # type: ignore[attr-defined]
@@ -326,63 +131,43 @@ class Names(TorchFunctionMode):
         return torch.Tensor.to(tensor, device=device, **more)
 
 
-class Graph:
-    """Operations that were recorded, and are repeated in the memory where they were."""
-
-    def __init__(self, card: Card) -> None:
-        self.card, self.tape = card, []  # type: ignore[var-annotated]
-
-    def replay(self) -> None:
-        """Run every operation again."""
-        with _disable_current_modes(), torch.no_grad(), torch._C.DisableTorchFunction():
-            for func, args, kwargs, old in self.tape:
-                if any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
-                    continue  # a view: it shows the new numbers
-                new = func(*args, **kwargs)
-                for a, b in zip(tensors_of(old), tensors_of(new), strict=True):
-                    if a.untyped_storage()._cdata != b.untyped_storage()._cdata:
-                        a.copy_(b)
-
-
-class Idle:
-    """A stream or an event: there is one queue, and it is always done."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return lambda *_, **__: self
-
-    def __enter__(self) -> Idle:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        pass
-
-
 def stand_ins(card: Card) -> dict[str, Any]:
     """What is asked of `torch.cuda`."""
 
     @contextmanager
-    def recorded(graph: Graph, **_: Any) -> Iterator[None]:
-        card.tape = graph.tape
+    def recorded(graph: Graph, stream: Any = None, capture_error_mode: str = "global", **_: Any) -> Iterator[None]:
+        before, card.stream = card.stream, stream or Idle(card)
+        found = card.recording = Recording(card, graph, capture_error_mode)
         try:
             yield
         finally:
-            card.tape = None
-            for place, old in card.before.values():
-                place.copy_(old)
-            card.before = {}
+            card.recording = None
+            found.end()
+            if found.spoilt:  # PyTorch does not come as far as leaving the stream, or telling the generator
+                card.stuck = True
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+            card.stream = before
+
+    @contextmanager
+    def on_stream(stream: Any) -> Iterator[None]:
+        before, card.stream = card.stream, stream
+        try:
+            yield
+        finally:
+            card.stream = before
 
     def nothing(*_: Any, **__: Any) -> None:
         pass
 
-    def wait(*_: Any) -> None:
-        if card.tape is not None:
-            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
-        card.waits += 1
+    def state(*_: Any) -> Tensor:
+        return torch.get_rng_state() if card.random is None else card.random.get_state()
+
+    def set_state(state: Tensor, *_: Any) -> None:
+        torch.set_rng_state(state) if card.random is None else card.random.set_state(state)
+
+    def seeded(seed: int) -> None:
+        if card.random is not None:
+            card.random.manual_seed(seed)
 
     free = 8 << 30 if card.limit == float("inf") else int(card.limit)
     return {
@@ -393,24 +178,28 @@ def stand_ins(card: Card) -> dict[str, Any]:
         "get_device_name": lambda *_: "pretended",
         "get_device_capability": lambda *_: (9, 0),
         "set_device": nothing,
-        "synchronize": wait,
+        "synchronize": lambda *_: wait(card),
         "empty_cache": nothing,
-        "manual_seed_all": nothing,
-        "manual_seed": nothing,
+        "manual_seed_all": seeded,
+        "manual_seed": seeded,
         "memory_allocated": lambda *_: card.used(),
         "max_memory_allocated": lambda *_: card.used(),
         "reset_peak_memory_stats": nothing,
         "mem_get_info": lambda *_: (free - card.used(), free),
-        "get_rng_state": lambda *_: torch.get_rng_state(),
-        "set_rng_state": lambda state, *_: torch.set_rng_state(state),
-        "get_rng_state_all": lambda: [torch.get_rng_state()],
-        "set_rng_state_all": lambda states: torch.set_rng_state(states[0]),
-        "is_current_stream_capturing": lambda: card.tape is not None,
-        "current_stream": Idle,
-        "Stream": Idle,
-        "Event": Idle,
-        "stream": lambda *_: nullcontext(),
+        "get_rng_state": state,
+        "set_rng_state": set_state,
+        "get_rng_state_all": lambda: [state()],
+        "set_rng_state_all": lambda states: set_state(states[0]),
+        "is_current_stream_capturing": lambda: card.own is not None,
+        "current_stream": lambda *_: card.stream,
+        "set_stream": lambda stream: setattr(card, "stream", stream),
+        "Stream": lambda *_, **__: Idle(card),
+        "Event": lambda *_, **__: Idle(card),
+        "stream": on_stream,
         "device": lambda *_: nullcontext(),
+        "default_generators": (DefaultGenerator(card),),
+        "get_sync_debug_mode": lambda: card.told,
+        "set_sync_debug_mode": lambda mode: setattr(card, "told", {"error": 2}.get(mode, mode)),
         "CUDAGraph": lambda: Graph(card),
         "graph": recorded,
     }
@@ -460,15 +249,18 @@ def no_compiler(*_: Any, **__: Any) -> Any:
 
 
 @contextmanager
-def pretended(limit: float = float("inf")) -> Iterator[Card]:
+def pretended(limit: float = float("inf"), own_stream: bool = False) -> Iterator[Card]:
     """Inside, there is a card.
 
     Parameters
     ----------
     limit
         Bytes that it holds; more is `torch.OutOfMemoryError`.
+    own_stream
+        Whether it has random numbers of its own, as real ones do; else it draws from the processor's, to the same answer.
     """
-    card = Card(limit)
+    card = Card(limit, torch.Generator() if own_stream else None)
+    card.stream = Idle(card)
     run = threading.Thread.run
 
     def run_there(thread: threading.Thread) -> None:
@@ -485,6 +277,10 @@ def pretended(limit: float = float("inf")) -> Iterator[Card]:
                 return backward(*args, **kwargs)
         finally:
             card.ambient.pop()
+
+    import_module(
+        "torch._dynamo"
+    )  # what the modes bring in, and with it filters of warnings, comes before a test looks
 
     with ExitStack() as stack:
         for name, value in stand_ins(card).items():

@@ -54,7 +54,7 @@ class ClimbFile:
     every = EVERY
 
     def __init__(self, path: Path, problem: Problem, *parts: Any) -> None:
-        self.ranks = problem.ranks
+        self.ranks, self.device = problem.ranks, problem.device
         parts = (*parts, layout(problem))
         self.state = SavedState(path, "SVI", fingerprint(problem, *parts), particulars(problem, *parts))
         self.written = time.perf_counter()
@@ -121,7 +121,7 @@ class ClimbFile:
         ascents: list[Ascent] = []
         for i, numbers in enumerate(card["climbs"]):
             whole = {n.split("/", 1)[1]: v for n, v in tensors.items() if n.startswith(f"{i}/")}
-            ascent = begun(fresh, whole, card["names"], self.ranks)
+            ascent = begun(self.on_device(fresh), whole, card["names"], self.ranks)
             restore(ascent, own_rows(whole, ascent, self.ranks), numbers)
             ascents.append(ascent)
         same = card.get("rows", []) == list(self.ranks.counts)
@@ -137,6 +137,10 @@ class ClimbFile:
                 target.made = card["made"]
             set_random_state(target, tensors, same, sum(len(a.history) for a in ascents))
         return ascents, [DivergenceError(text) for text in card["dropped"]], bool(card["final"])
+
+    def on_device(self, fresh: Callable[[Leaves], Ascent]) -> Callable[[Leaves], Ascent]:
+        """A climb's maker that takes parameters to where the fit runs: a file is read by the processor."""
+        return lambda leaves: fresh({n: v.to(self.device) for n, v in leaves.items()})
 
     def leave(self, finished: bool, ascents: list[Ascent], dropped: list[DivergenceError], final: bool) -> None:
         """Remove the file of a run that has come to its end; write that of another once more."""
@@ -160,17 +164,17 @@ def layout(problem: Problem) -> list[tuple[str, tuple[int, ...]]]:
 
 def random_state(target: Any) -> dict[str, Tensor]:
     """Of the generators that a step draws from."""
-    found = {"cpu": torch.get_rng_state()}
+    found, device = {"cpu": torch.get_rng_state()}, target.batches.device
     if target.batches.generator is not None:
         found["batches"] = target.batches.generator.get_state()
-    return found | ({"cuda": torch.cuda.get_rng_state()} if target.batches.device.type == "cuda" else {})
+    return found | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
 def set_random_state(target: Any, tensors: dict[str, Tensor], same: bool, steps: int) -> None:
     """Go on with what was drawn from; ranks that are others than before draw rows, and what belongs to rows, anew."""
     torch.set_rng_state(tensors["random/cpu"])
     if "random/cuda" in tensors and target.batches.device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["random/cuda"])
+        torch.cuda.set_rng_state(tensors["random/cuda"], target.batches.device)
     generator, ranks = target.batches.generator, target.problem.ranks
     if generator is not None and same and "random/batches" in tensors:
         generator.set_state(tensors["random/batches"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from traceback import clear_frames
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -134,6 +135,7 @@ class Climbs:
                 try:
                     self.ascents[-1].run(short, deadline, watch)
                 except DivergenceError as error:
+                    clear_frames(error.__traceback__)  # they hold the climb that has failed
                     self.dropped.append(error)
                     self.ascents.pop()
                 if not self.problem.ranks.before(deadline):

@@ -9,7 +9,8 @@ next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -68,14 +69,51 @@ class OnCard:
             side = cuda.Stream(self.device)
             side.wait_stream(cuda.current_stream(self.device))
             with cuda.stream(side):
-                for _ in range(WARM):
+                for _ in range(WARM - 1):
+                    work()
+                with waits_told(cuda):
                     work()
             cuda.current_stream(self.device).wait_stream(side)
             cuda.synchronize(self.device)
-            graph = cuda.CUDAGraph()
-            with cuda.graph(graph, stream=side):  # where libraries have made their handles in the warm-up
-                work()
-        return graph.replay
+            return recorded(work, self.device, cuda, stream=side)  # libraries have made their handles there
+
+
+def recorded(work: Callable[[], None], device: torch.device, cuda: Any, **options: Any) -> Callable[[], None]:
+    """Record work, and hand out what launches it.
+
+    Other threads may go on using the card: one that reads ahead takes memory and waits for copies, which would spoil a
+    recording of the default kind.  One that fails does not leave its stream, which is done here.
+    """
+    before, graph = cuda.current_stream(device), cuda.CUDAGraph()
+    try:
+        with unharmed(cuda), cuda.graph(graph, capture_error_mode="thread_local", **options):
+            work()
+    finally:
+        cuda.set_stream(before)
+    return graph.replay
+
+
+@contextmanager
+def waits_told(cuda: Any) -> Iterator[None]:
+    """Work that waits for the card ends in an error here, and not in the recording: the allocator survives that badly."""
+    before = cuda.get_sync_debug_mode()
+    cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        cuda.set_sync_debug_mode(before)
+
+
+@contextmanager
+def unharmed(cuda: Any) -> Iterator[None]:
+    """A recording that breaks off leaves the card's generator as it was: versions of PyTorch let it draw no more."""
+    generator = cuda.default_generators[cuda.current_device()]
+    kept = generator.clone_state()
+    try:
+        yield
+    except BaseException:
+        generator.graphsafe_set_state(kept)
+        raise
 
 
 class GraphedStep:
@@ -92,10 +130,12 @@ class GraphedStep:
 
     Notes
     -----
-    The tensors that a call returns are written over by the next one.
+    A graph reads its constants where they lay when it was recorded, and keeps nothing alive: `fn`, which holds them, lives as
+    long as the recording.
     """
 
     def __init__(self, fn: Callable[..., Sequence[Tensor]], example: Sequence[Tensor], record: Recorder) -> None:
+        self.fn = fn
         self.inputs = tuple(t.detach().clone() for t in example)
         self.outputs: tuple[Tensor, ...] = ()
 
@@ -107,7 +147,11 @@ class GraphedStep:
             self._launch = record(work)
 
     def __call__(self, *given: Tensor) -> tuple[Tensor, ...]:
-        """Fill the buffers and launch."""
+        """The answers for these inputs."""
+        return tuple(t.clone() for t in self.once(*given))
+
+    def once(self, *given: Tensor) -> tuple[Tensor, ...]:
+        """The same in buffers that the next call writes over, for who is done with them by then."""
         moved = [(b, g) for b, g in zip(self.inputs, given, strict=True) if b.data_ptr() != g.data_ptr()]
         with torch.no_grad():
             floats = [(b, g) for b, g in moved if b.is_floating_point() and b.dtype == g.dtype]
@@ -140,8 +184,10 @@ def graphed(
     try:
         call = GraphedStep(step, example, record or OnCard(example[0].device))
         for seed, point in enumerate((example, *points)):
-            check_agreement(lambda *inputs: tuple(t.clone() for t in call(*inputs)), step, point, seed)
+            check_agreement(call, step, point, seed)
     except Exception as error:  # whatever cannot be recorded says so in its own way
+        while isinstance(error.__context__, Exception):  # what came first; the rest is that the recording is spoilt
+            error = error.__context__
         return Captured(step, "graph", f"CUDA graph: {reason_of(error)}")
     return Captured(call, "cudagraph")
 
@@ -198,11 +244,9 @@ def once_on(device: torch.device) -> Recorder:
     """Records work that must not run more often than it is launched: its warm-up has been."""
 
     def record(work: Callable[[], None]) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(device)
-        with torch.cuda.device(device), torch.cuda.graph(graph):
-            work()
-        return graph.replay
+        with torch.cuda.device(device):
+            return recorded(work, device, torch.cuda)
 
     return record
 

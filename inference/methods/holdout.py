@@ -9,6 +9,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from ..session import streams_kept
 from .batches import by_row, is_latent
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Holdout:
 
     def look(self, step: int, leaves: Leaves) -> bool:
         """Measure these parameters; whether the climb should end."""
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), pyro.validation_enabled(False):
+        with streams_kept(), torch.no_grad(), pyro.validation_enabled(False):
             torch.manual_seed(self.seed)  # the same draws at every look: differences are the parameters' own
             value = float(torch.stack([self.bound(leaves) for _ in range(DRAWS)]).mean())
         if value > self.top:

@@ -243,7 +243,8 @@ class PairTarget:
             rows = (torch.full((), self.weighing.at(self.made), dtype=first.dtype, device=first.device), *rows)
             self.made += 1
         calls = 1 if self.lanes else self.particles
-        parts = [self.call(*leaves.values(), *rows) for _ in range(calls)]
+        call = getattr(self.call, "once", self.call) if calls == 1 else self.call  # nothing is kept until the next step
+        parts = [call(*leaves.values(), *rows) for _ in range(calls)]
         means = parts[0] if calls == 1 else [torch.stack(part).mean(0) for part in zip(*parts)]
         return of_all_ranks(self, means[0], dict(zip(leaves, means[1:])))
 

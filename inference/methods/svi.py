@@ -399,7 +399,8 @@ class SVI:
             return trial(problem, chosen)
         if isinstance(self.guide, Amortised):
             problem = replace(problem, guide=self.guide.build(problem))
-        hurried = replace(chosen, mode="graph" if self.mode == "auto" else self.mode)
+        # As it will run, but for Inductor, which takes minutes to say whether it pays.
+        hurried = replace(chosen, mode="graph" if self.mode == "auto" and problem.device.type == "cpu" else self.mode)
         target = hurried.target(problem, self.family(problem.structure))
         leaves = target.start()
         return lambda: target.objective(leaves)

@@ -60,5 +60,5 @@ def seeded(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
     import torch
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # cards have streams of their own
         return make()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...handlers import unwrap
+from ...session import streams_kept
 
 if TYPE_CHECKING:
     from ...joint import LogJoint
@@ -37,7 +38,7 @@ def vanished(joint: LogJoint, theta: dict[str, Tensor]) -> list[str]:
     below = [s.name for s in structure.latents if s.continuous and not s.local and hidden.intersection(s.parents)]
     if not below:
         return []
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with streams_kept(), torch.no_grad():
         here = spreads(joint, theta, below)
         usual = [spreads(joint, joint.prior_draw(), below) for _ in range(DRAWS)]
     found = []
