@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from .data import take_rows
-from .lazy_rows import has_lazy
+from .lazy_rows import CELLS, has_lazy
+from .mapped_files import known_file
 
 if TYPE_CHECKING:
     from .posterior import Posterior
@@ -111,9 +112,16 @@ def gather(posterior: Posterior) -> dict[str, Tensor]:
 def kept_data(posterior: Posterior) -> dict[str, Any]:
     """Arguments that are saved: all, or the first rows of tables that are kept elsewhere, such as a corpus on disk."""
     kwargs = posterior.problem.kwargs
-    if not has_lazy(kwargs):
+    if not elsewhere(kwargs):
         return kwargs
     return take_rows(kwargs, posterior.structure.row_arguments, slice(0, KEPT_ROWS))
+
+
+def elsewhere(kwargs: dict[str, Any]) -> bool:
+    """Whether rows of any argument are kept elsewhere, or in a large file that stays where it is."""
+    return has_lazy(kwargs) or any(
+        isinstance(v, Tensor) and v.numel() > CELLS and known_file(v) is not None for v in kwargs.values()
+    )
 
 
 def repeated(posterior: Posterior) -> dict[str, int]:
@@ -139,7 +147,7 @@ def describe(posterior: Posterior, tensors: dict[str, Tensor]) -> dict[str, Any]
         "device": str(problem.device),
         "want": problem.want,
         "arguments": {n: v for n, v in problem.kwargs.items() if not isinstance(v, Tensor)},
-        "elsewhere": posterior.structure.num_rows if has_lazy(problem.kwargs) else 0,
+        "elsewhere": posterior.structure.num_rows if elsewhere(problem.kwargs) else 0,
         "history": plain(posterior.history),
         "diagnostics": plain(posterior.diagnostics),
         "warnings": posterior.warnings,

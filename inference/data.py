@@ -2,6 +2,7 @@
 
 import inspect as signatures
 import math
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .lazy_rows import HostTable, LazyRows
+from .lazy_rows import CELLS, HostTable, LazyRows
 from .looks import column_ends, where
-from .mapped_files import remember, remember_shared
+from .mapped_files import known_file, remember, remember_shared
 from .sparse_rows import is_sparse_matrix, stored_counts
 from .streaming import stays
 
@@ -20,6 +21,8 @@ from .streaming import stays
 LARGEST = 1e15
 #: Rows up to which a list of all row numbers is nothing beside the data.
 LISTED = 4_000_000
+#: Numbers in a file from which a copy of it is told.
+NOTICED = 25_000_000
 #: Numbers in a float32 array from which it is kept as it is.
 KEEP_SINGLE = 1_000_000
 
@@ -82,6 +85,10 @@ def bind(
 def _by_name(model: Callable, names: list[str], data: Any) -> dict[str, Any]:
     if data is None:
         return {}
+    if isinstance(data, str | os.PathLike):
+        raise TypeError(
+            f"data is the path {os.fspath(data)!r}; open it first: open_table(path), open_corpus(path) or numpy.load(path)"
+        )
     if hasattr(data, "as_arguments"):  # an object that knows what a story wants to see of it, such as a corpus
         return dict(data.as_arguments(names))
     if isinstance(data, Mapping):
@@ -124,19 +131,33 @@ def to_value(name: str, value: Any, dtype: torch.dtype, device: torch.device | s
     kind = dtype if tensor.is_floating_point() else torch.bool if tensor.dtype == torch.bool else torch.long
     if tensor.dtype == torch.float32 and tensor.numel() >= KEEP_SINGLE:
         kind = tensor.dtype  # twice the memory would hold no more digits; sums over it are made in float64
+    converted = tensor.is_floating_point() and tensor.dtype != kind and tensor.numel() > CELLS
+    if converted and known_file(tensor) is not None:  # a copy of another kind would be as long as the file
+        check_values(name, tensor, new)
+        return LazyRows(HostTable(tensor), kind, device)
     if not stays([tensor], torch.device(device)) and tensor.ndim:
         check_values(name, tensor, new)
         return LazyRows(HostTable(tensor), kind, device)
+    copied = tensor.dtype != kind or (isinstance(value, np.memmap) and known_file(tensor) is None)
     tensor = tensor.to(device=device, dtype=kind)
+    if isinstance(value, np.memmap) and copied and tensor.numel() >= NOTICED:
+        told = f"{value.dtype}{'' if value.flags.c_contiguous else ', column after column'}"
+        warnings.warn(
+            f"{name} lies in a file as {told}, and cannot be read from there as it is: it is copied to memory "
+            f"({tensor.numel() * tensor.element_size() / 1e9:.1f} GB). open_table(path) writes it as it can be read, once",
+            DataNotice,
+            stacklevel=2,
+        )
     check_values(name, tensor, new)
     return tensor
 
 
 def _from_array(name: str, value: Any) -> Tensor:
+    shown = plain(name, value)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", category=getattr(np, "VisibleDeprecationWarning", DeprecationWarning))
-            array = np.asarray(value)
+            array = np.asarray(shown)
     except (ValueError, TypeError) as error:
         raise TypeError(f"{name} is not a rectangular array of numbers: {error}") from None
     if array.dtype.kind not in "fiub":
@@ -157,6 +178,29 @@ def _from_array(name: str, value: Any) -> Tensor:
             warnings.simplefilter("ignore")  # read only, and never written to
             return remember(torch.from_numpy(np.asarray(array)), array)
     return torch.from_numpy(np.array(array, copy=True, order="C", subok=False))
+
+
+def plain(name: str, value: Any) -> Any:
+    """The same with NaN for cells that an array or a frame knows to be missing: NumPy would make data of them, or objects.
+
+    Raises
+    ------
+    ValueError
+        Whole numbers are masked, which have no NaN.
+    """
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        if value.dtype.kind != "f":
+            raise ValueError(
+                f"{name} is masked in {int(np.ma.count_masked(value))} cells and holds {value.dtype}, which knows no missing "
+                f"cells; pass {name}.astype(float).filled(numpy.nan)"
+            )
+        return value.filled(np.nan)
+    kinds: list[Any] = list(value.dtypes) if hasattr(value, "columns") else [getattr(value, "dtype", None)]
+    nullable = any(hasattr(k, "na_value") for k in kinds) and hasattr(value, "to_numpy")  # of pandas, or Arrow's
+    if nullable and all(getattr(k, "kind", "O") in "fiu" for k in kinds):
+        whole = not bool(np.asarray(value.isna()).any()) and all(k.kind in "iu" for k in kinds)
+        return value.to_numpy(dtype=np.int64 if whole else np.float64, na_value=0 if whole else np.nan)
+    return value
 
 
 def first_index(mask: Tensor) -> tuple[int, ...]:

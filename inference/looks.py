@@ -50,7 +50,8 @@ def where(value: Tensor, test: Callable[[Tensor], Tensor]) -> tuple[int, tuple[i
         good = test(part)
         here = int(good.sum())
         if here and not count:
-            row, *rest = (int(i) for i in np.unravel_index(int(good.flatten().int().argmax()), tuple(good.shape)))
+            place = int(good.flatten().int().argmax())
+            row, *rest = (int(i) for i in np.unravel_index(place, tuple(good.shape)))
             index = (first + row, *rest)
         count += here
     return count, index

@@ -17,6 +17,7 @@ from .checkpoint import CheckpointError, checksum, write_atomically
 from .data import DataNotice
 
 if TYPE_CHECKING:
+    from .distributed import Ranks
     from .problem import Problem
 
 #: Rows of each argument that tell one data set from another.
@@ -133,6 +134,10 @@ class SavedState:
         """The fit has come to its end: nothing is left to go on from."""
         self.path.unlink(missing_ok=True)
         self.previous.unlink(missing_ok=True)
+
+    def of_first(self, ranks: Ranks) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What the first rank finds, on every rank; a fault of its file is raised on every rank."""
+        return ranks.first(ranks.together(lambda: self.read() if ranks.leads else None))
 
     def read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What was kept, or None where there is no file.

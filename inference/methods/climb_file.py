@@ -67,8 +67,7 @@ class ClimbFile:
 
     def kept(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What the first rank finds, on every rank."""
-        ranks = self.ranks
-        return ranks.first(ranks.together(lambda: self.state.read() if ranks.leads else None))
+        return self.state.of_first(self.ranks)
 
     def due(self) -> bool:
         """Whether it is time, on every rank alike."""

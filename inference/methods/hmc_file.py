@@ -47,8 +47,7 @@ class MoveFile:
         ValueError
             The file is no checkpoint, or that of another run.
         """
-        ranks = self.ranks
-        found = ranks.first(ranks.together(lambda: self.state.read() if ranks.leads else None))
+        found = self.state.of_first(self.ranks)
         if found is None:
             return None
         tensors, card = found

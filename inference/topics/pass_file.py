@@ -62,10 +62,7 @@ class PassFile:
         ValueError
             The file belongs to another fit, or is no checkpoint.
         """
-        state, ranks = self.state, self.ranks
-        if state is None:
-            return None
-        return ranks.first(ranks.together(lambda: state.read() if ranks.leads else None))
+        return None if self.state is None else self.state.of_first(self.ranks)
 
     def write(self, tensors: Mapping[str, Tensor], card: dict[str, Any], now: bool = False) -> None:
         """Keep where the run stands, if it is time or `now`."""

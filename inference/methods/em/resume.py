@@ -57,7 +57,7 @@ class Saved:
         ValueError
             The file belongs to another fit, or is no checkpoint.
         """
-        found = self.ranks.first(self.ranks.together(lambda: self.state.read() if self.ranks.leads else None))
+        found = self.state.of_first(self.ranks)
         if found is None:
             return start
         tensors, card = found
