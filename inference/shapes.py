@@ -27,7 +27,7 @@ PIECE_ROWS = 65_536
 
 @dataclass(frozen=True)
 class Record:
-    """What one run showed of one site."""
+    """What one run showed of one site; `loops` are those of its plates that Python goes through one by one."""
 
     name: str
     kind: str
@@ -36,6 +36,7 @@ class Record:
     event_shape: tuple[int, ...] = ()
     plates: tuple[str, ...] = ()
     plate_sizes: tuple[int, ...] = ()
+    loops: frozenset[str] = frozenset()
     leftmost: int = 0
     discrete: bool = False
     states: int | None = None
@@ -158,6 +159,7 @@ def site_record(msg: dict, kwargs: Mapping[str, Any]) -> Record:
         tuple(getattr(fn, "event_shape", ())),
         tuple(f.name for f in frames),
         tuple(f.size for f in frames),
+        loops=frozenset(f.name for f in frames if not f.vectorized),
         leftmost=min([0, -batch if kind != "factor" else 0, *vectorised]),
         discrete=discrete,
         states=states,
