@@ -17,6 +17,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from .data import first_index
+from .dimensions import refuse_parts
 from .handlers import FlatStart, unwrap
 from .lazy_rows import LazyRows
 from .mending import MISTAKES, retold
@@ -142,6 +143,8 @@ def site_record(msg: dict, kwargs: Mapping[str, Any]) -> Record:
         kind = "deterministic"
     else:
         kind = "observed" if msg["is_observed"] else "latent"
+    if kind == "latent":
+        refuse_parts(name, msg["mask"])
     vectorised = {f.dim: f for f in frames if f.vectorized}
     if kind in ("observed", "latent"):
         check_batch(name, fn, vectorised, kind == "observed")

@@ -15,8 +15,6 @@ from .transforms import unconstrain_to
 
 #: Bytes that summing out finite latents may take before it is refused.
 ENUMERATION_LIMIT = 4 * 2**30
-
-
 #: Steps of one series that are all listed.
 MOST_STEPS = 8
 

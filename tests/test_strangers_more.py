@@ -355,3 +355,31 @@ def test_loops_over_a_plate_are_no_rows():
     exact = stats.norm(a, 1).logpdf(y.numpy().T).sum()
     assert float(found.log_prob().sum()) == pytest.approx(exact, rel=1e-6)
     assert a[0] == pytest.approx((float(y[0].sum()) + mu / 4) / 8.25, abs=1e-4)
+
+
+def test_a_site_that_is_seen_in_part_is_told_how():
+    """obs_mask makes a latent without a density: EM ended in a KeyError, and finite ones counted their states twice."""
+
+    def partly(x, seen):
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x, obs_mask=seen)
+
+    with pytest.raises(ValueError, match=r"'x' is seen in part(.|\n)*NaN"):
+        fit(partly, (torch.randn(6), torch.arange(6) % 2 == 0), EM(), seed=0)
+
+
+def test_draws_of_a_story_in_single_precision_are_asked_in_it():
+    """NUTS keeps float64 draws: log_prob of a float32 story stopped in PyTorch's words."""
+    weight = dist.Normal(torch.zeros(2, dtype=torch.float32), 1.0).to_event(1)
+
+    def line(X, y=None):
+        w = pyro.sample("w", weight)
+        with pyro.plate("data", len(X)):
+            return pyro.sample("y", dist.Normal(X @ w, 1.0), obs=y)
+
+    X, y = torch.as_tensor(rng(1).normal(size=(20, 2))), torch.as_tensor(rng(2).normal(size=20))
+    found = fit(line, {"X": X, "y": y}, NUTS(chains=1, warmup=50, draws=20), seed=0)
+    exact = dist.Normal(found.draws["w"].double() @ X.T, 1.0).log_prob(y).logsumexp(0) - np.log(20)
+    torch.testing.assert_close(found.log_prob().double(), exact, rtol=1e-4, atol=1e-4)
+    assert found.predict({"X": X[:3]})["y"].shape[1:] == (3,)
