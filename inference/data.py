@@ -163,7 +163,7 @@ def _from_array(name: str, value: Any) -> Tensor:
     if array.dtype.kind not in "fiub":
         raise TypeError(
             f"{name} has dtype {array.dtype} ({type(value).__name__}); densities need real numbers. "
-            f"Encode words or objects as numbers first"
+            f"Encode words or objects as numbers first: labels by {name}.astype('category').cat.codes"
         )
     if array.dtype.kind in "ui" and array.dtype.itemsize == 8 and array.size and array.max() > np.iinfo(np.int64).max:
         raise ValueError(f"{name} holds {array.max()}, beyond 64-bit whole numbers")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from pyro.poutine.util import site_is_subsample
 
 from .mending import StoryError
@@ -62,3 +63,21 @@ def rows_axis(node: Any, plate: str | None) -> int:
     """Axis of a site's value along which the members of a plate lie; 0 where it lies in no such plate."""
     batch = len(node["fn"].batch_shape)
     return next((batch + f.dim for f in node["cond_indep_stack"] if f.name == plate and f.vectorized), 0)
+
+
+def refuse_parts(name: str, mask: Any) -> None:
+    """Pyro's `obs_mask` splits a site in two, and one of them has no density.
+
+    Raises
+    ------
+    ValueError
+        The latent is such a part: how to say the same with missing cells.
+    """
+    if name.endswith("_unobserved") and isinstance(mask, torch.Tensor):
+        whole = name.removesuffix("_unobserved")
+        raise ValueError(
+            f"site {whole!r} is seen in part, by obs_mask: Pyro makes a latent {name!r} of all cells then, which has no "
+            f"density where they were seen.\n"
+            f"  mend: leave obs_mask out and put NaN where {whole} was not seen; these cells are integrated out, and "
+            f"posterior.impute() draws them"
+        )

@@ -1,6 +1,7 @@
 """Effect handlers that keep missing cells, mini-batches and flat priors out of the stories."""
 
 import copy
+import inspect as signatures
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +21,17 @@ def unwrap(fn: Any) -> Any:
     while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution)):
         fn = fn.base_dist
     return fn
+
+
+class Forward:
+    """A module as a Pyro program: called as it is, with the arguments that its `forward` names."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module = module
+        self.__signature__ = signatures.signature(module.forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
 
 
 class FlatStart(Messenger):

@@ -203,8 +203,12 @@ class Posterior:
     # -- questions ---------------------------------------------------------------------------------------------------
 
     def draw(self, index: int) -> dict[str, Tensor]:
-        """One draw of every continuous latent and parameter."""
-        return {name: value[index] for name, value in self.draws.items()}
+        """One draw of every continuous latent and parameter, in the story's precision."""
+        return {name: self.in_precision(value[index]) for name, value in self.draws.items()}
+
+    def in_precision(self, value: Tensor) -> Tensor:
+        """Numbers as the story runs with them: samplers keep theirs in double precision."""
+        return value.to(self.problem.dtype) if value.is_floating_point() else value
 
     def some_draws(self, most: int = ROW_DRAWS) -> list[int]:
         """Indices of at most `most` draws, evenly spaced."""

@@ -259,13 +259,14 @@ def read(
     check_supports(runs.full, runs.moving)
     check_missing(runs.full, kwargs)
     notes += value_notes(runs.full)
+    moving = runs.moving - runs.by_states
     with isolated(0, dtype), torch.no_grad():
         from .provenance import dependencies
 
         direct = dependencies(model, **runs.few)
         parents = see_through(direct, runs.full)
     structure = build(
-        without_values(runs.full), runs.moving, kwargs, parents, direct, has_guide=guide is not None, notes=tuple(notes)
+        without_values(runs.full), moving, kwargs, parents, direct, has_guide=guide is not None, notes=tuple(notes)
     )
     structure = replace(structure, itemsize=torch.finfo(dtype).bits // 8)
     problem = Problem(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from .data import first_index, has_nan, take_rows
@@ -36,11 +37,15 @@ def count_missing(value: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Runs:
-    """What the story showed: all rows once, and sites whose support moves between draws on `few` rows."""
+    """What the story showed: all rows once, and sites whose support moves between draws on `few` rows.
+
+    Those `by_states` do not move where the finite latents stay: summing these out meets every support there is.
+    """
 
     full: dict[str, Record]
     few: dict[str, Any]
     moving: frozenset[str]
+    by_states: frozenset[str] = frozenset()
 
 
 def run_and_compare(model: Callable, kwargs: dict[str, Any], dtype: torch.dtype) -> Runs:
@@ -60,7 +65,22 @@ def run_and_compare(model: Callable, kwargs: dict[str, Any], dtype: torch.dtype)
             other = record(model, few)
         same_sites(first, other)
         moving |= {name for name, r in first.items() if r.bounds != other[name].bounds}
-    return Runs(full, few, frozenset(moving))
+    return Runs(full, few, frozenset(moving), moved_by_states(model, few, dtype, first, moving))
+
+
+def moved_by_states(
+    model: Callable, kwargs: dict[str, Any], dtype: torch.dtype, first: dict[str, Record], moving: set[str]
+) -> frozenset[str]:
+    """Sites among `moving` whose support is that of the first run in every run with the same finite latents."""
+    states = {n: r.value for n, r in first.items() if r.kind == "latent" and r.listable and isinstance(r.value, Tensor)}
+    if not moving or not states:
+        return frozenset()
+    still = set(moving)
+    for seed in range(1, MORE_RUNS + 1):
+        with isolated(seed, dtype):
+            other = record(poutine.condition(model, data=states), kwargs)
+        still &= {name for name in still if name in other and first[name].bounds == other[name].bounds}
+    return frozenset(still)
 
 
 def shorter(

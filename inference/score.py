@@ -112,7 +112,7 @@ def average(table: Tensor, kind: str) -> Score:
 def rows_by_draw(posterior: Posterior, indices: list[int], kwargs: dict[str, Any]) -> Tensor:
     """log p(x_n | draw) for each draw and row, finite locals summed out: (S, N). Vectorised where the story allows."""
     joint = posterior.joint
-    values = {name: value[indices] for name, value in posterior.draws.items()}
+    values = {name: posterior.in_precision(value[indices]) for name, value in posterior.draws.items()}
     if len(indices) > 4 and values and not _draws_finite_globals(posterior):
         try:
             return torch.vmap(lambda v: joint.rows(v, kwargs), chunk_size=64)(values)

@@ -17,6 +17,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from .data import first_index
+from .dimensions import refuse_parts
 from .handlers import FlatStart, unwrap
 from .lazy_rows import LazyRows
 from .mending import MISTAKES, retold
@@ -27,7 +28,7 @@ PIECE_ROWS = 65_536
 
 @dataclass(frozen=True)
 class Record:
-    """What one run showed of one site."""
+    """What one run showed of one site; `loops` are those of its plates that Python goes through one by one."""
 
     name: str
     kind: str
@@ -36,6 +37,7 @@ class Record:
     event_shape: tuple[int, ...] = ()
     plates: tuple[str, ...] = ()
     plate_sizes: tuple[int, ...] = ()
+    loops: frozenset[str] = frozenset()
     leftmost: int = 0
     discrete: bool = False
     states: int | None = None
@@ -141,6 +143,8 @@ def site_record(msg: dict, kwargs: Mapping[str, Any]) -> Record:
         kind = "deterministic"
     else:
         kind = "observed" if msg["is_observed"] else "latent"
+    if kind == "latent":
+        refuse_parts(name, msg["mask"])
     vectorised = {f.dim: f for f in frames if f.vectorized}
     if kind in ("observed", "latent"):
         check_batch(name, fn, vectorised, kind == "observed")
@@ -158,6 +162,7 @@ def site_record(msg: dict, kwargs: Mapping[str, Any]) -> Record:
         tuple(getattr(fn, "event_shape", ())),
         tuple(f.name for f in frames),
         tuple(f.size for f in frames),
+        loops=frozenset(f.name for f in frames if not f.vectorized),
         leftmost=min([0, -batch if kind != "factor" else 0, *vectorised]),
         discrete=discrete,
         states=states,

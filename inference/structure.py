@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from .enumeration import elimination_size
+from .handlers import Forward
 from .shapes import Record
 from .transforms import unconstrain_to
 
 #: Bytes that summing out finite latents may take before it is refused.
 ENUMERATION_LIMIT = 4 * 2**30
-
-
 #: Steps of one series that are all listed.
 MOST_STEPS = 8
 
@@ -266,7 +265,7 @@ def pair(story: Any) -> tuple[Callable, Callable | None]:
             f"fit needs a Pyro program: a callable, or an object with a `model` method; got {type(story).__name__}"
         )
     guide = getattr(story, "guide", None)
-    return model, guide if callable(guide) else None
+    return Forward(model) if isinstance(model, torch.nn.Module) else model, guide if callable(guide) else None
 
 
 def find_data_plate(records: dict[str, Record], kwargs: dict[str, Any]) -> str | None:
@@ -278,13 +277,14 @@ def find_data_plate(records: dict[str, Record], kwargs: dict[str, Any]) -> str |
     seen = seen or [r for r in records.values() if r.kind == "factor" and r.plates]  # a likelihood told by pyro.factor
     if not seen:
         return None
-    names = {name for r in seen for name in r.plates}
+    loops = frozenset().union(*(r.loops for r in seen))  # their members are sites of their own
+    names = {name for r in seen for name in r.plates if name not in loops}
     if "data" in names:
         return "data"
     sizes = {p: n for r in seen for p, n in zip(r.plates, r.plate_sizes)}
     lengths = {len(v) for v in kwargs.values() if isinstance(v, Tensor) and v.ndim}
-    common = [p for p in seen[0].plates if all(p in r.plates for r in seen)]
-    by_length = [p for p in seen[0].plates if sizes[p] in lengths]
+    common = [p for p in seen[0].plates if p in names and all(p in r.plates for r in seen)]
+    by_length = [p for p in seen[0].plates if p in names and sizes[p] in lengths]
     return next(iter(common + by_length), None)
 
 

@@ -282,3 +282,104 @@ def test_lengths_and_diagonals_have_signs():
     i, j = torch.tensor([0, 1, 2]), torch.tensor([1, 2, 3])
     assert "‖u[i_p] - u[j_p]‖" in "\n".join(told(space, i, j, torch.ones(3)))
     assert "diag(s)·L" in "\n".join(told(cloud, torch.zeros(3, 2)))
+
+
+# -- structure ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_support_that_hangs_on_a_summed_out_count_is_no_moving_edge():
+    """The N-mixture model of ecology: y up to n, and n is summed out; every method was refused for it."""
+
+    def visits(y, most=25):
+        lam, p = pyro.sample("lam", dist.Gamma(2.0, 0.3)), pyro.sample("p", dist.Beta(2.0, 2.0))
+        k = torch.arange(most + 1.0)
+        with pyro.plate("sites", len(y), dim=-2):
+            n = pyro.sample("n", dist.Categorical(logits=k * lam.log() - lam - torch.lgamma(k + 1)))
+            with pyro.plate("visits", y.shape[1], dim=-1):
+                pyro.sample("y", dist.Binomial(n, p), obs=y)
+
+    generator = rng(40)
+    y = generator.binomial(generator.poisson(6, 30)[:, None], 0.4, (30, 3)).astype(float)
+    found = fit(visits, y, EM(restarts=1), seed=0)
+    lam, p = (float(found.draws[n][0]) for n in ("lam", "p"))
+    k = np.arange(26)
+    joint = stats.poisson.pmf(k, lam) / stats.poisson.cdf(25, lam) * stats.binom.pmf(y[:, :, None], k, p).prod(1)
+    np.testing.assert_allclose(found.log_prob().numpy(), np.log(joint.sum(1)), rtol=1e-6)
+    np.testing.assert_allclose(found.local("n").numpy().squeeze(), joint / joint.sum(1, keepdims=True), atol=1e-6)
+    assert fit(visits, y, NUTS(chains=1, warmup=50, draws=50), seed=0).draws["p"].mean() > 0.2
+
+    def edge(y):  # an edge that a continuous latent moves is still refused
+        b = pyro.sample("b", dist.Gamma(2.0, 1.0))
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Bernoulli(0.5))
+            pyro.sample("y", dist.Uniform(0.0, b + z), obs=y)
+
+    with pytest.raises(ValueError, match="depends on a latent"):
+        fit(edge, torch.rand(20), EM(), seed=0)
+
+
+def test_a_pyro_module_is_a_story():
+    """Pyro's own way to write a Bayesian regression: its arguments are those of `forward`, and were found to be none."""
+
+    class Line(pyro.nn.PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.w = pyro.nn.PyroSample(dist.Normal(0.0, 2.0).expand([2]).to_event(1))
+
+        def forward(self, X, y=None):
+            mean = X @ self.w
+            with pyro.plate("data", len(X)):
+                return pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    X = torch.as_tensor(rng(1).normal(size=(40, 2)))
+    y = X @ torch.tensor([1.0, -1.0], dtype=torch.float64) + torch.as_tensor(rng(2).normal(size=40))
+    found = fit(Line(), {"X": X, "y": y}, EM(restarts=1), seed=0)
+    exact = torch.linalg.solve(X.T @ X + 0.25 * torch.eye(2), X.T @ y)
+    torch.testing.assert_close(found.draws["w"][0].double(), exact, rtol=1e-4, atol=1e-4)
+    assert found.log_prob({"X": X[:3], "y": y[:3]}).shape == (3,)
+
+
+def test_loops_over_a_plate_are_no_rows():
+    """`for g in pyro.plate(...)`: members are sites of their own, and questions about rows ended in IndexErrors."""
+
+    def groups(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        for g in pyro.plate("groups", 3):
+            a = pyro.sample(f"a_{g}", dist.Normal(mu, 2.0))
+            with pyro.plate(f"rows_{g}", y.shape[1]):
+                pyro.sample(f"y_{g}", dist.Normal(a, 1.0), obs=y[g])
+
+    y = torch.as_tensor(rng(3).normal(size=(3, 8)) + np.array([[0.0], [2.0], [4.0]]))
+    found = fit(groups, y, EM(restarts=1), seed=0)
+    mu, a = float(found.draws["mu"][0]), [float(found.draws[f"a_{g}"][0]) for g in range(3)]
+    exact = stats.norm(a, 1).logpdf(y.numpy().T).sum()
+    assert float(found.log_prob().sum()) == pytest.approx(exact, rel=1e-6)
+    assert a[0] == pytest.approx((float(y[0].sum()) + mu / 4) / 8.25, abs=1e-4)
+
+
+def test_a_site_that_is_seen_in_part_is_told_how():
+    """obs_mask makes a latent without a density: EM ended in a KeyError, and finite ones counted their states twice."""
+
+    def partly(x, seen):
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x, obs_mask=seen)
+
+    with pytest.raises(ValueError, match=r"'x' is seen in part(.|\n)*NaN"):
+        fit(partly, (torch.randn(6), torch.arange(6) % 2 == 0), EM(), seed=0)
+
+
+def test_draws_of_a_story_in_single_precision_are_asked_in_it():
+    """NUTS keeps float64 draws: log_prob of a float32 story stopped in PyTorch's words."""
+    weight = dist.Normal(torch.zeros(2, dtype=torch.float32), 1.0).to_event(1)
+
+    def line(X, y=None):
+        w = pyro.sample("w", weight)
+        with pyro.plate("data", len(X)):
+            return pyro.sample("y", dist.Normal(X @ w, 1.0), obs=y)
+
+    X, y = torch.as_tensor(rng(1).normal(size=(20, 2))), torch.as_tensor(rng(2).normal(size=20))
+    found = fit(line, {"X": X, "y": y}, NUTS(chains=1, warmup=50, draws=20), seed=0)
+    exact = dist.Normal(found.draws["w"].double() @ X.T, 1.0).log_prob(y).logsumexp(0) - np.log(20)
+    torch.testing.assert_close(found.log_prob().double(), exact, rtol=1e-4, atol=1e-4)
+    assert found.predict({"X": X[:3]})["y"].shape[1:] == (3,)
