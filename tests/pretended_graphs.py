@@ -13,6 +13,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 
+#: Whether newer versions count the name of a tensor's memory in Python as one that holds it.
+NAMED = int(torch.__version__ >= (2, 9))
+
+
 class Graph:
     """Operations that were recorded, and are repeated in the memory where they were."""
 
@@ -34,9 +38,7 @@ class Graph:
         RuntimeError
             Memory that they read has been given back: a card would read whatever lies there now.
         """
-        if any(
-            torch._C._storage_Use_Count(place) <= held + 1 for place, held in self.read.items()
-        ):  # and by its name in Python
+        if any(torch._C._storage_Use_Count(place) <= held + NAMED for place, held in self.read.items()):
             raise RuntimeError("the graph reads memory that was given back after the recording")
         card = self.card
         with _disable_current_modes(), torch.no_grad(), torch._C.DisableTorchFunction():
