@@ -33,7 +33,7 @@ COLUMNS, COMPONENTS = 16, 8
 SOME = 1_000_000
 PASSES = 6
 #: Sizes in GiB at which --record measures each fit: the second is four or five times the first.
-RECORD = {"em": (0.25, 1.0), "svi": (0.25, 1.0), "documents": (0.1, 0.5), "lda": (0.05, 0.25), "dtm": (0.02, 0.1)}
+RECORD = {"em": (1.0, 4.0), "svi": (0.25, 1.0), "documents": (0.1, 0.5), "lda": (0.05, 0.25), "dtm": (0.02, 0.1)}
 #: Words of the corpus's vocabulary, topics, tokens of a document, documents that are written at once.
 WORDS, TOPICS, TOKENS, PART = 2000, 10, 100, 20_000
 CORPORA = ("lda", "documents", "dtm")

@@ -7,7 +7,6 @@ guesses are corrected where a density is asked for: log p(x_n) by importance sam
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -120,6 +119,7 @@ class GuideRows:
         self.values = {n: v for n, v in values.items() if n not in local}
         names = joint.structure.row_arguments
         self.n = len(kwargs[names[0]])
+        self.axes = {b.name: b.axis for b in joint.blocks if b.local}
 
     def pieces(self) -> Iterator[dict[str, Any]]:
         """The rows in pieces."""
@@ -132,13 +132,13 @@ class GuideRows:
         return torch.cat([self._weights(piece)[0] for piece in self.pieces()], dim=1)
 
     def all_draws(self, count: int) -> dict[str, Tensor]:
-        """Draws of the guide, by site: (count, N, ...event)."""
+        """Draws of the guide, by site: (count, ...shape) each, as the story samples them."""
         parts = []
         for piece in self.pieces():
             draw = self.recogniser.proposals(self.values, piece)
             drawn = [draw() for _ in range(count)]
             parts.append({n: torch.stack([d[n]["value"] for d in drawn]) for n in self.recogniser.sites})
-        return {n: torch.cat([p[n] for p in parts], dim=1) for n in self.recogniser.sites}
+        return {n: torch.cat([p[n] for p in parts], dim=1 + self.axes[n]) for n in self.recogniser.sites}
 
     def _weights(self, kwargs: dict[str, Any], keep: bool = False) -> tuple[Tensor, list[dict[str, Tensor]]]:
         plate = self.joint.structure.data_plate
@@ -155,20 +155,24 @@ class GuideRows:
 
     def log_evidence(self) -> tuple[Tensor, Tensor]:
         """log p(x_n | globals) and the variance of the estimated density relative to its square: (N,) each."""
-        table = self.log_weights()
-        value = table.logsumexp(0) - math.log(self.count)
-        return value, (table - value).exp().var(0) / self.count
+        from .local import evidence
+
+        return evidence(self.log_weights())
 
     def resample(self, site: str, count: int = 10) -> Tensor:
-        """Draws of the guide: (count, N, ...event)."""
-        return self.all_draws(count)[site]
+        """Draws of the guide: (count, N, ...)."""
+        return self.all_draws(count)[site].movedim(1 + self.axes[site], 1)
 
     def resample_jointly(self, count: int) -> dict[str, Tensor]:
-        """Draws of all latents of every row, importance-resampled among the guide's: (count, N, ...event) each."""
+        """Draws of all latents of every row, importance-resampled among the guide's: (count, ...shape) each."""
         parts = []
         for piece in self.pieces():
             weights, kept = self._weights(piece, keep=True)
             chosen = torch.distributions.Categorical(logits=weights.T).sample((count,))
             each = torch.arange(weights.shape[1])
-            parts.append({n: torch.stack([k[n] for k in kept])[chosen, each] for n in kept[0]})
-        return {n: torch.cat([p[n] for p in parts], dim=1) for n in parts[0]}
+            found = {}
+            for n, axis in ((n, self.axes[n]) for n in kept[0]):
+                table = torch.stack([k[n] for k in kept]).movedim(1 + axis, 1)
+                found[n] = table[chosen, each].movedim(1, 1 + axis)
+            parts.append(found)
+        return {n: torch.cat([p[n] for p in parts], dim=1 + self.axes[n]) for n in parts[0]}

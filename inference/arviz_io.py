@@ -13,14 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .lazy_rows import too_many
 from .score import rows_by_draw
 
 if TYPE_CHECKING:
     from .posterior import Posterior
 
-#: ArviZ's names of sampler statistics.
 #: Draws of the globals under which rows are integrated for leave-one-out.
 LOO_DRAWS = 240
+#: Draws x rows up to which leave-one-out is affordable.
+LOO_NUMBERS = 200_000_000
+#: ArviZ's names of sampler statistics.
 STATISTICS = {"diverging", "energy", "tree_depth", "n_steps", "acceptance_rate", "step_size", "lp"}
 
 
@@ -86,9 +89,7 @@ def log_likelihood(posterior: Posterior) -> Tensor:
         rows = []
         for i in indices:
             values = posterior.draw(i)
-            prior = [f for f in joint.factors(values) if f.name in local]
-            inside = sum(f.value.reshape(f.value.shape[0], -1).sum(1) if f.value.dim() > 1 else f.value for f in prior)
-            rows.append(joint.rows(values, kwargs) - inside)
+            rows.append(joint.rows(values, kwargs) - joint.latent_rows(values, kwargs))
         return torch.stack(rows)
 
 
@@ -98,10 +99,16 @@ def elpd_loo(posterior: Posterior) -> tuple[float, float, float]:
     Raises
     ------
     ValueError
-        A point has no draws to reweigh, or there are too few.
+        A point has no draws to reweigh, or there are too few; or rows and draws are too many to hold each against each.
     """
     if posterior.num_draws < 50:
         raise ValueError(f"leave-one-out reweighs draws, and this answer has {posterior.num_draws} ({posterior.kind})")
+    rows = posterior.structure.num_rows or 1
+    if too_many(posterior.problem.kwargs) or posterior.num_draws * rows > LOO_NUMBERS:
+        raise ValueError(
+            f"leave-one-out asks every row under every draw: {posterior.num_draws:,} draws x {rows:,} rows are too many; hold "
+            f"rows out instead, with compare(..., test=0.2)"
+        )
     import arviz_stats
 
     # Given its own latent, a row says nothing of itself: where they can be integrated out, they are.

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from .methods.base import Method
+    from .problem import Problem
 
 #: Simulations of uniform ranks that tell how far an empirical distribution may stray.
 NULL = 20_000
@@ -201,48 +202,92 @@ def check(
     --------
     >>> print(check(story, num_data=20, method="nuts"))  # doctest: +SKIP
     """
-    from .choose import check_request, choose
-    from .fit import fit
     from .methods.base import positive_int
-    from .problem import prepare
     from .session import fresh_seed
-    from .simulated import dreamed, from_arguments, quantities
+    from .simulated import from_arguments
 
     positive_int("check", "simulations", simulations)
     positive_int("check", "draws", draws)
     seed = fresh_seed() if seed is None else seed
     data = from_arguments(story, arguments, seed) if data is None else data
-    problem = prepare(story, data, seed=seed, want="posterior")
-    choice = choose(problem.structure, "posterior") if method == "auto" else check_request(problem.structure, method)
-    chosen = choice.method
-    if chosen.name == "em":
-        raise ValueError("check needs draws, and EM gives points; use method='nuts', 'svi' or 'exact'")
-    found: dict[str, list[float]] = {}
-    unsettled, kind = 0, "samples"
+    problem, chosen = asked(story, data, method, seed)
     shown = sys.stderr.isatty() if progress is None else progress
-    for s in tqdm(range(simulations), desc="calibration", unit="fit", disable=not shown, leave=False):
+    rounds = tqdm(range(simulations), desc="calibration", unit="fit", disable=not shown, leave=False)
+    found = simulated_ranks(story, problem, chosen, rounds, draws, seed)
+    return judged(chosen, found, simulations, draws, seed)
+
+
+def asked(story: Any, data: Any, method: str | Method, seed: int) -> tuple[Problem, Method]:
+    """The problem whose data are to be drawn anew, and the method in question.
+
+    Raises
+    ------
+    ValueError
+        The method gives no draws, or the data are too many to be drawn.
+    """
+    from .choose import check_request, choose
+    from .lazy_rows import too_many
+    from .problem import prepare
+
+    problem = prepare(story, data, seed=seed, want="posterior")
+    if too_many(problem.kwargs):
+        raise ValueError(
+            f"check draws every data set anew, in memory, and these are {problem.structure.num_rows:,} rows that are read as "
+            f"they are needed; give it data of a size that can be drawn and fitted many times: data[:200]"
+        )
+    choice = choose(problem.structure, "posterior") if method == "auto" else check_request(problem.structure, method)
+    if choice.method.name == "em":
+        raise ValueError("check needs draws, and EM gives points; use method='nuts', 'svi' or 'exact'")
+    return problem, choice.method
+
+
+@dataclass
+class Simulated:
+    """Ranks of the truth by quantity; in how many fits the method doubted itself; the kind of answer; what was drawn."""
+
+    ranks: dict[str, list[float]] = field(default_factory=dict)
+    unsettled: int = 0
+    kind: str = "samples"
+    truth: Mapping[str, Any] = field(default_factory=dict)
+
+
+def simulated_ranks(
+    story: Any, problem: Problem, method: Method, rounds: Iterable[int], draws: int, seed: int
+) -> Simulated:
+    """Draw unknowns and data from the story, fit, and rank what was drawn among draws of the posterior; again and again."""
+    from .fit import fit
+    from .simulated import dreamed, quantities
+
+    found = Simulated()
+    for s in rounds:
         with problem.scope(seed + 1 + s):
-            kwargs, truth = dreamed(problem)
-        posterior = fit(story, kwargs, chosen, seed=seed + 1 + s, progress=False)
-        kind = posterior.kind
-        unsettled += any("R-hat" in w or "k-hat" in w or "diverged" in w for w in posterior.warnings)
+            kwargs, found.truth = dreamed(problem)
+        posterior = fit(story, kwargs, method, seed=seed + 1 + s, progress=False)
+        found.kind = posterior.kind
+        found.unsettled += any("R-hat" in w or "k-hat" in w or "diverged" in w for w in posterior.warnings)
         rng = np.random.default_rng([seed, s])
-        for name, rank in quantities(posterior, truth, draws, rng).items():
-            found.setdefault(name, []).append(rank)
-    ranks = {n: np.array(v) for n, v in found.items() if len(v) == simulations}
+        for name, rank in quantities(posterior, found.truth, draws, rng).items():
+            found.ranks.setdefault(name, []).append(rank)
+    return found
+
+
+def judged(method: Method, found: Simulated, simulations: int, draws: int, seed: int) -> Calibration:
+    """How probable ranks as uneven, and as lopsided, as these are for a method without fault."""
+    ranks = {n: np.array(v) for n, v in found.ranks.items() if len(v) == simulations}
     null = evenness(np.random.default_rng(seed).integers(0, draws + 1, (NULL, simulations)), draws)
     p = {n: float((1 + (null <= evenness(r[None], draws)[0]).sum()) / (NULL + 1)) for n, r in ranks.items()}
-    notes = [f"in {unsettled} of {simulations} fits the method itself warned about its draws"] if unsettled else []
-    if floor := holm({n: 1 / (NULL + 1) for n in ranks}):
-        smallest = min(floor.values())
-        if smallest > Calibration.level:
-            notes.append(f"with {len(ranks)} quantities no adjusted probability can fall below {smallest:.2g}")
+    notes = []
+    if found.unsettled:
+        notes.append(f"in {found.unsettled} of {simulations} fits the method itself warned about its draws")
+    smallest = min(holm({n: 1 / (NULL + 1) for n in ranks}).values(), default=0.0)
+    if smallest > Calibration.level:
+        notes.append(f"with {len(ranks)} quantities no adjusted probability can fall below {smallest:.2g}")
     # A guide of the wrong width is off in the likelihood on one side: only the unknowns themselves can be biased.
     sites = {n: n.partition("[")[0].removesuffix("^T").split()[0] for n in ranks if " = " not in n}
-    unknown = {n: ranks[n] for n, site in sites.items() if site in truth}
+    unknown = {n: ranks[n] for n, site in sites.items() if site in found.truth}
     lopsided = holm({n: asymmetry(r, draws, seed) for n, r in unknown.items()})
-    level = max(Calibration.level, 1.01 * smallest if ranks else 0)
-    return Calibration(chosen, ranks, draws, p, holm(p), notes, level, kind, lopsided)
+    level = max(Calibration.level, 1.01 * smallest)
+    return Calibration(method, ranks, draws, p, holm(p), notes, level, found.kind, lopsided)
 
 
 def evenness(ranks: NDArray, draws: int) -> NDArray:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .recorder import CaptureError, pure_graph
+from .recorder import CaptureError, PureGraph, pure_graph
 from .session import isolated
 
 if TYPE_CHECKING:
@@ -208,6 +208,12 @@ class ValueAndGrad:
             except Exception as error:  # as for `capture`
                 self.notice = f"vectors are evaluated one by one: {reason_of(error)}"
         return None
+
+    def at_home(self) -> ValueAndGrad:
+        """The same density on the processor, from the same recording: vectors one by one; itself where it is none."""
+        if not isinstance(self.single.call, PureGraph):
+            return self
+        return ValueAndGrad(Captured(self.single.call.at_home(), "graph"), None, [p.cpu() for p in self.points])
 
     def numpy(self, flat: NDArray) -> tuple[NDArray, NDArray]:
         """The same for arrays, in float64."""

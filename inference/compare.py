@@ -12,17 +12,16 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from .agreement import Agreement, agree
 from .choose import check_request
 from .crosscheck import STRENGTH, all_seconded
-from .data import take_rows
 from .distributed import first_warns, start
 from .errors import DivergenceError
 from .fit import fit
+from .heldout import split
 from .methods import METHODS, resolve
 from .methods.base import Method
 from .posterior import Posterior
@@ -174,17 +173,13 @@ def compare(
         posteriors = all_seconded(posteriors, cross_check is True, show, others.several)
     reference = strongest(posteriors)
     agreements = {n: agree(p, posteriors[reference]) for n, p in posteriors.items() if n != reference}
-    rows, heldout = {}, {}
+    heldout = {}
     for label, posterior in posteriors.items():
-        reason = without_density(posterior)
-        if held is not None and not reason:
-            heldout[label] = posterior.log_prob(held)
-        rows[label] = table_row(posterior, heldout.get(label), agreements.get(label), label == reference)
-        if reason:
-            rows[label]["held-out log p"] = "n/a (no density)"
-    for label in refused:
-        rows[label] = {"kind": "n/a (no density)" if problem.structure.implicit else "n/a (refused)"}
-    table = others.first(pd.DataFrame.from_dict(rows, orient="index").reindex(list(chosen)))
+        if held is not None and not without_density(posterior):
+            found = posterior.score(held)
+            heldout[label] = found.rows
+            notes += [f"{label}: {found.warning}"] if found.warning else []
+    table = others.first(table_of(posteriors, refused, heldout, agreements, reference).reindex(list(chosen)))
     if problem.structure.continuous_locals and not problem.structure.linear_gaussian:
         notes.append(
             "ELPD-LOO is that of rows given their drawn latents: it flatters, compare held-out densities instead"
@@ -255,28 +250,6 @@ def labelled(methods: Any) -> dict[str, Method]:
     return found
 
 
-def split(problem: Any, data: Any, test: Any, seed: int) -> tuple[Any, Any, list[str]]:
-    """Training data, held-out data (or None), and what was done."""
-    structure = problem.structure
-    if test is None or (isinstance(test, int | float) and test == 0):
-        return data, None, ["no rows were held out"]
-    if not isinstance(test, int | float):
-        return data, test, ["held-out rows: as given"]
-    if not 0 < test < 1:
-        raise ValueError(f"test={test!r} must be a share between 0 and 1, held-out data, or None")
-    n = structure.num_rows
-    if not n or not structure.row_arguments:
-        return data, None, ["the story has no data plate whose rows are arguments: no rows were held out"]
-    count = round(n * test)
-    if not 0 < count < n:
-        raise ValueError(f"test={test!r} of {n} rows is {count}: nothing is left to fit or to hold out")
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed), device="cpu")
-    pick = {part: rows.sort().values for part, rows in (("test", order[:count]), ("train", order[count:]))}
-    kwargs = problem.kwargs
-    train, held = (take_rows(kwargs, structure.row_arguments, pick[part]) for part in ("train", "test"))
-    return train, held, [f"fitted to {n - count} rows, {count} held out at random (seed {seed})"]
-
-
 def strongest(posteriors: dict[str, Posterior]) -> str:
     """Draws whose chains agree come before variational answers, and these before points."""
 
@@ -286,6 +259,24 @@ def strongest(posteriors: dict[str, Posterior]) -> str:
         return (STRENGTH.index(p.kind) + (2 if doubtful else 0), list(posteriors).index(label))
 
     return min(posteriors, key=rank)
+
+
+def table_of(
+    posteriors: dict[str, Posterior],
+    refused: dict[str, str],
+    heldout: dict[str, Tensor],
+    agreements: dict[str, Agreement],
+    reference: str,
+) -> pd.DataFrame:
+    """One row a method, those without an answer too."""
+    rows: dict[str, dict[str, Any]] = {}
+    for label, posterior in posteriors.items():
+        rows[label] = table_row(posterior, heldout.get(label), agreements.get(label), label == reference)
+        if without_density(posterior):
+            rows[label]["held-out log p"] = "n/a (no density)"
+    implicit = posteriors[reference].structure.implicit
+    rows |= {label: {"kind": "n/a (no density)" if implicit else "n/a (refused)"} for label in refused}
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def table_row(

@@ -9,7 +9,6 @@ What this file uses of torch's tracing is private to torch; nothing else in the 
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import functools
 import hashlib
@@ -133,7 +132,8 @@ def find(potential: ValueAndGrad) -> Compiled | None:
     NotCompiled
         There cannot be any, or it disagrees with the graph.
     """
-    module, constants = without_masks(graph_of(potential))
+    graph = graph_of(potential)
+    module, constants = graph.module, graph.constants
     found = compiled_cache.find(key_of(module, potential.points[0], constants))
     return None if found is None else checked(potential, load(potential, constants, *found, fresh=False))
 
@@ -149,7 +149,8 @@ def build(potential: ValueAndGrad) -> Compiled:
     ready = find(potential)
     if ready is not None:
         return ready
-    module, constants = without_masks(graph_of(potential))
+    graph = graph_of(potential)
+    module, constants = graph.module, graph.constants
     example = (potential.points[0], *constants)
     compiler()
 
@@ -237,36 +238,6 @@ def simple(module: fx.GraphModule, example: tuple[Tensor, ...]) -> fx.GraphModul
         torch.set_default_dtype(before)
     traced.graph.eliminate_dead_code()
     return traced
-
-
-def without_masks(graph: PureGraph) -> tuple[fx.GraphModule, list[Tensor]]:
-    """Constant masks that select elements as the places that they select, which have a fixed shape."""
-    aten = torch.ops.aten
-    inputs = [n for n in graph.module.graph.nodes if n.op == "placeholder"]
-    masks = {
-        node: tensor
-        for node, tensor in zip(inputs[len(inputs) - len(graph.constants) :], graph.constants, strict=True)
-        if tensor.dtype == torch.bool
-        and any(u.target in (aten.index.Tensor, aten.index_put.default) and node in u.args[1] for u in node.users)
-    }
-    if not masks:
-        return graph.module, graph.constants
-    module, constants = copy.deepcopy(graph.module), list(graph.constants)
-    nodes = {n.name: n for n in module.graph.nodes}
-    last = nodes[inputs[-1].name]
-    for old, tensor in masks.items():
-        mask, places = nodes[old.name], []
-        for place in tensor.nonzero(as_tuple=True):
-            with module.graph.inserting_after(last):
-                last = module.graph.placeholder(f"place_{len(constants)}")
-            places.append(last)
-            constants.append(place.contiguous())
-        for user in list(mask.users):
-            if user.target in (aten.index.Tensor, aten.index_put.default):
-                listed = [p for i in user.args[1] for p in (places if i is mask else [i])]
-                user.update_arg(1, listed)
-    module.recompile()
-    return module, constants
 
 
 # -- the C compiler ----------------------------------------------------------------------------------------------------

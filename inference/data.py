@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from .lazy_rows import HostTable, LazyRows
+from .looks import column_ends, where
+from .mapped_files import remember, remember_shared
 from .sparse_rows import is_sparse_matrix, stored_counts
 from .streaming import stays
 
@@ -110,7 +112,7 @@ def to_value(name: str, value: Any, dtype: torch.dtype, device: torch.device | s
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Tensor):
-        tensor = value.detach()
+        tensor = remember_shared(value.detach())
         if tensor.layout != torch.strided:
             raise TypeError(f"{name} is a sparse tensor ({tensor.layout}); pass {name}.to_dense()")
     elif is_sparse_matrix(value):
@@ -153,7 +155,7 @@ def _from_array(name: str, value: Any) -> Tensor:
     if isinstance(value, np.memmap) and array.flags.c_contiguous and array.dtype.kind in "fi":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # read only, and never written to
-            return torch.from_numpy(np.asarray(array))
+            return remember(torch.from_numpy(np.asarray(array)), array)
     return torch.from_numpy(np.array(array, copy=True, order="C", subok=False))
 
 
@@ -176,18 +178,21 @@ def check_values(name: str, tensor: Tensor, new: bool = False) -> None:
         return
     low, high = (float(v) for v in torch.aminmax(tensor))  # NaN wins over any number
     if math.isnan(low):
-        dead = tensor.isnan().all(0) if tensor.ndim > 1 else tensor.isnan().all().reshape(1)
-        if tensor.ndim >= 1 and dead.any() and not new:
+        tensor = tensor if tensor.ndim else tensor.reshape(1)
+        least, most = column_ends(tensor)
+        dead = (least > most).reshape(tensor.shape[1:] or (1,))
+        if dead.any() and not new:
             what = f"column {_short(first_index(dead))} of {name}" if tensor.ndim > 1 else name
             raise ValueError(f"{what} is NaN in every row ({len(tensor)} of {len(tensor)}); drop it")
-        low, high = (float(v) for v in torch.aminmax(tensor.nan_to_num(0.0, math.inf, -math.inf)))
+        least, most = least[least <= most], most[least <= most]
+        low, high = (float(least.min()), float(most.max())) if len(least) else (0.0, 0.0)
     size = max(abs(low), abs(high))
     if math.isinf(size):
-        infinite = tensor.isinf()
-        where = first_index(infinite)
+        tensor = tensor if tensor.ndim else tensor.reshape(1)
+        count, index = where(tensor, torch.isinf)
         raise ValueError(
-            f"{name} holds {int(infinite.sum())} infinite values, the first is {tensor[where].item()} at index "
-            f"{_short(where)}; remove them or mark them missing with NaN"
+            f"{name} holds {count} infinite values, the first is {tensor[index].item()} at index "
+            f"{_short(index)}; remove them or mark them missing with NaN"
         )
     if size > LARGEST:
         raise ValueError(f"the scale of {name} is {size:.0e}; standardise it first: ({name} - mean) / sd")

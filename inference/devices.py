@@ -196,25 +196,46 @@ def gradient_step(problem: Problem) -> Callable[[], Any]:
 # -- precision --------------------------------------------------------------------------------------------------------------
 
 
-def _knobs() -> list[tuple[Any, str, Any]]:
-    """Where torch is told whether products of float32 may be rounded to ten bits, and what says that they may not."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    if hasattr(matmul, "fp32_precision"):
-        return [(part, "fp32_precision", "ieee") for part in (matmul, cudnn.conv, cudnn.rnn)]  # type: ignore[attr-defined]
-    return [(matmul, "allow_tf32", False), (cudnn, "allow_tf32", False)]
+def _parts() -> list[Any]:
+    """What newer versions of PyTorch are told apart; older ones have none of them."""
+    matmul, cudnn, mkldnn = torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn
+    return [matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul] if hasattr(matmul, "fp32_precision") else []  # type: ignore[attr-defined]
+
+
+def _asked(ask: Callable[[], Any]) -> Any:
+    """An answer, or None where PyTorch refuses one: it has been told in the newer way something else than in the older."""
+    try:
+        return ask()
+    except RuntimeError:
+        return None
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Inside, cards multiply float32 as float32: TF32 keeps ten bits, which shows in every sum of squares."""
-    before = [(part, name, getattr(part, name)) for part, name, _ in _knobs()]
+    """Inside, cards multiply float32 as float32: TF32 keeps ten bits, which shows in every sum of squares.
+
+    There are two ways to tell PyTorch so, and some of its kernels refuse to run where the two disagree: the older one, which
+    tells both, is used as long as the user has not parted them.
+    """
+    cudnn, parts = torch.backends.cudnn, _parts()
+    before = [part.fp32_precision for part in parts]
+    products, convolutions = _asked(torch.get_float32_matmul_precision), _asked(lambda: cudnn.allow_tf32)
     try:
-        for part, name, value in _knobs():
-            setattr(part, name, value)
+        if products is not None:
+            torch.set_float32_matmul_precision("highest")
+        if convolutions is not None:
+            cudnn.allow_tf32 = False
+        for part in parts:
+            if part.fp32_precision not in ("none", "ieee"):
+                part.fp32_precision = "ieee"
         yield
     finally:
-        for part, name, value in before:
-            setattr(part, name, value)
+        if products is not None:
+            torch.set_float32_matmul_precision(products)
+        if convolutions is not None:
+            cudnn.allow_tf32 = convolutions
+        for part, value in zip(parts, before, strict=True):
+            part.fp32_precision = value
 
 
 # -- order ------------------------------------------------------------------------------------------------------------------

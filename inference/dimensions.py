@@ -56,3 +56,9 @@ def check_dimensions(trace: Any, names: Mapping[str, str], structure: Structure)
                 f"  mend: leave it out where the rows are meant ({moved[0]} broadcasts against rows as it is), "
                 f"to look up a table use table[{moved[0]}.long()], to join columns torch.stack(..., -1) with .to_event(1)"
             )
+
+
+def rows_axis(node: Any, plate: str | None) -> int:
+    """Axis of a site's value along which the members of a plate lie; 0 where it lies in no such plate."""
+    batch = len(node["fn"].batch_shape)
+    return next((batch + f.dim for f in node["cond_indep_stack"] if f.name == plate and f.vectorized), 0)

@@ -21,6 +21,7 @@ from .methods.base import Method, one_of, positive_float, positive_int
 from .posterior import Posterior
 from .problem import Problem, brought_home, prepare
 from .sharing import same_call, shared_out
+from .streaming import finish_reading
 
 #: Seconds that NUTS may be expected to take before `auto` prefers SVI, where no budget is given.
 PATIENCE = 300.0
@@ -99,18 +100,8 @@ def fit(
     >>> posterior = fit(GMM(num_components=3), load("iris").x, seed=0)   # doctest: +SKIP
     >>> print(posterior.why())                                           # doctest: +SKIP
     """
-    one_of("fit", "want", want, WANTS)
-    if method != "auto":
-        method = resolve(method)
-    if seed is not None:
-        positive_int("fit", "seed", seed, least=0)
-    if budget is not None:
-        positive_float("fit", "budget", budget)
-    if memory is not None:
-        positive_float("fit", "memory", memory)
-    if data is None:
-        raise ValueError("data is None: there is nothing to learn from. To draw from the story use simulate(story)")
-    one_of("fit", "ranks", ranks, SHARES)
+    method = resolve(method) if method != "auto" else method
+    check_arguments(data, want, seed, budget, memory, ranks)
     began = time.perf_counter()
     others = start(ranks)
     asked = {"story": story, "method": method, "guide": guide, "want": want, "seed": seed, "device": str(device)}
@@ -139,17 +130,47 @@ def fit(
         choice = others.first(choice)  # clocks differ
     if cross_check is not False and cross_check is not True:
         check_request(problem.structure, cross_check)
-    place = None
-    if device == "auto":
-        problem, place = on_a_device(problem, choice, on, others)
-    if problem.device.type != "cpu" and (alone := only_here(problem, choice.method)):
-        problem, place = brought_home(problem), DeviceChoice("cpu", (), alone, str(device))
+    problem, place = placed(problem, choice, device, on, others)
     with first_warns(others):
         posterior = run(problem, choice, time.perf_counter() - began, others, memory)
     if place is not None:
         told = {**posterior.diagnostics, "device": str(place)}
         posterior = replace(posterior, diagnostics=told, timings={**posterior.timings, **place.timings})
     return posterior if cross_check is False else seconded(posterior, cross_check, others, progress)
+
+
+def check_arguments(
+    data: Any, want: str, seed: int | None, budget: float | None, memory: float | None, ranks: str
+) -> None:
+    """Refuse what no story needs to be looked at for.
+
+    Raises
+    ------
+    ValueError
+        An option that is none of those it may be, or no data.
+    """
+    one_of("fit", "want", want, WANTS)
+    if seed is not None:
+        positive_int("fit", "seed", seed, least=0)
+    if budget is not None:
+        positive_float("fit", "budget", budget)
+    if memory is not None:
+        positive_float("fit", "memory", memory)
+    if data is None:
+        raise ValueError("data is None: there is nothing to learn from. To draw from the story use simulate(story)")
+    one_of("fit", "ranks", ranks, SHARES)
+
+
+def placed(
+    problem: Problem, choice: Choice, device: str | torch.device, on: Callable[[str], Problem], others: Ranks
+) -> tuple[Problem, DeviceChoice | None]:
+    """The problem where it is to be worked on, and why there if that was to be found out."""
+    place = None
+    if device == "auto":
+        problem, place = on_a_device(problem, choice, on, others)
+    if problem.device.type != "cpu" and (alone := only_here(problem, choice.method)):
+        problem, place = brought_home(problem), DeviceChoice("cpu", (), alone, str(device))
+    return problem, place
 
 
 def seconded(posterior: Posterior, second: bool | str | Method, ranks: Ranks, progress: bool) -> Posterior:
@@ -251,8 +272,11 @@ def run(
     if getattr(choice.method, "spreads", "nothing") != "rows":
         shared = resident(shared, choice.method.name)
     with problem.scope(problem.seed):
-        with told_by_the_story(problem), MemoryGuard(memory) as guard:
-            posterior = choice.method.run(shared)
+        try:
+            with told_by_the_story(problem), MemoryGuard(memory) as guard:
+                posterior = choice.method.run(shared)
+        finally:
+            finish_reading()
         if shared is not problem:
             posterior = replace(posterior, problem=problem if ranks.share == "split" else posterior.problem)
     posterior = replace(posterior, choice=choice).brought_home()

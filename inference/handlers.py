@@ -8,6 +8,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
+from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
@@ -31,6 +32,20 @@ class FlatStart(Messenger):
             shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
             msg["value"] = transform(torch.randn(shape))
             msg["done"] = True
+
+
+class Enumerated(EnumMessenger):
+    """Pyro's, that also runs over many values side by side: it reads the `data` of a value, which `torch.vmap` forbids."""
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        value = msg["value"]
+        if not (isinstance(value, Tensor) and torch._C._functorch.is_batchedtensor(value)):
+            return super()._pyro_post_sample(msg)
+        msg["value"] = torch.empty(value.shape, device="meta")
+        try:
+            super()._pyro_post_sample(msg)
+        finally:
+            msg["value"] = value
 
 
 class Substitute(Messenger):

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from .compiled import NotCompiled, graph_of, simple, without_masks
+from .compiled import NotCompiled, graph_of, simple
 
 if TYPE_CHECKING:
     from .capture import ValueAndGrad
@@ -31,8 +31,9 @@ def value_and_grad_in_jax(potential: ValueAndGrad) -> Callable[[Any], tuple[Any,
         import jax.numpy as jnp
     except ImportError:
         raise NotCompiled("JAX is not installed: pip install jax numpyro") from None
-    module, constants = without_masks(graph_of(potential))
-    graph = simple(module, (potential.points[0], *constants))
+    recorded = graph_of(potential)
+    constants = recorded.constants
+    graph = simple(recorded.module, (potential.points[0], *constants))
     table = operations()
     for node in graph.graph.nodes:
         if node.op == "call_function" and node.target is not operator.getitem and name_of(node) not in table:

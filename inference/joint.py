@@ -20,10 +20,11 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import transform_to
 
-from .dimensions import check_dimensions
+from .dimensions import check_dimensions, rows_axis
 from .enumeration import LogFactor, align, sum_out
-from .handlers import FlatStart, MissingCells, OneProduct, Substitute
+from .handlers import Enumerated, FlatStart, MissingCells, OneProduct, Substitute
 from .lazy_rows import affordable, loaded, pieces_of
+from .mapped_files import still_there
 from .problem import Problem
 from .session import streams_kept
 from .transforms import log_jacobian, unconstrain_to
@@ -37,7 +38,7 @@ class Block:
     """Where one site lives in the flat unconstrained vector.
 
     `shape` is that of the value, `free_shape` that of its unconstrained form, `start:stop` its place; `param` marks
-    parameters (points without a density of their own), `local` sites inside the data plate.
+    parameters (points without a density of their own), `local` sites inside the data plate, whose rows lie along `axis`.
     """
 
     name: str
@@ -47,6 +48,12 @@ class Block:
     stop: int
     param: bool
     local: bool
+    axis: int = 0
+
+    @property
+    def free_width(self) -> int:
+        """Unconstrained numbers of one row."""
+        return math.prod(n for i, n in enumerate(self.free_shape) if i != self.axis)
 
 
 class Unconstrained(Messenger):
@@ -110,12 +117,16 @@ class LogJoint:
         self.model = config_enumerate(problem.model, "parallel")
         self.finite = tuple(s.name for s in self.structure.finite)
         self.holes: dict[str, bool] = {}  # site -> may it miss cells? Sites that are not told are looked at
+        self.plate_dims: dict[str, int] = {}  # dimension of every plate
         self.blocks = self._layout()
         self.dim = sum(b.stop - b.start for b in self.blocks)
 
     def _layout(self) -> tuple[Block, ...]:
         with isolated_run(self.problem, seed=0), torch.no_grad():
             trace: Any = poutine.trace(FlatStart()(self.problem.model)).get_trace(**self.problem.sketch)
+        self.plate_dims = {
+            f.name: f.dim for node in trace.nodes.values() for f in node.get("cond_indep_stack", ()) if f.vectorized
+        }
         blocks, start = [], 0
         for site in self.structure.sites:
             if not (site.continuous or site.kind == "param"):
@@ -128,9 +139,9 @@ class LogJoint:
             else:
                 free = unconstrain_to(node["fn"].support).inv(value)
             stop = start + free.numel()
-            blocks.append(
-                Block(site.name, tuple(value.shape), tuple(free.shape), start, stop, site.kind == "param", site.local)
-            )
+            axis = rows_axis(node, self.structure.data_plate) if site.local and site.kind == "latent" else 0
+            shapes = tuple(value.shape), tuple(free.shape)
+            blocks.append(Block(site.name, *shapes, start, stop, site.kind == "param", site.local, axis))
             start = stop
         return tuple(blocks)
 
@@ -152,9 +163,10 @@ class LogJoint:
     ) -> tuple[Any, dict[str, str]]:
         """One enumerated run, and the names (latents, plates) of the symbols of its dimensions."""
         kwargs = loaded(self.problem.kwargs if kwargs is None else kwargs)
+        still_there(*kwargs.values())
         given = values if isinstance(values, Messenger) else Substitute(values)
         model = OneProduct()(MissingCells(self.holes)(given(self.model)))
-        model = poutine.enum(model, first_available_dim=-1 - self.structure.max_plate_nesting)
+        model = Enumerated(first_available_dim=-1 - self.structure.max_plate_nesting)(model)
         with poutine.block(), pyro.validation_enabled(False):
             trace: Any = poutine.trace(model).get_trace(**kwargs)
         trace.symbolize_dims()
@@ -167,7 +179,8 @@ class LogJoint:
 
     def factors_of(self, trace: Any, names: Mapping[str, str], only: set[str] | None = None) -> list[LogFactor]:
         """Log-factors of a run, of all sites or `only` some."""
-        trace.compute_log_prob(lambda name, site: only is None or name in only)
+        with pyro.validation_enabled(False):  # it looks at single numbers, which there are none of under `torch.vmap`
+            trace.compute_log_prob(lambda name, site: only is None or name in only)
         result = []
         for name, node in trace.nodes.items():
             if only is not None and name not in only:
@@ -221,7 +234,14 @@ class LogJoint:
         if len(pieces) > 1:
             return torch.cat([self.rows(values, piece) for piece in pieces])
         total, dims = sum_out(self._row_factors(values, kwargs), set(self.finite), self._keep)
-        return self._as_rows(total, dims, kwargs)
+        return total if dims else total.reshape(1)
+
+    def latent_rows(self, values: Mapping[str, Tensor], kwargs: Mapping[str, Any]) -> Tensor:
+        """log p(z_n | values) of the continuous latents of each row, its finite ones summed out: (N,)."""
+        plate, finite = self.structure.data_plate or "", set(self.finite)
+        latent = {b.name for b in self.blocks if b.local and not b.param} | finite
+        factors = [f for f in self.factors(values, kwargs) if plate in f.plates and f.name in latent]
+        return sum_out(factors, finite, self._keep)[0]
 
     def pieces(self, kwargs: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         """The same arguments in pieces of rows whose tables stay small; whole where rows have latents of their own."""
@@ -243,11 +263,14 @@ class LogJoint:
         return frozenset({plate}) if plate else frozenset()
 
     def _row_factors(self, values: Mapping[str, Tensor] | Messenger, kwargs: Mapping[str, Any]) -> list[LogFactor]:
-        factors = self.factors(values, kwargs)
-        if self.structure.data_plate:
-            inside = [f for f in factors if self.structure.data_plate in f.plates]
-            return inside + self._shared_factors(values)
-        return [f for f in factors if self.structure[f.name].kind != "latent" or f.name in self.finite]
+        trace, names = self.trace(values, kwargs)
+        plate = self.structure.data_plate
+        if plate:  # what rows share is not looked at: other rows may count fewer groups
+            inside = {n for n, s in trace.nodes.items() if any(f.name == plate for f in s.get("cond_indep_stack", ()))}
+            return self.factors_of(trace, names, only=inside) + self._shared_factors(values)
+        return [
+            f for f in self.factors_of(trace, names) if self.structure[f.name].kind != "latent" or f.name in self.finite
+        ]
 
     def _shared_factors(self, values: Any) -> list[LogFactor]:
         """A finite latent shared by all rows enters a row with its posterior given the fitted data."""
@@ -261,11 +284,6 @@ class LogJoint:
             )
         probabilities = self.local_probabilities(shared[0], values)
         return [LogFactor(shared[0], probabilities.log(), (shared[0],), frozenset())]
-
-    def _as_rows(self, total: Tensor, dims: tuple[str, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        if dims:
-            return total
-        return total.reshape(1)
 
     def weights(
         self, values: Mapping[str, Tensor], kwargs: Mapping[str, Any] | None = None
@@ -282,7 +300,7 @@ class LogJoint:
     def local_probabilities(
         self, site: str, values: Mapping[str, Tensor], kwargs: Mapping[str, Any] | None = None
     ) -> Tensor:
-        """Posterior probabilities of a finite latent: (plates..., states), the data plate first."""
+        """Posterior probabilities of a finite latent: (plates..., states), the data plate first, the rest as nested."""
         kwargs = self.problem.kwargs if kwargs is None else kwargs
         pieces = self.pieces(kwargs) if self.structure[site].local else [kwargs]
         if len(pieces) > 1:
@@ -291,14 +309,26 @@ class LogJoint:
             factors = self._row_factors(values, kwargs) if self.structure[site].local else self.factors(values, kwargs)
         _, factors, weights = factor_weights(factors, set(self.finite))
         factor, weight = next((f, w) for f, w in zip(factors, weights) if f.name == site)
-        plates = tuple(p for p in self.structure[site].plates if p in factor.dims)
+        home = self.plates_of(site)
+        plates = tuple(p for p in home if p in factor.dims)
         extra = tuple(i for i, d in enumerate(factor.dims) if d != site and d not in plates)
         weight = weight.sum(extra) if extra else weight
         dims = tuple(d for i, d in enumerate(factor.dims) if i not in extra)
-        weight = align(weight, dims, (*plates, site))
-        if self.structure[site].local and self.structure.data_plate not in plates:
-            weight = weight.unsqueeze(0)
-        return weight
+        return align(weight, dims, (*home, site))
+
+    def plates_of(self, site: str) -> tuple[str, ...]:
+        """The plates that are dimensions of a site, the data plate first."""
+        plates = [p for p in self.structure[site].plates if p in self.plate_dims]
+        return tuple(sorted(plates, key=lambda p: p != self.structure.data_plate))
+
+    def as_sampled(self, states: Tensor, site: str) -> Tensor:
+        """States of a finite latent (plates..., the data plate first) in the dimensions where the story has its plates."""
+        dims = [self.plate_dims[p] for p in self.plates_of(site)]
+        order = sorted(range(len(dims)), key=lambda i: dims[i])
+        shape = [1] * max((-d for d in dims), default=0)
+        for i in order:
+            shape[dims[i]] = states.shape[i]
+        return states.permute(order).reshape(shape)
 
     # -- flat vectors ------------------------------------------------------------------------------------------------
 

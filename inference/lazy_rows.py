@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from .gaps import GappedTable, Gaps
+from .mapped_files import still_there
 from .streaming import Stream
 
 if TYPE_CHECKING:
@@ -74,11 +76,16 @@ class HostTable:
 
     def read(self, rows: Numbers) -> Tensor:
         """Some rows."""
+        still_there(self.table)
         return self.table[rows if isinstance(rows, slice) else torch.from_numpy(rows)]
 
     def cut(self, first: int, last: int) -> HostTable:
         """A view."""
         return HostTable(self.table[first:last])
+
+    def without(self, rows: np.ndarray) -> GappedTable:
+        """All but some rows (sorted numbers), not read."""
+        return GappedTable(self.table, Gaps.of(rows), self.slow)
 
     def extremes(self) -> tuple[float, float]:
         """One pass."""
@@ -167,7 +174,7 @@ class LazyRows(Tensor):
         if length(rows) * self.width > (most or max(CELLS, LEAST * self.width)):
             raise ValueError(
                 f"{what}: {length(rows):,} rows x {self.width:,} numbers would be made at once "
-                f"({8e-9 * length(rows) * self.width:,.1f} GB), and the data are kept elsewhere because they are many; take "
+                f"({in_bytes(8 * length(rows) * self.width)}), and the data are kept elsewhere because they are many; take "
                 f"fewer rows: SVI(batch_size=...), EM, or part of the data"
             )
         if not self.source.slow or not isinstance(rows, slice):
@@ -225,6 +232,11 @@ class LazyRows(Tensor):
     ) -> Any:
         """Below `__torch_function__` nothing may see a tensor without numbers."""
         raise TypeError(f"{func} met a table whose rows are kept elsewhere; give it rows of it")
+
+
+def in_bytes(count: float) -> str:
+    """Bytes in words."""
+    return f"{count / 1e9:,.1f} GB" if count >= 5e8 else f"{count / 1e6:,.0f} MB"
 
 
 def length(rows: Numbers) -> int:
@@ -290,6 +302,12 @@ OWN: dict[str, Callable[..., Any]] = {
 def has_lazy(kwargs: Mapping[str, Any]) -> bool:
     """Whether rows of any argument are made when they are asked for."""
     return any(isinstance(v, LazyRows) for v in kwargs.values())
+
+
+def too_many(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a table's rows are read as they are needed, and could not be made all at once."""
+    tables = [v for v in kwargs.values() if isinstance(v, LazyRows)]
+    return any(v.source.slow and v.numel() > max(CELLS, LEAST * v.width) for v in tables)
 
 
 def affordable(kwargs: Mapping[str, Any], count: int) -> int:

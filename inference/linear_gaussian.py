@@ -81,7 +81,8 @@ class RowTable:
         from .local import RowsFree, Stacked
 
         n = row_count(self.joint, kwargs)
-        handler = Stacked(dict(self.globals), RowsFree(self.blocks, z.expand(n, self.width)))
+        plate = self.joint.structure.data_plate
+        handler = Stacked(dict(self.globals), RowsFree(self.blocks, z.expand(n, self.width), plate))
         return self.joint.trace(handler, kwargs)
 
 

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 GLOBAL_DRAWS = 20
 #: Importance draws a row for each of them, and for a point.
 PROPOSALS, POINT_PROPOSALS = 100, 1000
+#: Numbers of rows' latents and data that are looked at together.
+TOGETHER = 2_000_000
+#: Rows whose weights are looked at closely.
+WORST = 8
 
 
 def local_posterior(posterior: Posterior, site: str, data: Any, draws: int) -> Tensor:
@@ -55,7 +59,8 @@ def local_posterior(posterior: Posterior, site: str, data: Any, draws: int) -> T
     kwargs = posterior.problem.kwargs if data is None else posterior.problem.with_data(data)
     if not structure[site].enumerable:
         if data is None and site in posterior.draws and posterior.kind != "point":
-            return posterior.draws[site]
+            axis = next(b.axis for b in posterior.joint.blocks if b.name == site)
+            return posterior.draws[site].movedim(1 + axis, 1)
         with posterior.problem.scope(posterior.seed):
             chosen = draws_of_globals(posterior, min(draws, GLOBAL_DRAWS))
             count = max(1, math.ceil(draws / len(chosen)))
@@ -96,25 +101,27 @@ def _beside_continuous(posterior: Posterior, site: str, kwargs: dict[str, Any], 
             exact = (GaussianRows(joint, posterior.draw(i), kwargs).state_probabilities(site) for i in indices)
             return sum(exact) / len(indices)  # type: ignore[return-value]
     with posterior.problem.scope(posterior.seed):
-        for i in posterior.some_draws(draws if fitted else GLOBAL_DRAWS):
-            values = posterior.draw(i)
-            if not fitted:
-                values = {
-                    **values,
-                    **{n: v[0] for n, v in row_integral(posterior, i, kwargs).resample_jointly(1).items()},
-                }
-            total = total + joint.local_probabilities(site, values, kwargs)
-            count += 1
+        indices = posterior.some_draws(draws if fitted else min(draws, GLOBAL_DRAWS))
+        each = 1 if fitted else math.ceil(draws / len(indices))
+        for i in indices:
+            drawn = {} if fitted else row_integral(posterior, i, kwargs).resample_jointly(each)
+            for k in range(each):
+                values = {**posterior.draw(i), **{n: v[k] for n, v in drawn.items()}}
+                total = total + joint.local_probabilities(site, values, kwargs)
+                count += 1
     return total / count
 
 
 class RowsFree(Messenger):
-    """Feed local continuous latents from one free vector a row, keeping each row's log-Jacobian."""
+    """Feed local continuous latents from one free vector a row, keeping each row's log-Jacobian.
 
-    def __init__(self, blocks: list[tuple[str, int, int]], free: Tensor) -> None:
+    A row's vector holds all that the latent has in the plates inside the row; the rows may lie along any dimension.
+    """
+
+    def __init__(self, blocks: list[tuple[str, int, int]], free: Tensor, plate: str | None) -> None:
         super().__init__()
         self.places = {name: (a, b) for name, a, b in blocks}
-        self.free = free
+        self.free, self.plate = free, plate
         self.values: dict[str, Tensor] = {}
         self.log_det: Tensor = free.new_zeros(len(free))
 
@@ -122,15 +129,19 @@ class RowsFree(Messenger):
         if msg["name"] not in self.places or msg["is_observed"]:
             return
         a, b = self.places[msg["name"]]
-        fn = msg["fn"]
+        fn, frames = msg["fn"], [f for f in msg["cond_indep_stack"] if f.vectorized]
+        batch = [1] * max((-f.dim for f in frames), default=0)  # without dimensions that summed-out latents bring
+        for frame in frames:
+            batch[frame.dim] = frame.size
+        axis = next((len(batch) + f.dim for f in frames if f.name == self.plate), 0)
         transform = unconstrain_to(fn.support)
-        shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
-        free = self.free[:, a:b].reshape(shape)
+        shape = list(transform.inverse_shape(torch.Size(batch) + fn.event_shape))
+        shape.insert(0, shape.pop(axis))
+        free = self.free[:, a:b].reshape(shape).movedim(0, axis)
         value = transform(free)
         log_det = transform.log_abs_det_jacobian(free, value)
-        self.log_det = self.log_det + log_det.reshape(len(self.free), -1).sum(-1)
-        self.values[msg["name"]] = msg["value"] = value
-        msg["done"] = True
+        self.log_det = self.log_det + log_det.movedim(axis, 0).reshape(len(self.free), -1).sum(-1)
+        self.values[msg["name"]] = msg["value"] = value  # not marked as done: see `Substitute`
         msg["infer"] = {**(msg["infer"] or {}), "enumerate": None}
 
 
@@ -150,6 +161,8 @@ class Stacked(Substitute):
 class FreeRows:
     """The continuous locals of every row as one unconstrained vector a row, at one draw of the globals.
 
+    What lies in plates of its own inside the row is part of the vector.
+
     Parameters
     ----------
     joint, values, kwargs
@@ -162,28 +175,33 @@ class FreeRows:
 
     def __post_init__(self) -> None:
         locals_: list[Block] = [b for b in self.joint.blocks if b.local and not b.param]
-        for block in locals_:
-            site = self.joint.structure[block.name]
-            if len(site.plates) != 1:
-                raise ValueError(
-                    f"site {block.name!r} lies in the plates {list(site.plates)}: rows with a plate of their own inside "
-                    f"cannot be integrated one by one; locals directly in the data plate can"
-                )
+        self.axes = {b.name: b.axis for b in locals_}
         self.globals = {b.name: self.values[b.name] for b in self.joint.blocks if not b.local and "$$$" not in b.name}
         rows = self.joint.structure.row_arguments
         self.n = len(self.kwargs[rows[0]]) if rows else int(self.joint.structure.num_rows or 1)
         self.blocks, start = [], 0
         for block in locals_:
-            width = math.prod(block.free_shape[1:])
-            self.blocks.append((block.name, start, start + width))
-            start += width
+            self.blocks.append((block.name, start, start + block.free_width))
+            start += block.free_width
         self.width = start
 
     def log_rows(self, free: Tensor, kwargs: dict[str, Any] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """log p(x_n, z_n | globals) + log-Jacobian of every row at its free vector, (N,), and the latents."""
-        handler = RowsFree(self.blocks, free)
+        """log p(x_n, z_n | globals) + log-Jacobian of every row at its free vector, (N,), and the latents as sampled."""
+        handler = RowsFree(self.blocks, free, self.joint.structure.data_plate)
         rows = self.joint.rows(Stacked(self.globals, handler), self.kwargs if kwargs is None else kwargs)
         return rows + handler.log_det, handler.values
+
+    def log_many(self, points: Tensor) -> Tensor:
+        """`log_rows` at many free vectors of every row, (S, N, width): (S, N); side by side where the story allows."""
+        structure = self.joint.structure
+        cells = self.width + sum(math.prod(s.shape) for s in structure.observed) / max(1, structure.num_rows or 1)
+        most = min(len(points), 64, int(TOGETHER / (self.n * cells)))
+        if most > 1:
+            try:
+                return torch.vmap(lambda free: self.log_rows(free)[0], chunk_size=most)(points)
+            except (RuntimeError, ValueError, NotImplementedError):
+                pass  # the story uses an operation that has no batching rule
+        return torch.stack([self.log_rows(free)[0] for free in points])
 
 
 @dataclass
@@ -201,7 +219,11 @@ class RowIntegral(FreeRows):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.mode, self.factor = self.laplace()
-        self.points, self.log_weights = self.importance()
+        self.points, self.weights = self.importance()
+
+    def log_weights(self) -> Tensor:
+        """log p(x_n, z) - log q(z) at the proposals, (S, N)."""
+        return self.weights
 
     def laplace(self) -> tuple[Tensor, Tensor]:
         """Mode of every row, and a Cholesky factor of the inverse Hessian there."""
@@ -238,22 +260,20 @@ class RowIntegral(FreeRows):
         constant = math.lgamma((df + d) / 2) - math.lgamma(df / 2) - d / 2 * math.log(df * math.pi)
         log_q = constant - log_det - (df + d) / 2 * torch.log1p((eps**2).sum(-1) / df)
         with torch.no_grad():
-            log_p = torch.stack([self.log_rows(p)[0] for p in points])
+            log_p = self.log_many(points)
         return points, log_p - log_q
 
     def log_evidence(self) -> tuple[Tensor, Tensor]:
         """log p(x_n | globals) and the variance of the estimated density relative to its square: (N,) each."""
-        value = self.log_weights.logsumexp(0) - math.log(self.proposals)
-        ratio = (self.log_weights - value).exp()
-        return value, ratio.var(0) / self.proposals
+        return evidence(self.weights)
 
     def resample(self, site: str, count: int = 10) -> Tensor:
-        """Draws of a local from its posterior: (count, N, ...event)."""
-        return self.resample_jointly(count)[site]
+        """Draws of a local from its posterior: (count, N, ...)."""
+        return self.resample_jointly(count)[site].movedim(1 + self.axes[site], 1)
 
     def resample_jointly(self, count: int) -> dict[str, Tensor]:
-        """Draws of all latents of every row together: (count, N, ...event) each."""
-        chosen = torch.distributions.Categorical(logits=self.log_weights.T).sample((count,))
+        """Draws of all latents of every row together: (count, ...shape) each, as the story samples them."""
+        chosen = torch.distributions.Categorical(logits=self.weights.T).sample((count,))
         with torch.no_grad():
             draws = [self.log_rows(self.points[c, torch.arange(self.n)])[1] for c in chosen]
         return {n: torch.stack([d[n] for d in draws]) for n, _, _ in self.blocks}
@@ -264,13 +284,14 @@ def integrated_rows(posterior: Posterior, kwargs: dict[str, Any], draws: int) ->
     from .score import Score
 
     exact, guided = posterior.structure.linear_gaussian, posterior.recogniser is not None
-    values, relative = [], []
+    values, relative, watch = [], [], WorstRows()
     with posterior.problem.scope(posterior.seed):
         indices = draws_of_globals(posterior, draws if exact else min(draws, GLOBAL_DRAWS))
         alone = max(draws, POINT_PROPOSALS) if guided else POINT_PROPOSALS
         proposals = PROPOSALS if len(indices) > 1 else alone
         for i in indices:
-            value, error = row_integral(posterior, i, kwargs, proposals).log_evidence()
+            found = row_integral(posterior, i, kwargs, proposals)
+            value, error = found.log_evidence() if exact else evidence(watch(found.log_weights()))
             values.append(value)
             relative.append(error)
     table, errors = torch.stack(values), torch.stack(relative)
@@ -286,7 +307,55 @@ def integrated_rows(posterior: Posterior, kwargs: dict[str, Any], draws: int) ->
     what = "draws of the guide" if guided else "Laplace-t proposals"
     name = f"importance sampling of the local latents ({proposals} {what} a row)"
     name += "" if plug_in else f", mean over {len(table)} draws"
-    return Score(rows, name, (between + within).sqrt(), "plug-in estimate" if plug_in else "estimate")
+    rule = "plug-in estimate" if plug_in else "estimate"
+    return Score(rows, name, (between + within).sqrt(), rule, watch.warning(guided))
+
+
+def evidence(log_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """log of the mean weight of every row (S, N), and its variance relative to its square: (N,) each."""
+    value = log_weights.logsumexp(0) - math.log(len(log_weights))
+    return value, (log_weights - value).exp().var(0) / len(log_weights)
+
+
+class WorstRows:
+    """The weights of the few rows whose first proposals counted least, to tell whether importance sampling can be trusted."""
+
+    def __init__(self) -> None:
+        self.rows: Tensor | None = None
+        self.seen: list[Tensor] = []
+
+    def __call__(self, log_weights: Tensor) -> Tensor:
+        """Note what is needed of one table (S, N); the table."""
+        if self.rows is None:
+            count = 2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0)
+            self.rows = count.nan_to_num(-math.inf).argsort()[:WORST]
+        some = log_weights[:, self.rows]
+        self.seen.append(some - some.logsumexp(0))
+        return log_weights
+
+    def warning(self, guided: bool) -> str:
+        """What to distrust, "" where nothing is."""
+        from .diagnostics import pareto_khat
+
+        table = torch.cat(self.seen).double() if self.seen else torch.zeros(0, 0)
+        if len(table) < 100:  # too few to tell by
+            return ""
+        khat = [pareto_khat(column) for column in table.T.cpu().numpy()]
+        count = 1 / table.softmax(0).square().sum(0)
+        poor = [i for i, k in enumerate(khat) if k > 0.7 and count[i] < 0.5 * len(table)]
+        if not poor:
+            return ""
+        worst = max(poor, key=lambda i: khat[i])
+        row = int(self.rows[worst]) if self.rows is not None else 0
+        why = (
+            "the guide guesses them too narrowly" if guided else "they are too many or far from normal around the mode"
+        )
+        mend = "" if guided else ", or fit a guide that reads rows, SVI(guide=Amortised(...))"
+        return (
+            f"the latents of a row are not integrated reliably by importance sampling, since {why}: row {row} "
+            f"has k-hat {khat[worst]:.2f} (above 0.7) and {count[worst]:.0f} effective draws of {len(table)}; "
+            f"posterior.ladder(data) tells of every row. Score smaller rows{mend}"
+        )
 
 
 def shared_locals(posterior: Posterior, kwargs: dict[str, Any], count: int) -> list[dict[str, Tensor]] | None:
@@ -316,5 +385,5 @@ def row_ladder(posterior: Posterior, data: Any, draws: int, k: int) -> Ladder:
     with posterior.problem.scope(posterior.seed):
         indices = draws_of_globals(posterior, min(draws, GLOBAL_DRAWS))
         found = [row_integral(posterior, i, kwargs, max(1, draws // len(indices))) for i in indices]
-        table = torch.cat([f.log_weights() if isinstance(f, GuideRows) else f.log_weights for f in found])
+        table = torch.cat([f.log_weights() for f in found])
     return ladder(table, min(k, len(table)))

@@ -123,6 +123,7 @@ _UNARY = {
     "square", "log1p", "relu", "sin", "cos", "cumsum",
 }  # fmt: skip
 _REDUCE = {"sum", "logsumexp"}
+_NORMS = {"norm", "vector_norm", "linalg_vector_norm"}
 _LAST_SUMS: tuple[tuple[tuple, dict], ...] = (((-1,), {}), ((), {"dim": -1}), ((), {"axis": -1}))
 
 
@@ -309,6 +310,10 @@ class Watch(TorchFunctionMode):
         if op == "sum" and first.expr is not None and (args[1:], kwargs) in _LAST_SUMS:
             product = isinstance(first.expr, Apply) and first.expr.op == "mul" and args[0].shape[-1] > 1
             return Trail(names, Apply("dot", first.expr.args)) if product else None  # type: ignore[union-attr]
+        if op in _NORMS and _is_length(args, kwargs):
+            return Trail(names, Apply("norm", (first.expr,)), True)
+        if op in ("diag", "diag_embed") and len(args) == 1 and not kwargs:
+            return Trail(names, Apply("diag", (first.expr,)), True)
         if op in _REDUCE and (kwargs.get("keepdim") or True in args[1:]):
             return Trail(names, Apply(op, (first.expr,)), True)
         return Trail(names, Apply(op, (first.expr,)), first.moved) if op in _UNARY else None
@@ -350,6 +355,13 @@ class Watch(TorchFunctionMode):
         while found and found[-1] is None:
             found.pop()
         return Trail(names, Index(base.expr, tuple(found)))
+
+
+def _is_length(args: tuple, kwargs: dict) -> bool:
+    """Whether a norm is the Euclidean one of the last dimension."""
+    order = kwargs.get("p", kwargs.get("ord", args[1] if len(args) > 1 else None))
+    dim = kwargs.get("dim", args[2] if len(args) > 2 else None)
+    return order in (None, 2, "fro") and dim == -1 and not kwargs.get("keepdim")
 
 
 def _op(func: Any) -> str:

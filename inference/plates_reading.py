@@ -2,8 +2,8 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,13 +18,16 @@ from .handlers import FlatStart
 from .plates_algebra import Apply, Expr, Index, Number, Opaque, Ref, Watch, rebuilt, references, renamed
 from .plates_record import ARGUMENT, Recorder, family_arguments
 from .plates_replay import (
+    aligned,
     another_param,
     another_value,
+    buffers_kept,
     changes,
-    first_entry_changed,
+    entry_changed,
+    networks_of,
     replay,
-    row_dimension,
-    rows_changed,
+    row_changed,
+    varies,
 )
 from .plates_symbols import subscripted
 from .plates_time import TimeAxis, divided, tells_step, time_axis
@@ -68,6 +71,10 @@ class Site:
         Plates along which row n depends on row n of its parents alone, as a numerical check has shown.
     time
         The chain that its value is along one of its dimensions, where it is one.
+    along
+        (parent, plate): parents outside a plate whose entry n row n depends on alone.
+    varying
+        Plates along which its distribution differs from row to row, be it by constants of the story.
     """
 
     name: str
@@ -78,6 +85,8 @@ class Site:
     arguments: tuple[tuple[str, Expr], ...] = ()
     aligned: frozenset[str] = frozenset()
     time: TimeAxis | None = None
+    along: frozenset[tuple[str, str]] = frozenset()
+    varying: frozenset[str] = frozenset()
 
     @property
     def constants(self) -> dict[str, float]:
@@ -108,7 +117,7 @@ class Reading:
 
     def __init__(self, story: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         self.model = program(story)
-        self.networks = _networks(story)
+        self.networks = networks_of(story)
         self.store = pyro.get_param_store().get_state()
         self.positional, self.keywords = _by_name(self.model, args, kwargs)
 
@@ -117,7 +126,7 @@ class Reading:
         given = given or {}
         change = {k: given.get(k, v) for k, v in self.keywords.items()}
         args = [given.get(k, v) for k, v in self.positional]
-        with isolated(seed=0), _buffers_kept(self.networks), ExitStack() as stack:
+        with isolated(seed=0), buffers_kept(self.networks), ExitStack() as stack:
             pyro.get_param_store().set_state(self.store)
             stack.enter_context(poutine.block())
             stack.enter_context(FlatStart())
@@ -206,13 +215,19 @@ class Reading:
             return sites
         for frame in plates.values():
             inside = [n for n, s in found.items() if frame.name in (f.name for f in s["frames"])]
-            others = {n: v for n in inside if (v := _first_row_changed(found[n], values.get(n), frame)) is not None}
-            after = replay(self.run, {**values, **others})
-            aligned = _aligned(before, after, inside, values, frame)
+
+            def rows_of(r: int, inside: list[str] = inside, frame: Any = frame) -> dict[str, dict] | None:
+                others = {n: v for n in inside if (v := row_changed(found[n], values.get(n), frame, r)) is not None}
+                return replay(self.run, {**values, **others})
+
+            following = [n for n in inside if set(sites[n].parents) & set(inside)]
+            for name in aligned(before, rows_of, following, values, frame):
+                sites[name] = replace(sites[name], aligned=sites[name].aligned | {frame.name})
             for name in inside:
-                if name in aligned:
-                    sites[name] = replace(sites[name], aligned=sites[name].aligned | {frame.name})
+                if varies(before[name], values.get(name), frame.dim, frame.size):
+                    sites[name] = replace(sites[name], varying=sites[name].varying | {frame.name})
             self._align_inputs(before, sites, inside, values, frame)
+            self._align_outside(before, found, sites, inside, values, frame)
         for name in (n for n, s in found.items() if s["kind"] in ("latent", "observed")):
             axis = time_axis(found[name]["fn"], values.get(name), sites[name])
             if axis is not None:
@@ -245,27 +260,31 @@ class Reading:
             dim = next((d for d, size in enumerate(value.shape) if size == frame.size), None)
             if dim is None:
                 continue
-            changed = first_entry_changed(value, dim)
-            after = replay(lambda h, c=changed, k=key: self.run(h, {k: c}), values)  # type: ignore[misc]
-            if set(users) <= _aligned(before, after, users, values, frame):
+
+            def entry(r: int, k: str = key, value: Tensor = value, dim: int = dim) -> dict[str, dict] | None:
+                changed = entry_changed(value, dim, r)
+                return replay(lambda h: self.run(h, {k: changed}), values)
+
+            if set(users) <= aligned(before, entry, users, values, frame):
                 sites[name] = replace(sites[name], plates=(*sites[name].plates, plate))
 
+    def _align_outside(
+        self, before: dict, found: dict, sites: dict[str, Site], inside: list[str], values: dict, frame: Any
+    ) -> None:
+        """Vectors made outside the plate, or in another one, whose entry n is used for row n alone."""
+        parents = {p for n in inside for p in sites[n].parents if p not in inside and p in found}
+        for name in [n for n in found if n in parents][:20]:
+            value = values.get(name)
+            sizes = value.shape if isinstance(value, Tensor) else ()
+            users = [n for n in inside if name in sites[n].parents]
+            for dim in (d for d, size in enumerate(sizes) if size == frame.size):
 
-def _aligned(before: dict, after: dict | None, names: list[str], values: dict, frame: Any) -> set[str]:
-    good: set[str] = set()
-    for name in names:
-        if after is not None and name in before and name in after and name in values:
-            rows = rows_changed(before[name], after[name], values[name], frame.dim, frame.size)
-            if rows is not None and len(rows) == frame.size and bool(rows[0]) and not bool(rows[1:].any()):
-                good.add(name)
-    return good
+                def entry(r: int, name: str = name, value: Any = value, dim: int = dim) -> dict[str, dict] | None:
+                    other = another_value(found[name]["fn"], value, (dim, r))
+                    return None if other is None else replay(self.run, {**values, name: other})
 
-
-def _first_row_changed(site: dict, value: Any, frame: Any) -> Tensor | None:
-    if not isinstance(value, Tensor) or site["kind"] == "factor":
-        return None
-    dim = row_dimension(value, site["fn"], frame.dim, frame.size, site["kind"] == "deterministic")
-    return None if dim is None else another_value(site["fn"], value, (dim, 0))
+                for user in aligned(before, entry, users, values, frame):
+                    sites[user] = replace(sites[user], along=sites[user].along | {(name, frame.name)})
 
 
 def _childless(found: dict[str, dict]) -> set[str]:
@@ -367,23 +386,3 @@ def _mark(watch: Watch, value: Any, name: str) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_mark(watch, v, name) for v in value)
     return {k: _mark(watch, v, name) for k, v in value.items()} if type(value) is dict else value
-
-
-def _networks(story: Any) -> list[torch.nn.Module]:
-    """Networks that a story holds or closes over."""
-    owner = getattr(story, "__self__", story)
-    around = [owner, *(vars(owner).values() if hasattr(owner, "__dict__") else ())]
-    code = inspect.getclosurevars(story) if inspect.isfunction(story) else None
-    around += [*code.nonlocals.values(), *code.globals.values()] if code else []
-    return [m for m in around if isinstance(m, torch.nn.Module)]
-
-
-@contextmanager
-def _buffers_kept(networks: list[torch.nn.Module]) -> Iterator[None]:
-    """Running averages of batch normalisation and the like stay as they were."""
-    kept = [(b, b.detach().clone()) for m in networks for b in m.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, old in kept:
-            buffer.data.copy_(old)

@@ -40,6 +40,9 @@ def family_arguments(fn: Any) -> dict[str, Any]:
             if name in holder and isinstance(holder[name], Tensor | int | float) and name in allowed:
                 found[name] = holder[name]
                 break
+        else:
+            if nested and name in _required(type(base)) and isinstance(part := getattr(base, name, None), Tensor):
+                found[name] = part  # kept two levels down, as the two shapes of a Beta-binomial
     if not found:
         for name in names:
             value = getattr(base, name, None) if name in allowed else None
@@ -75,6 +78,12 @@ def _constructor_names(family: type) -> list[str]:
         if not any(p.kind == p.VAR_KEYWORD for p in parameters):
             break
     return list(names)
+
+
+def _required(family: type) -> set[str]:
+    """Arguments that a distribution cannot be made without."""
+    parameters = inspect.signature(family.__init__).parameters.values()  # type: ignore[misc]
+    return {p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
 
 
 def _argument_constraints(base: Any) -> dict[str, Any]:

@@ -4,7 +4,9 @@ This decides what watching the operations cannot: values that left torch, and wh
 from row n of its parents alone.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -144,15 +146,15 @@ def another_value(fn: Any, value: Tensor, row: tuple[int, int] | None = None) ->
     return restricted(value.detach() * 1.1 + 0.1) if value.is_floating_point() else None
 
 
-def first_entry_changed(value: Tensor, dim: int) -> Tensor:
-    """An argument with other numbers in entry 0 of a dimension; whole numbers come from its other rows."""
+def entry_changed(value: Tensor, dim: int, row: int) -> Tensor:
+    """An argument with other numbers in one entry of a dimension; whole numbers come from its other rows."""
     changed = value.detach().clone()
-    first = value.select(dim, 0)
+    old = value.select(dim, row)
     if value.is_floating_point():
-        changed.select(dim, 0).copy_(first * 1.1 + 0.1)
+        changed.select(dim, row).copy_(old * 1.1 + 0.1)
     else:
-        different = (value != value.select(dim, 0).unsqueeze(dim)).movedim(dim, 0).reshape(value.shape[dim], -1).any(1)
-        changed.select(dim, 0).copy_(value.select(dim, int(different.int().argmax())))
+        different = (value != old.unsqueeze(dim)).movedim(dim, 0).reshape(value.shape[dim], -1).any(1)
+        changed.select(dim, row).copy_(value.select(dim, int(different.int().argmax())))
     return changed
 
 
@@ -215,7 +217,7 @@ def row_dimension(value: Tensor, fn: Any, dim: int, size: int, computed: bool) -
     return next((d for d in tried if value.dim() >= -d and value.shape[d] == size), None)
 
 
-def rows_changed(old: dict, new: dict, value: Tensor, dim: int, size: int) -> Tensor | None:
+def rows_changed(old: dict, new: dict, value: Any, dim: int, size: int) -> Tensor | None:
     """Which entries along plate dimension `dim` (counted from the right of the batch shape) change.
 
     Returns
@@ -226,6 +228,8 @@ def rows_changed(old: dict, new: dict, value: Tensor, dim: int, size: int) -> Te
     if old["computed"] is not None:
         a, b = old["computed"], new["computed"]
         dim = row_dimension(a, old["fn"], dim, size, True) or dim
+    elif isinstance(unwrap(old["fn"]), dist.Unit):
+        a, b = unwrap(old["fn"]).log_factor, unwrap(new["fn"]).log_factor
     else:
         try:
             a, b = _log_prob(old["fn"], value), _log_prob(new["fn"], value)
@@ -236,8 +240,74 @@ def rows_changed(old: dict, new: dict, value: Tensor, dim: int, size: int) -> Te
     return _differ(a, b).movedim(dim, 0).flatten(1).any(1) if a.dim() > 1 else _differ(a, b)
 
 
+def aligned(
+    before: dict, with_row: Callable[[int], dict | None], names: list[str], values: dict, frame: Any
+) -> set[str]:
+    """Sites whose row r, and no other, changes where row r of something is changed; tried until some r shows it."""
+    good: set[str] = set()
+    bad: set[str] = set()
+    last = frame.size - 1
+    for r in dict.fromkeys((0, last, last // 2, last // 3, *range(1, min(7, frame.size)))):
+        left = [n for n in names if n in before and n not in good and n not in bad]
+        after = with_row(r) if left else None
+        for name in left if after is not None else ():
+            rows = None
+            if after is not None and name in after:
+                rows = rows_changed(before[name], after[name], values.get(name), frame.dim, frame.size)
+            if rows is None or len(rows) != frame.size:
+                bad.add(name)
+            elif bool(rows.any()):
+                (good if bool(rows[r]) and int(rows.sum()) == 1 else bad).add(name)
+    return good
+
+
+def row_changed(site: dict, value: Any, frame: Any, row: int) -> Tensor | None:
+    """The value of a site with another row of a plate; None where it has no rows there."""
+    if not isinstance(value, Tensor) or site["kind"] == "factor":
+        return None
+    dim = row_dimension(value, site["fn"], frame.dim, frame.size, site["kind"] == "deterministic")
+    return None if dim is None else another_value(site["fn"], value, (dim, row))
+
+
+def varies(asked: dict, value: Any, dim: int, size: int) -> bool:
+    """Whether a site's distribution differs between the rows of a plate: told by the density of one value in all rows."""
+    fn = asked["fn"]
+    if asked["computed"] is not None or not isinstance(value, Tensor) or isinstance(unwrap(fn), dist.Unit):
+        return False
+    at = value.dim() - len(fn.event_shape) + dim
+    if not 0 <= at < value.dim() or value.shape[at] != size:
+        return False
+    try:
+        rows = _log_prob(fn, value.narrow(at, 0, 1).expand_as(value))
+    except Exception:  # no density, or not for this value
+        return False
+    if rows.dim() < -dim or rows.shape[dim] != size:
+        return False
+    return bool(_differ(rows, rows.narrow(dim, 0, 1).expand_as(rows)).any())
+
+
 def _log_prob(fn: Any, value: Tensor) -> Tensor:
     while isinstance(fn, dist.MaskedDistribution):
         fn = fn.base_dist
     floating = next((t.dtype for t in tensors_of(fn) if t.is_floating_point()), value.dtype)
     return fn.log_prob(value.to(floating) if value.is_floating_point() else value)
+
+
+def networks_of(story: Any) -> list[torch.nn.Module]:
+    """Networks that a story holds or closes over."""
+    owner = getattr(story, "__self__", story)
+    around = [owner, *(vars(owner).values() if hasattr(owner, "__dict__") else ())]
+    code = inspect.getclosurevars(story) if inspect.isfunction(story) else None
+    around += [*code.nonlocals.values(), *code.globals.values()] if code else []
+    return [m for m in around if isinstance(m, torch.nn.Module)]
+
+
+@contextmanager
+def buffers_kept(networks: list[torch.nn.Module]) -> Iterator[None]:
+    """Running averages of batch normalisation and the like stay as they were."""
+    kept = [(b, b.detach().clone()) for m in networks for b in m.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, old in kept:
+            buffer.data.copy_(old)

@@ -240,9 +240,16 @@ class Posterior:
         """log p(x_n | fitted data) of every row, local latents summed or integrated out: (rows,).
 
         Points: the plug-in density at the point. Draws: log of the mean density over at most `draws` of them.
-        `score` gives the same with its estimator, standard error and bound side.
+        `score` gives the same with its estimator, standard error and bound side; where it has a warning, this warns.
         """
-        return self.score(data, draws=draws).rows
+        import warnings
+
+        from .score import ScoreNotice
+
+        found = self.score(data, draws=draws)
+        if found.warning:
+            warnings.warn(found.warning, ScoreNotice, stacklevel=2)
+        return found.rows
 
     def score(self, data: Any = None, *, draws: int = ROW_DRAWS) -> Score:
         """Log density of rows, with the estimator's name, its Monte Carlo error and which side it errs to."""

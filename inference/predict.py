@@ -10,7 +10,9 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from .data import has_nan
 from .handlers import Substitute, unwrap
+from .lazy_rows import WHOLE, LazyRows, in_bytes
 from .linear_gaussian import GaussianRows
 from .local import row_integral, shared_locals
 from .score import without_density
@@ -102,6 +104,7 @@ def predict(posterior: Posterior, data: Any, draws: int, seed: int | None) -> di
     problem, structure = posterior.problem, posterior.structure
     kwargs = dict(problem.kwargs) if data is None else problem.with_data({} if data is None else fill(posterior, data))
     kwargs = {n: v.nan_to_num(0.0) if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in kwargs.items()}
+    check_room(posterior, kwargs, draws)
     fitted = data is None
     kept: dict[str, list[Tensor]] = {s.name: [] for s in structure.observed}
     with problem.scope(posterior.seed + 1 if seed is None else seed):
@@ -111,6 +114,24 @@ def predict(posterior: Posterior, data: Any, draws: int, seed: int | None) -> di
             for name, found in kept.items():
                 found.append(rows_first(trace, name, posterior))
     return {name: torch.stack(found) for name, found in kept.items()}
+
+
+def check_room(posterior: Posterior, kwargs: dict[str, Any], draws: int) -> None:
+    """Refuse to draw for every row of a table that is read as it is needed what could not be made at once.
+
+    Raises
+    ------
+    ValueError
+        With the size, and what to do.
+    """
+    tables = [v for v in kwargs.values() if isinstance(v, LazyRows)]
+    size = draws * sum(v.numel() for v in tables)
+    if size > WHOLE:
+        raise ValueError(
+            f"predict draws {tables[0].width:,} numbers for each of {len(tables[0]):,} rows under every draw of the unknowns "
+            f"({in_bytes(8 * size)}), and the data are kept elsewhere because they are many; give it some rows: "
+            f"predict(data[:1000])"
+        )
 
 
 def fill(posterior: Posterior, data: Any) -> Any:
@@ -191,7 +212,7 @@ def impute(posterior: Posterior, data: Any, draws: int, seed: int | None) -> Imp
     problem = posterior.problem
     kwargs = problem.kwargs if data is None else problem.with_data(data)
     sites = [s for s in posterior.structure.observed if s.argument in kwargs]
-    name = next((s.argument for s in sites if bool(kwargs[s.argument].isnan().any())), None)
+    name = next((s.argument for s in sites if has_nan(kwargs[s.argument])), None)
     if name is None:
         value = kwargs[sites[0].argument] if sites else torch.zeros(0)
         return Imputation(value, torch.zeros(0, value.dim(), dtype=torch.long), torch.zeros(1, 0))
@@ -248,11 +269,9 @@ def draw_finite(posterior: Posterior, values: dict[str, Tensor], kwargs: dict[st
         site = posterior.structure[name]
         probabilities = posterior.joint.local_probabilities(name, {**values, **drawn}, kwargs)
         states = torch.distributions.Categorical(probs=probabilities.clamp_min(0)).sample()
-        shape = states.shape
-        if len(site.plates) > 1:  # plates come outermost first, Pyro's dimensions from the right
-            states = states.permute(*reversed(range(states.dim())))
+        if site.plates and posterior.structure.data_plate:
+            states = posterior.joint.as_sampled(states, name)
         drawn[name] = states.to(posterior.problem.dtype) if site.family != "Categorical" else states
-        assert shape.numel() == states.numel()
     return drawn
 
 

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .data import DataNotice, bind, first_index, has_nan
+from .data import DataNotice, bind, has_nan
 from .distributed import ALONE, Ranks
 from .handlers import supports_missing
 from .lazy_rows import LazyRows, has_lazy
-from .rehearsal import FEW_ROWS, check_covariates, check_switches, is_whole, run_checked
+from .looks import column_ends, ends, where
+from .rehearsal import FEW_ROWS, check_covariates, check_switches, run_checked
 from .session import at_home, fresh_seed, isolated
-from .shapes import Record, check_supports, record, without_values
+from .shapes import Record, check_supports, without_values
 from .structure import Structure, build, pair
 from .wide import wide_tables
 
@@ -142,31 +143,10 @@ class Problem:
         return kwargs
 
     def check_shared(self, kwargs: dict[str, Any]) -> None:
-        """Other rows must leave what the rows share as it was fitted.
+        """Other rows must leave what the rows share as it was fitted; see `shared_sizes.check_shared`."""
+        from .shared_sizes import check_shared
 
-        Raises
-        ------
-        ValueError
-            The story gives a latent outside the data plate another size for these rows.
-        """
-        shared = {s.name: s for s in self.structure.latents if not s.local}
-        rows = self.structure.row_arguments
-        if not shared or has_lazy(kwargs) or not rows or self.admixture is not None:
-            return
-        if len(kwargs[rows[0]]) == self.structure.num_rows and not any(is_whole(kwargs[n]) for n in rows):
-            return
-        try:
-            with isolated(0, self.dtype):
-                told = record(self.model, kwargs)
-        except (ValueError, RuntimeError, TypeError, IndexError):
-            return  # the story has another fault with these rows, which the question itself will name
-        for name, site in shared.items():
-            if name in told and told[name].shape != site.shape:
-                raise ValueError(
-                    f"site {name!r} has shape {site.shape} in the answer, and the story gives it {told[name].shape} for "
-                    f"{len(kwargs[rows[0]])} rows: its size is read off the data. Ask for the rows that were fitted, or write "
-                    f"that size into the story as a number"
-                )
+        check_shared(self, kwargs)
 
 
 def networks_of(story: Any) -> list[nn.Module]:
@@ -370,9 +350,8 @@ def check_missing(records: dict[str, Record], kwargs: dict[str, Any]) -> None:
     for name, value in kwargs.items():
         if not (isinstance(value, Tensor) and value.is_floating_point() and has_nan(value)):
             continue
-        nan = value.isnan()
-        where = first_index(nan)
-        text = f"{name} holds {int(nan.sum())} NaN, the first at index {where[0] if len(where) == 1 else where}"
+        count, index = where(value, torch.isnan)
+        text = f"{name} holds {count} NaN, the first at index {index[0] if len(index) == 1 else index}"
         sites = [r for r in records.values() if r.kind == "observed" and r.argument == name]
         for r in sites:
             if r.missing and not supports_missing(r.fn):
@@ -390,25 +369,24 @@ def value_notes(records: dict[str, Record]) -> list[str]:
             continue
         if r.missing:
             cells = "cell" if r.missing == 1 else "cells"
-            where = first_index(r.value.isnan())
+            _, index = where(r.value, torch.isnan)
             notes.append(
                 f"{r.missing} {cells} of {r.argument or r.name} missing (NaN), the first at index "
-                f"{where[0] if len(where) == 1 else where}: integrated out"
+                f"{index[0] if len(index) == 1 else index}: integrated out"
             )
-        rows = r.value.flatten(1) if r.value.ndim > 1 else r.value.unsqueeze(-1)
-        if r.missing:
-            rows = torch.where(rows.isnan(), rows.nanmean(0), rows)
+        rows = r.value if r.value.ndim else r.value.reshape(1)
         if not r.discrete and len(rows) > 1:
-            still = rows[0] == rows[:: max(1, len(rows) // FEW_ROWS)]
-            flat = [j for j in still.all(0).nonzero().flatten().tolist() if bool((rows[:, j] == rows[0, j]).all())]
-            if flat:
+            low, high = column_ends(rows[:: max(1, len(rows) // FEW_ROWS)])
+            if bool((low >= high).any()):  # of some rows; where none of these differ, all are looked at
+                low, high = column_ends(rows)
+            if flat := (low >= high).nonzero().flatten().tolist():
                 notes.append(
                     f"columns {flat[:8]} of {r.argument or r.name} are constant: a learned scale there has only its prior"
                 )
         if len(rows) == 1 and r.plates:
             notes.append(f"one row only: what {r.name} says about scales is the prior")
-        low, high = torch.aminmax(rows)
-        top = max(-float(low), float(high))
+        least, most = ends(rows)
+        top = max(-least, most)
         if top > 1e6 and not r.discrete:
             notes.append(f"the scale of {r.argument or r.name} is {top:.0e}; standardise it")
     return notes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -94,6 +95,7 @@ class _Recorder(TorchDispatchMode):
         self._users: defaultdict[int, list[Tensor]] = defaultdict(list)  # recorded tensors by memory
         self._alive: list[Tensor] = []  # holds every tensor, so that no identity is used twice
         self._siblings: dict[int, list[Tensor]] = {}
+        self._rows: dict[int, tuple[Tensor, ...]] = {}  # numbers of the cells under a constant mask
         for i, tensor in enumerate(inputs):
             self._last = self.graph.placeholder(f"input_{i}")
             self._note(tensor, self._last)
@@ -139,8 +141,7 @@ class _Recorder(TorchDispatchMode):
         if isinstance(out, Tensor) and func in _RESHAPES and isinstance(args[0], Tensor) and same_layout(out, args[0]):
             self._note(out, self._name(args[0]))
             return out
-        target = stand_in(func, args)
-        node = self.graph.call_function(target, tree_map(self._name, args), tree_map(self._name, kwargs))
+        node = self._called(func, args, kwargs)
         if isinstance(out, Tensor):
             self._note(out, node)
         elif isinstance(out, (tuple, list)):
@@ -162,8 +163,7 @@ class _Recorder(TorchDispatchMode):
         whole = all(_geometry(user) == _geometry(target) for user in users)
         if pure is None or not name.endswith("_") or len(written) != 1 or not whole:
             raise _Written
-        made = stand_in(pure, args)
-        node = self.graph.call_function(made, tree_map(self._name, args), tree_map(self._name, kwargs))
+        node = self._called(pure, args, kwargs)
         out = func(*args, **kwargs)
         for user in users:
             self._nodes[id(user)] = node
@@ -175,6 +175,26 @@ class _Recorder(TorchDispatchMode):
             masks = [t for t in tensors_in(args[1]) if t.dtype in (torch.bool, torch.uint8)]
             return any(id(t) in self._nodes for t in masks)
         return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
+
+    def _called(self, func: Any, args: Any, kwargs: Any) -> fx.Node:
+        """The node of an operation."""
+        made = stand_in(func, args)
+        if made in (aten.index.Tensor, aten.index_put.default):
+            args = (args[0], self._numbered(args[1]), *args[2:])
+        return self.graph.call_function(made, tree_map(self._name, args), tree_map(self._name, kwargs))
+
+    def _numbered(self, indices: Any) -> list[Any]:
+        """Indices without masks: a mask has to be counted at every call, and on a card the processor waits for that."""
+        found: list[Any] = []
+        for index in indices:
+            if not isinstance(index, Tensor) or index.dtype not in (torch.bool, torch.uint8) or id(index) in self._nodes:
+                found.append(index)
+                continue
+            if id(index) not in self._rows:
+                self._alive.append(index)
+                self._rows[id(index)] = tuple(p.contiguous() for p in index.nonzero(as_tuple=True))
+            found += self._rows[id(index)]
+        return found
 
     def _note_part(self, part: Any, node: fx.Node, *path: int) -> None:
         for i in path:
@@ -230,6 +250,18 @@ class PureGraph:
         plain = torch._C.DisableTorchFunction() if torch._C._is_torch_function_mode_enabled() else nullcontext()
         with plain, torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
             return self.module.forward(*args, *self.constants)
+
+    def at_home(self) -> PureGraph:
+        """The same program on the processor."""
+
+        def home(leaf: Any) -> Any:
+            return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
+
+        module = copy.deepcopy(self.module)
+        for node in module.graph.nodes:
+            node.args, node.kwargs = tree_map(home, node.args), tree_map(home, node.kwargs)
+        module.recompile()
+        return PureGraph(module, [c.cpu() for c in self.constants], self.differentiable)
 
 
 def merge_repeats(graph: fx.Graph) -> None:

@@ -61,14 +61,15 @@ class Refinement:
         return self.elbo - self.guide
 
     def local(self, site: str, draws: int = 200) -> Tensor:
-        """Draws of a latent of the rows from their own normals: (draws, N, ...event)."""
+        """Draws of a latent of the rows from their own normals: (draws, N, ...)."""
         names = [b[0] for b in self.rows.blocks]
         if site not in names:
             raise ValueError(f"{site!r} is no continuous latent of the rows; they have {names}")
         noise = torch.randn(draws, *self.loc.shape, dtype=self.loc.dtype)
         with self.rows.joint.problem.scope(), torch.no_grad():
             free = self.loc + (self.factor @ noise.unsqueeze(-1)).squeeze(-1)
-            return torch.stack([self.rows.log_rows(f)[1][site] for f in free])
+            found = torch.stack([self.rows.log_rows(f)[1][site] for f in free])
+            return found.movedim(1 + self.rows.axes[site], 1)
 
     def __repr__(self) -> str:
         return (
@@ -170,5 +171,5 @@ def unconstrained(rows: FreeRows, values: dict[str, Tensor]) -> Tensor:
     parts = []
     for name, _, _ in rows.blocks:
         free = unconstrain_to(trace.nodes[name]["fn"].support).inv(values[name])
-        parts.append(free.reshape(rows.n, -1))
+        parts.append(free.movedim(rows.axes[name], 0).reshape(rows.n, -1))
     return torch.cat(parts, -1)

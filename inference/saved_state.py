@@ -151,7 +151,8 @@ class SavedState:
         try:
             with safe_open(str(self.path), framework="pt") as file:
                 metadata = file.metadata()
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                # Copies: what lies in the mapped file is not aligned, and products of it round in another order.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
             text, sha256 = metadata["card"], metadata["sha256"]
             card = json.loads(text)
             method, given, about = card["method"], card["print"], card.get("about", {})

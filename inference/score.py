@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from .posterior import Posterior
 
 
+class ScoreNotice(UserWarning):
+    """A log density was estimated, and the estimate is not to be trusted."""
+
+
 @dataclass(frozen=True, repr=False)
 class Score:
     """Log density of rows.
@@ -27,12 +31,15 @@ class Score:
         Standard error of each row's estimate over the draws, (N,); zeros where nothing was simulated.
     bound
         "exact", "plug-in", "estimate" (consistent) or "estimate under q" (as good as the variational posterior).
+    warning
+        What makes the estimate and its error unreliable; "" where nothing is known to.
     """
 
     rows: Tensor
     estimator: str
     monte_carlo_error: Tensor
     bound: str
+    warning: str = ""
 
     @property
     def mean(self) -> float:
@@ -46,8 +53,9 @@ class Score:
 
     def __repr__(self) -> str:
         spread = f" ± {self.standard_error:.4f} a row over {len(self.rows)} rows" if len(self.rows) > 1 else ""
+        first = f"warning: {self.warning}\n" if self.warning else ""
         return (
-            f"log density {self.mean:.4f}{spread or ' of all there is (no rows)'} "
+            f"{first}log density {self.mean:.4f}{spread or ' of all there is (no rows)'} "
             f"({self.estimator}; {self.bound}; Monte Carlo error up to {self.monte_carlo_error.max().item():.2g})"
         )
 
@@ -195,7 +203,9 @@ def ladder(log_weights: Tensor, k: int = 50) -> Ladder:
         evidence=evidence,
         error=ratio.std(0) / math.sqrt(len(table)) if len(table) > 1 else torch.full_like(evidence, math.nan),
         ess=ratio.sum(0) ** 2 / (ratio**2).sum(0),
-        khat=torch.tensor([pareto_khat(row) for row in table.cpu().numpy().T], dtype=torch.float64, device=table.device),
+        khat=torch.tensor(
+            [pareto_khat(row) for row in table.cpu().numpy().T], dtype=torch.float64, device=table.device
+        ),
         draws=len(table),
         k=k,
     )

@@ -12,6 +12,7 @@ import numpy as np
 import pyro
 import torch
 from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.subsample_messenger import SubsampleMessenger
 from torch import Tensor
 
 from .devices import full_precision, in_order
@@ -98,6 +99,7 @@ def isolated(
             full_precision(),
             in_order(device),
             at_home(device),
+            all_members(),
         ):
             # torch's Wishart takes rounding in large draws for singularity and resamples: nothing to act on.
             warnings.filterwarnings("ignore", message="Singular sample detected")
@@ -122,6 +124,28 @@ def isolated(
         np.random.set_state(numpy_state)
         random.setstate(python_state)
         _LOCK.release()
+
+
+@contextmanager
+def all_members() -> Iterator[None]:
+    """Plates show all their members, also those that ask for a random part of them (`subsample_size`).
+
+    Every method looks at all rows, or takes batches of its own; a part that changes from run to run has no posterior.
+    """
+    kept = SubsampleMessenger.__dict__["_subsample"]
+
+    def whole(
+        name: str, size: Any = None, subsample_size: Any = None, subsample: Any = None, *rest: Any, **more: Any
+    ) -> Any:
+        if subsample is None and size is not None:
+            subsample_size = None
+        return kept.__func__(name, size, subsample_size, subsample, *rest, **more)
+
+    SubsampleMessenger._subsample = staticmethod(whole)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        SubsampleMessenger._subsample = kept  # type: ignore[method-assign]
 
 
 def at_home(device: torch.device | None) -> AbstractContextManager[Any]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .gaps import Gapped, Gaps
 from .lazy_rows import CELLS, LazyRows
+from .mapped_files import still_there
 
 #: Rows up to which a table is dense from the start: the story is told on all of them anyway.
 FEW = 1000
@@ -69,8 +71,18 @@ class Rows:
         starts = np.concatenate([[0], np.cumsum(np.bincount(which, minlength=len(rows)))])
         return Rows(starts, words, counts, self.num_words)
 
+    def without(self, rows: np.ndarray) -> Rows:
+        """All but some rows (sorted numbers), which stay where they are."""
+        first, last = np.asarray(self.starts[rows], np.int64), np.asarray(self.starts[rows + 1], np.int64)
+        check_starts(first, last, len(self.words))
+        entries = Gaps.of(first, last - first)
+        starts: Any = Gapped(self.starts, Gaps.of(rows), entries.before)
+        words, counts = (cast(np.ndarray, Gapped(values, entries)) for values in (self.words, self.counts))
+        return Rows(starts, words, counts, self.num_words)
+
     def entries(self, rows: slice | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Row (counted from 0), place in the row and number of every entry of some rows."""
+        still_there(self.starts)
         if isinstance(rows, slice):
             begin, end = self.starts[rows.start : rows.stop], self.starts[rows.start + 1 : rows.stop + 1]
         else:
@@ -90,6 +102,7 @@ class Rows:
         ValueError
             The file holds what no counts can be.
         """
+        still_there(self.words, self.counts)
         words, counts = self.words[part], self.counts[part]
         if self.on_disk:
             words, counts = np.array(words), np.array(counts)
@@ -98,6 +111,7 @@ class Rows:
 
     def stretch(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Starts (from 0), words and counts of consecutive rows, as `loaded`."""
+        still_there(self.starts)
         starts = np.asarray(self.starts[first : last + 1])
         if self.on_disk:
             check_starts(starts[:-1], starts[1:], len(self.words))
@@ -151,6 +165,7 @@ def check_entries(words: np.ndarray, counts: np.ndarray, num_words: int) -> None
 
 def is_mapped(array: Any) -> bool:
     """Whether an array is part of a memory-mapped file."""
+    array = array.array if isinstance(array, Gapped) else array
     while isinstance(array, np.ndarray):
         if isinstance(array, np.memmap):
             return True
@@ -204,10 +219,18 @@ class Counts:
         """Some rows of those that lie in memory; of a file, only stretches can be had."""
         return None if self.rows.on_disk else replace(self, rows=self.rows.take(rows))
 
+    def without(self, rows: np.ndarray) -> Counts:
+        """All but some rows, not read."""
+        return replace(self, rows=self.rows.without(rows))
+
+    def taken(self, rows: np.ndarray) -> Counts:
+        """Some rows, read now."""
+        return replace(self, rows=self.rows.take(rows))
+
     def extremes(self) -> tuple[float, float]:
         """No count is missing, and none is below 0."""
         top = self.rows.words if self.view == "words" else self.rows.counts
-        return 0.0, float(max((int(top[a : a + SPAN].max()) for a in range(0, len(top), SPAN)), default=0))
+        return 0.0, float(max((int(np.asarray(top[a : a + SPAN]).max()) for a in range(0, len(top), SPAN)), default=0))
 
 
 def stored_rows(value: Any) -> Rows | None:

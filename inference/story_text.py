@@ -178,7 +178,8 @@ class Writer:
         if parent is None:
             return []
         shown = {p.name for p in parent.plates} if parent.kind == "input" else user.aligned
-        return [p.name for p in parent.plates if p.name in shown & {q.name for q in user.plates}]
+        own = [p.name for p in parent.plates if p.name in shown & {q.name for q in user.plates}]
+        return own + [p.name for p in user.plates if (name, p.name) in user.along and p.name not in own]
 
     def is_row(self, expr: Expr, user: Site) -> bool:
         return isinstance(expr, Ref) and bool(self.rows(expr.name, user))
@@ -268,7 +269,13 @@ class Writer:
     def function(self, expr: Opaque, user: Site) -> str:
         order = [n for n in self.sites if n in expr.names]
         networks = [n for n in order if self.sites[n].kind == "module"]
-        name = subscripted(_FUNCTION, [self.word(n) for n in networks], self.math_text)
+        # What differs from row to row though nothing with rows enters is a function of the row itself: f_n.
+        told = {p.name for n in user.parents if n in self.sites for p in self.sites[n].plates} | {
+            p for _, p in user.along
+        }
+        rows = [self.letters[p.name].index for p in user.plates if p.name in user.varying and p.name not in told]
+        marks = [*(self.word(n) for n in networks), *(["".join(rows)] if rows else [])]
+        name = subscripted(_FUNCTION, marks, self.math_text)
         values = [self.reference(n, user) for n in order if n not in networks]
         if not order:
             return r"\cdot" if self.math_text else "·"
@@ -317,6 +324,8 @@ class Writer:
             return rf"\sqrt{{{left}}}", _POWER
         if op == "abs":
             return f"|{left}|", _ATOM
+        if op == "norm":
+            return (rf"\|{left}\|" if self.math_text else f"‖{left}‖"), _ATOM
         if self.math_text and op in ("exp", "log", "tanh", "sin", "cos"):
             return rf"\{op}({left})", _ATOM
         return f"{self.word(op)}({left})", _ATOM

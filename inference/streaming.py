@@ -7,6 +7,7 @@ page-locked buffers, and from there to the card on a stream of its own; the stre
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -174,6 +175,7 @@ class Pending:
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="reads ahead", daemon=True)
         self._thread.start()
+        UNDER_WAY.add(self)
 
     def _run(self) -> None:
         try:
@@ -193,6 +195,16 @@ class Pending:
         if self._error is not None:
             raise self._error
         return self._found
+
+
+#: What threads are making now, or have made for somebody who has not taken it yet.
+UNDER_WAY: weakref.WeakSet[Pending] = weakref.WeakSet()
+
+
+def finish_reading() -> None:
+    """Wait for threads that read ahead: what they hold on a card is let go with the work that it was read for."""
+    for pending in list(UNDER_WAY):
+        pending.wait()
 
 
 def same_key(a: Any, b: Any) -> bool:

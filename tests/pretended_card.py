@@ -21,7 +21,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from pretended_graphs import Graph, Idle, Recording, wait
+from pretended_graphs import DefaultGenerator, Graph, Idle, Recording, wait
 from pretended_memory import CARD, HOST, NAME, Card, Kernels, tensors_of
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -143,7 +143,8 @@ def stand_ins(card: Card) -> dict[str, Any]:
         finally:
             card.recording = None
             found.end()
-            if found.spoilt:  # PyTorch does not come as far as leaving the stream
+            if found.spoilt:  # PyTorch does not come as far as leaving the stream, or telling the generator
+                card.stuck = True
                 raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
             card.stream = before
 
@@ -196,6 +197,9 @@ def stand_ins(card: Card) -> dict[str, Any]:
         "Event": lambda *_, **__: Idle(card),
         "stream": on_stream,
         "device": lambda *_: nullcontext(),
+        "default_generators": (DefaultGenerator(card),),
+        "get_sync_debug_mode": lambda: card.told,
+        "set_sync_debug_mode": lambda mode: setattr(card, "told", {"error": 2}.get(mode, mode)),
         "CUDAGraph": lambda: Graph(card),
         "graph": recorded,
     }

@@ -146,6 +146,21 @@ class Idle:
         pass
 
 
+class DefaultGenerator:
+    """The card's random numbers: after a recording that was spoilt there are none until its state is put back."""
+
+    def __init__(self, card: Card) -> None:
+        self.card = card
+
+    def clone_state(self) -> bool:
+        """Whether it is stuck."""
+        return self.card.stuck
+
+    def graphsafe_set_state(self, state: bool) -> None:
+        """As it was."""
+        self.card.stuck = state
+
+
 def wait(card: Card) -> None:
     """The processor waits for all that the card does."""
     if card.own is not None:

@@ -87,6 +87,10 @@ class Card:
         How often the processor has waited for it.
     races
         Additions of fractions to one place by several threads: their last digits differ from run to run.
+    told
+        What `set_sync_debug_mode` was asked for: at 2 waits are errors.
+    stuck
+        Whether a recording was spoilt, after which the card's generator draws no more.
     stream
         The one on which operations are put.
     random
@@ -96,6 +100,7 @@ class Card:
     def __init__(self, limit: float = float("inf"), random: torch.Generator | None = None) -> None:
         self.limit, self.waits, self.random = limit, 0, random
         self.races: list[str] = []
+        self.told, self.stuck = 0, False
         self.stream: Any = None
         self._there: dict[int, StorageWeakRef] = {}
         self._sizes: dict[int, int] = {}
@@ -281,6 +286,8 @@ class Kernels(TorchDispatchMode):
         recording = card.own
         if on or recording is not None:
             self.before(func, known, args, kwargs, on, off, there)
+        if card.stuck and recording is None and there and known.draws:
+            raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
         with card.drawing() if there and known.draws and card.random is not None else nullcontext():
             out = func(*args, **kwargs)
         if there:
@@ -302,15 +309,17 @@ class Kernels(TorchDispatchMode):
             self.check(func, known, args, on, off)
         looks = bool(on) and (not there or known.looks or (known.indexes and by_mask(args)))
         card.waits += looks
+        # A single number goes along with the operation that needs it; more has to travel.
+        travels = bool(off) and (there if known.crosses else bool(on) and any(t.ndim for t in off))
         if recording is not None:
-            # A single number goes along with the operation that needs it; more has to travel.
-            travels = bool(off) and (there if known.crosses else bool(on) and any(t.ndim for t in off))
             if looks or travels:
                 recording.spoilt = True
                 raise RuntimeError(BUSY)
             recording.keep(func, args, kwargs)
         elif looks:
             card.demand()
+        if recording is None and card.told == 2 and (looks or travels):
+            raise RuntimeError("called a synchronizing CUDA operation")
         if there and on and collides(known, args):
             card.races.append(str(func))
 

@@ -16,7 +16,7 @@ from stories import (
     ppca,
 )
 
-from inference.capture import capture, constrain_many, value_and_grad
+from inference.capture import capture, constrain_many, value_and_grad, with_gradient
 from inference.joint import LogJoint
 from inference.problem import prepare
 from inference.recorder import CaptureError, pure_graph
@@ -208,6 +208,28 @@ def test_writes_into_shared_memory_are_seen_by_every_view():
         for found, wanted in zip(graph(point), program(point), strict=True):
             assert torch.equal(found, wanted)
     assert graph.mode == "graph", graph.reason
+
+
+def test_masks_of_constants_are_counted_once():
+    """Reading and writing under masks of one, two and inner dimensions: no call counts them again; values and slopes."""
+    rows, cells = torch.tensor([True, False, True, True]), torch.arange(12).reshape(4, 3) % 5 < 2
+
+    def fn(x):
+        table, part = torch.outer(x, torch.arange(3.0) + 1), x.clone()
+        part[rows] = torch.stack([x.sum(), x.prod(), x[0]])
+        inner = table[:, torch.tensor([True, False, True])]
+        return table[rows].sum() ** 2 + (table[cells] ** 3).sum() + (part**2).sum() + inner.prod()
+
+    x = torch.tensor([1.0, 2.0, -1.0, 0.5], dtype=torch.float64)
+    density = pure_graph(fn, (x,), differentiable=True)
+    graph = pure_graph(with_gradient(density), (x,))
+    assert not any(c.dtype == torch.bool for c in (*density.constants, *graph.constants))
+    for point in (x, 3 * x):
+        wanted, slope = with_gradient(fn)(point)
+        found, gradient = graph(point)
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+        torch.testing.assert_close(gradient, slope, rtol=1e-12, atol=0)
+        torch.testing.assert_close(torch.vmap(density)(torch.stack([x, point]))[1], wanted, rtol=1e-12, atol=0)
 
 
 def test_capture_takes_gradients_inside():

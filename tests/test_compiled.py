@@ -22,7 +22,7 @@ from inference import NUTS, fit
 from inference import compiled_cache as cache
 from inference.capture import value_and_grad
 from inference.codegen import translate
-from inference.compiled import Compiled, NotCompiled, build, build_library, find, simple, without_masks
+from inference.compiled import Compiled, NotCompiled, build, build_library, find, simple
 from inference.methods import hamiltonian
 from inference.recorder import pure_graph
 from inference.session import isolated
@@ -57,7 +57,8 @@ def run(program, x, tmp_path):
             value = program(q)
             return value.detach(), torch.autograd.grad(value, q)[0]
 
-    module, constants = without_masks(pure_graph(both, (x,)))
+    graph = pure_graph(both, (x,))
+    module, constants = graph.module, graph.constants
     source, arena = translate(simple(module, (x, *constants)), (x, *constants))
     build_library(source, tmp_path / "program.so")
     library = ctypes.CDLL(str(tmp_path / "program.so"))

@@ -73,6 +73,7 @@ class Log:
 
     def __init__(self):
         self.seen = []
+        self.default_generators = {self: self}
 
     def __getattr__(self, name):
         def call(*args, **kwargs):
@@ -94,8 +95,9 @@ def test_work_is_warmed_up_beside_the_main_stream_and_then_recorded_once():
     launch = OnCard(torch.device("cuda:0"), cuda)(lambda: cuda.seen.append("work"))
     text = " ".join(cuda.seen)
     assert text == (
-        "device Stream current_stream wait_stream stream work work work end current_stream wait_stream synchronize "
-        "current_stream CUDAGraph graph(capture_error_mode, stream) work end set_stream end"
+        "device Stream current_stream wait_stream stream work work get_sync_debug_mode set_sync_debug_mode work "
+        "set_sync_debug_mode end current_stream wait_stream synchronize current_stream CUDAGraph current_device clone_state "
+        "graph(capture_error_mode, stream) work end set_stream end"
     )
     launch()
     assert cuda.seen[-1] == "replay"

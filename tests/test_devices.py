@@ -1,6 +1,8 @@
 """The device of a fit: which one is taken and why, with clocks and cards that are made up."""
 
+import subprocess
 import sys
+from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -9,9 +11,11 @@ import torch
 from torch import nn
 
 from inference import EM, HMC, NUTS, SVI, Gibbs, devices, fit
-from inference.devices import available, fastest, full_precision, only_here, settled, step_of
+from inference.devices import available, fastest, only_here, settled, step_of
 from inference.problem import prepare, settle
 from zoo import GMM, LDA, load_corpus
+
+ROOT = Path(__file__).parents[1]
 
 
 class Clock:
@@ -210,23 +214,68 @@ def test_networks_go_where_the_data_are():
     assert own.net.weight.device.type == "meta"
 
 
-def test_float32_is_multiplied_as_float32():
-    """TF32 keeps ten bits; whoever asked for it gets it back afterwards, also after an error."""
-    before = torch.get_float32_matmul_precision()
-    conv = torch.backends.cudnn.conv.fp32_precision
+#: What a user may have told PyTorch before, in the older way and in the newer.
+TOLD = {
+    "nothing": "",
+    "high": "torch.set_float32_matmul_precision('high')",
+    "newer: products": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "newer: all": "torch.backends.fp32_precision = 'tf32'",
+}
+#: In a process of its own, as PyTorch does not forget that it was told in the newer way.
+PRECISION = """
+import sys, torch
+from inference.devices import full_precision
+exec(sys.argv[1])
+old = ("torch.backends.cuda.matmul.allow_tf32", "torch.get_float32_matmul_precision()", "torch.backends.cudnn.allow_tf32")
+new = ("cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul")
+new = [f"torch.backends.{n}.fp32_precision" for n in new if hasattr(torch.backends.cuda.matmul, "fp32_precision")]
+
+def look(names):
+    found = []
+    for name in names:
+        try:
+            found.append(eval(name))
+        except RuntimeError:
+            found.append("parted")
+    return found
+
+def state():
+    return look(old), look(new)
+
+before = state()
+try:
+    with full_precision():
+        within = state()
+        raise ValueError
+except ValueError:
+    pass
+assert state() == before, (before, state())
+assert set(within[1]) <= {"none", "ieee"}, within
+for told, then in zip(*(s[0] for s in (before, within))):
+    assert then in (False, "highest") or told == "parted" or "backends.fp32" in sys.argv[1], (before, within)
+"""
+
+
+@pytest.mark.parametrize("told", TOLD)
+def test_float32_is_multiplied_as_float32(told):
+    """TF32 keeps ten bits; who asked for it gets it back, also after an error, and no kernel finds two answers."""
+    if "newer" in told and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("an older PyTorch")
+    done = subprocess.run([sys.executable, "-c", PRECISION, TOLD[told]], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_fit_multiplies_float32_as_float32():
+    """Whatever the user has asked for outside."""
+    before, seen = torch.get_float32_matmul_precision(), set()
+
+    def watching(x):
+        seen.add(torch.get_float32_matmul_precision())
+        story(x)
+
     torch.set_float32_matmul_precision("high")
     try:
-        seen = []
-
-        def watching(x):
-            seen.append((torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision))
-            story(x)
-
         fit(watching, X, SVI(steps=3, starts=1, mode="eager"), seed=0)
-        assert set(seen) == {("ieee", "ieee")}
-        assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.conv.fp32_precision == conv
-        with pytest.raises(ValueError, match="stop"), full_precision():
-            raise ValueError("stop")
-        assert torch.get_float32_matmul_precision() == "high"
+        assert seen == {"highest"} and torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)

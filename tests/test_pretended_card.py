@@ -1,6 +1,7 @@
 """Fits on a card that is pretended: the answers of the processor, nothing left behind, and the refusals of a real card."""
 
 import gc
+import shutil
 
 import numpy as np
 import pyro
@@ -11,10 +12,12 @@ import torch
 from card_cases import CASES, PAIR, QUICK, X, clusters, regression
 from pretended_card import pretended
 
-from inference import EM, NUTS, SVI, DivergenceError, fit
+from inference import EM, HMC, NUTS, SVI, DivergenceError, devices, fit
 from inference.lazy_rows import LazyRows
+from inference.methods import cuda_graphs, hmc
 from inference.methods.ascent import Ascent
 from inference.methods.climb_file import ClimbFile
+from inference.recorder import pure_graph
 from zoo import GMM, MultinomialMixture, TokenLDA
 
 CUDA = torch.cuda.is_available()
@@ -44,6 +47,8 @@ def test_a_card_answers_as_the_processor_does(case):
         assert found.diagnostics["device"].startswith("cuda")
         if isinstance(method, SVI) and method.mode == "cudagraph":
             assert found.diagnostics["mode"] == "cudagraph", found.diagnostics["reason"]
+        if isinstance(method, HMC):
+            assert found.diagnostics["leapfrog"] == "cudagraph"
         gc.collect()
         assert card.used() == 0
         assert not card.races  # the same seed gives the same bits
@@ -190,3 +195,43 @@ def test_a_climb_goes_on_on_another_device(first, tmp_path):
         found = fit(GMM(3), X, EM(max_iter=12, **options), seed=1, device=second)
     wanted = fit(GMM(3), X, EM(max_iter=12, restarts=1, tol=0.0), seed=1)
     np.testing.assert_allclose(found.history, wanted.history, rtol=1e-9)
+
+
+def test_chains_of_a_card_search_alone_in_machine_code(card, monkeypatch):
+    """From the recording of the card, on the processor, as there each would wait for its own gradients; what is large stays."""
+    moved, run = [], hmc.Run.go
+    monkeypatch.setattr(hmc.Run, "go", lambda self, watch: moved.append(self.backend.name) or run(self, watch))
+    method = HMC(chains=4, warmup=60, draws=20)
+    found = fit(regression, PAIR, method, seed=1, device="cuda")
+    monkeypatch.setattr(hmc, "ASKED", 0.0)
+    fit(regression, PAIR, method, seed=1, device="cuda")
+    assert moved[0] == ("compiled" if shutil.which("cc") else "graph") and moved[-1] == "graph"
+    assert found.diagnostics["leapfrog"] == "cudagraph" and found.diagnostics["backend"].startswith("graph")
+
+
+def test_a_recording_of_a_card_runs_on_the_processor(card):
+    """Constants and devices that it names come along."""
+
+    def density(q):
+        return (q * y + torch.arange(3, device="cuda")).square().sum() + q.new_zeros(3).sum()
+
+    y, q = torch.linspace(-1, 1, 3, device="cuda"), torch.ones(3, device="cuda")
+    here = pure_graph(density, (q,)).at_home()
+    assert not here.constants[0].is_cuda
+    assert float(here(torch.ones(3))) == pytest.approx(float(density(q)))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [HMC(chains=4, warmup=20, draws=10), SVI(guide="mean_field", **QUICK), EM(restarts=1, max_iter=3)],
+    ids=["hmc", "svi", "em"],
+)
+def test_devices_are_timed_on_what_they_will_do(card, method):
+    """On the card, too: a trial that fails there passes it over; recorded steps are timed as such."""
+    made, once = [], cuda_graphs.GraphedStep.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_graphs.GraphedStep, "__init__", lambda self, *a: made.append(self) or once(self, *a))
+        patch.setattr(devices, "PAYS", 0.0)
+        found = fit(GMM(2) if method.name == "em" else regression, X if method.name == "em" else PAIR, method, seed=0)
+    assert {"step_cpu", "step_cuda"} <= set(found.timings) and found.diagnostics["device"].startswith("cpu")
+    assert len(made) == (method.name != "em")

@@ -310,3 +310,17 @@ def test_rows_handed_over_are_views_of_one_table():
     lazy = LazyRows(HostTable(x), torch.float64)
     assert lazy[10:20].data_ptr() == x[10:20].data_ptr()
     assert float(torch.aminmax(lazy).max) == float(x.max()) and torch.equal(lazy.isnan(), x.isnan())
+
+
+def test_nothing_is_read_any_more_when_a_fit_has_ended(monkeypatch):
+    """A thread that reads ahead would hold its rows, on a card too, after the answer is there, or the error."""
+    stream = Stream(lambda key: (time.sleep(0.3), torch.zeros(3))[1:])
+
+    def run(self, problem):
+        stream.expect(1)
+        raise RuntimeError("ended")
+
+    monkeypatch.setattr(EM, "run", run)
+    with pytest.raises(RuntimeError, match="ended"):
+        fit(GMM(2), table(), EM(), seed=0)
+    assert stream._pending is not None and not stream._pending._thread.is_alive()

@@ -148,7 +148,7 @@ def test_fixed_point_of_alpha_is_the_maximum_for_certain_counts():
     p = torch.eye(3).expand(200, 3, 3)
     alpha = torch.ones(3)
     for _ in range(300):
-        gain, weight = concentration_terms(p, torch.from_numpy(n), alpha)
+        gain, weight = concentration_terms(p * torch.from_numpy(n).unsqueeze(2), torch.from_numpy(n), alpha)
         alpha = alpha * gain / weight
 
     def loss(a):

@@ -112,11 +112,17 @@ class Counted(torch.fx.Interpreter):
         return found
 
 
-def work(potential: ValueAndGrad, iterations: int) -> tuple[float, float]:
-    """Seconds that the graph would need for all iterations, and that building would take, by a count of what is done."""
+def numbers_of(potential: ValueAndGrad) -> int:
+    """Numbers that the operations of one gradient make."""
     graph = graph_of(potential)
-    run, operations = Counted(graph.module), len(graph.module.graph.nodes)
+    run = Counted(graph.module)
     with torch.no_grad():
         run.run(potential.points[0], *graph.constants)
-    gradient = OPERATION * operations + NUMBER * run.numbers
+    return run.numbers
+
+
+def work(potential: ValueAndGrad, iterations: int) -> tuple[float, float]:
+    """Seconds that the graph would need for all iterations, and that building would take, by a count of what is done."""
+    operations = len(graph_of(potential).module.graph.nodes)
+    gradient = OPERATION * operations + NUMBER * numbers_of(potential)
     return 1.3 * GRADIENTS * iterations * gradient, BUILDING + EACH * operations

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..capture import check_agreement, reason_of
 from ..data import LISTED, take_rows
 from ..lazy_rows import LazyRows, affordable, has_lazy
+from ..mapped_files import still_there
 from ..problem import Problem
 from ..recorder import pure_graph
 from ..streaming import Stream
@@ -89,7 +90,8 @@ class Batches:
         return rows if self.pool is None else self.pool[rows]
 
     def next(self) -> Tensor:
-        """Indices of the next batch."""
+        """Indices of the next batch, whose rows are still there."""
+        still_there(*(self.kwargs[name] for name in self.names))
         size = self.size or self.rows
         if self.ranks.shares_rows and size == self.rows:
             return self.first()
@@ -144,7 +146,8 @@ class Batches:
     def read(self, rows: Tensor) -> tuple[Tensor, ...]:
         """The same in the processor's memory."""
         index = rows.cpu()
-        given = (self.kwargs[name] for name in self.names)
+        given = [self.kwargs[name] for name in self.names]
+        still_there(*given)
         return tuple(v.host(v.numbers(index)) if isinstance(v, LazyRows) else v[index] for v in given)
 
 

@@ -9,7 +9,8 @@ next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -68,7 +69,9 @@ class OnCard:
             side = cuda.Stream(self.device)
             side.wait_stream(cuda.current_stream(self.device))
             with cuda.stream(side):
-                for _ in range(WARM):
+                for _ in range(WARM - 1):
+                    work()
+                with waits_told(cuda):
                     work()
             cuda.current_stream(self.device).wait_stream(side)
             cuda.synchronize(self.device)
@@ -83,11 +86,34 @@ def recorded(work: Callable[[], None], device: torch.device, cuda: Any, **option
     """
     before, graph = cuda.current_stream(device), cuda.CUDAGraph()
     try:
-        with cuda.graph(graph, capture_error_mode="thread_local", **options):
+        with unharmed(cuda), cuda.graph(graph, capture_error_mode="thread_local", **options):
             work()
     finally:
         cuda.set_stream(before)
     return graph.replay
+
+
+@contextmanager
+def waits_told(cuda: Any) -> Iterator[None]:
+    """Work that waits for the card ends in an error here, and not in the recording: the allocator survives that badly."""
+    before = cuda.get_sync_debug_mode()
+    cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        cuda.set_sync_debug_mode(before)
+
+
+@contextmanager
+def unharmed(cuda: Any) -> Iterator[None]:
+    """A recording that breaks off leaves the card's generator as it was: versions of PyTorch let it draw no more."""
+    generator = cuda.default_generators[cuda.current_device()]
+    kept = generator.clone_state()
+    try:
+        yield
+    except BaseException:
+        generator.graphsafe_set_state(kept)
+        raise
 
 
 class GraphedStep:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributions.transforms import ReshapeTransform
 from torch.nn.functional import softplus
 
+from ..dimensions import rows_axis
 from ..handlers import FlatStart
 from ..transforms import unconstrain_to
 from .base import one_of, positive_int
@@ -58,7 +59,9 @@ class Amortised:
     ------
     ValueError
         A width below one or an unknown family; and, when the story is known, a story without continuous latents in its
-        rows, or with latents in a plate inside the rows.
+        rows, or with rows that are not the leftmost dimension of their latents.
+
+    Plates inside the rows belong to the row: their size must be that of the fitted rows.
     """
 
     encoder: Sequence[int] | nn.Module = (64, 64)
@@ -98,12 +101,13 @@ class AmortisedGuide(nn.Module):
         inside = [s for s in latents if s.local]
         if not inside or not self.arguments:
             raise ValueError("Amortised: the rows of this story have no continuous latents to guess; use SVI()")
-        if bad := next((s for s in inside if len(s.plates) != 1), None):
-            raise ValueError(
-                f"Amortised: {bad.name!r} lies in the plates {list(bad.plates)}; a row's latents must lie in the data plate "
-                f"alone. Write a guide for this story"
-            )
         sites = example_sites(problem)
+        if bad := next((s for s in inside if rows_axis(sites[s.name], self.plate)), None):
+            raise ValueError(
+                f"Amortised: the rows of {bad.name!r} lie along dimension {rows_axis(sites[bad.name], self.plate)} of its "
+                f"shape {bad.shape}; they must come first. Give the plate of the rows the leftmost dimension: "
+                f"pyro.plate({self.plate!r}, ..., dim={-1 - rows_axis(sites[bad.name], self.plate)})"
+            )
         self.sites = {s.name: SiteShape.of(sites[s.name], rows=True) for s in inside}
         self.shared = {s.name: SiteShape.of(sites[s.name], rows=False) for s in latents if not s.local}
         self.frames = {n: [f for f in sites[n]["cond_indep_stack"] if f.vectorized] for n in self.shared}
@@ -225,7 +229,7 @@ class SiteShape:
         fn = node["fn"]
         transform = unconstrain_to(fn.support)
         shape = tuple(transform.inverse_shape(node["value"].shape))
-        batch = len(fn.batch_shape)
+        batch = 1 if rows else len(fn.batch_shape)  # plates inside the rows are part of a row's event
         return cls(node["name"], transform, shape, shape[batch:], len(shape) - batch)
 
     def place(self, free: Any, flat: bool = False) -> Any:

@@ -12,22 +12,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .adaptation import DualAveraging, windows
+from .backends import NUMBER, Backend, numbers_of
 from .base import Verdict, one_of, positive_float, positive_int
 from .hamiltonian import DIVERGENCE, Failed, Record, Settings
 from .hmc_file import MoveFile
-from .movers import Ensemble, Mover, mover_for
+from .movers import BatchMover, Ensemble, Mover, mover_for
+from .native import cores
 from .nuts import BACKENDS, Run, check_init, failure
 from .sampling import Watch, answer, beside_bar, potential_of, sampling_verdict, spread
 from .starts import starts
 from .trajectories import Climb, Scale, Within, criterion, van_der_corput
 
 if TYPE_CHECKING:
+    from ..capture import ValueAndGrad
+    from ..distributed import Ranks
     from ..joint import LogJoint
     from ..posterior import Posterior
     from ..problem import Problem
     from ..structure import Structure
-    from .backends import Backend
 
+#: Leapfrog steps that a device is timed on.
+TRIED = 5
+#: Seconds of Python for every gradient that a chain asks for where chains run in lockstep but at their own pace.
+ASKED = 5e-5
 #: Iterations in which every chain finds the posterior's bulk on its own, at most, and their share of the warm-up.
 ALONE, SHARE = 100, 0.25
 #: Rounds more of them for chains that lie behind, and how far: so many times the spread of the other chains' densities.
@@ -46,6 +53,9 @@ class HMC:
     trajectory lengths in Hamiltonian Monte Carlo*, AISTATS 2021), for every gradient that it costs. Before that every chain
     finds the bulk of the posterior by a short run of NUTS of its own: no chain is ever moved to where another one is, so that
     modes stay visible.
+
+    On a card a leapfrog step of all chains is one launch of a CUDA graph where it can be recorded;
+    `posterior.diagnostics["leapfrog"]` says "cudagraph", or why not.
 
     Parameters
     ----------
@@ -118,7 +128,7 @@ class HMC:
                 said, layout = replace(self, checkpoint=None, init="auto"), [(b.name, b.shape) for b in joint.blocks]
                 file = MoveFile(Path(self.checkpoint), problem, said, backend.name, layout)
             kept = file.read() if file is not None else None
-            begun = None if kept is not None else self.alone(joint, potential, backend)
+            begun = None if kept is not None else self.alone(joint, *self.searched_by(ranks, potential, backend))
             moves = Moves(self, joint, mover, begun, kept, file)
             meter.mark("setup")
             total = self.warmup + self.draws
@@ -137,10 +147,38 @@ class HMC:
             elif file is not None:
                 file.remove()
             positions, stats, notes = moves.gather(watch.stopped)
-            facts = {"trajectory_length": moves.length, "dense_mass": moves.scale.dense}
+            facts: dict[str, Any] = {"trajectory_length": moves.length, "dense_mass": moves.scale.dense}
+            own = getattr(mover, "own", mover)
+            if isinstance(own, BatchMover):
+                facts["leapfrog"] = f"{own.mode}: {own.reason}" if own.reason else own.mode
             return answer(
                 self, problem, joint, potential, backend, positions, stats, notes, facts, meter, not watch.stopped
             )
+
+    def trial(self, problem: Problem) -> Callable[[], Any]:
+        """A few leapfrog steps of all chains, to be timed."""
+        from ..marginal import density_of_globals
+        from .backends import choose_backend
+
+        joint = density_of_globals(problem)
+        potential = potential_of(joint, self.backend)
+        work = self.chains * (self.warmup + self.draws)
+        mover = mover_for(potential, choose_backend(potential, self.backend, work, problem.budget))
+        here = mover.at(np.stack([potential.points[c % len(potential.points)].double().cpu() for c in range(self.chains)]))
+        still, scales = np.zeros_like(here.position), np.ones(here.position.shape[1])
+        return lambda: mover.move(here, still, TRIED, 1e-6, scales)
+
+    def searched_by(self, ranks: Ranks, potential: ValueAndGrad, backend: Backend) -> tuple[ValueAndGrad, Backend]:
+        """What moves chains that are alone: on a card each asks for itself, so that machine code is often faster there."""
+        if potential.points[0].device.type == "cpu" or self.backend not in ("auto", "compiled"):
+            return potential, backend
+        home = potential.at_home()
+        if home is potential or NUMBER * numbers_of(home) > ASKED * cores():
+            return potential, backend
+        from .chains import same_backend
+
+        found = same_backend(ranks, home, "auto", self.chains * ALONE, None)
+        return (home, found) if found.code is not None else (potential, backend)
 
     def alone(self, joint: LogJoint, potential: Any, backend: Backend) -> tuple[list[Record], int]:
         """Every chain after a short run of NUTS of its own, and the iterations that took.

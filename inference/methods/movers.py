@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,8 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..compiled import Compiled, sampler
+from .cuda_graphs import graphed
 from .native import cores
 
 if TYPE_CHECKING:
@@ -108,9 +111,25 @@ class MachineMover(_Chosen):
 
 @dataclass
 class BatchMover(_Chosen):
-    """The captured density of all chains as one batch, on the device of the data."""
+    """The captured density of all chains as one batch, on the device of the data.
+
+    On a card a leapfrog step is recorded, where that is possible: one launch in place of one for every operation.
+
+    Attributes
+    ----------
+    mode
+        What runs a step: "graph" or "eager" as the density, or "cudagraph".
+    reason
+        Why it is not recorded on a card; empty otherwise.
+    """
 
     potential: ValueAndGrad
+    mode: str = field(init=False)
+    reason: str = field(init=False, default="")
+    _recorded: dict[Any, Callable[..., Any]] = field(init=False, default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.mode = self.potential.mode
 
     def at(self, position: NDArray) -> Ensemble:
         """The ensemble at these positions."""
@@ -126,13 +145,30 @@ class BatchMover(_Chosen):
         )
         value = torch.zeros(0)
         p = p + 0.5 * step * g
+        whole, half = (torch.full((), s, dtype=q.dtype, device=q.device) for s in (step, 0.5 * step))
+        leap = self.recorded(q, p, wide, whole)
         for s in range(steps):
-            q = q + (p @ wide if wide.ndim == 2 else wide * p)
-            with torch.inference_mode(self.potential.mode == "graph"):
-                value, g = self.potential(q)
-            p = p + (step if s + 1 < steps else 0.5 * step) * g
+            q, p, g, value = leap(q, p, wide, whole if s + 1 < steps else half)
         q_, p_, g_, v_ = (t.double().cpu().numpy() for t in (q, p, g, value))
         return Ensemble(q_, v_, g_), p_
+
+    def leap(self, q: Tensor, p: Tensor, wide: Tensor, step: Tensor) -> tuple[Tensor, ...]:
+        """New positions, momenta `step` times the gradient on, that gradient, and the log density."""
+        q = q + (p @ wide if wide.ndim == 2 else wide * p)
+        with torch.inference_mode(self.potential.mode == "graph"):
+            value, g = self.potential(q)
+        return q, p + step * g, g, value
+
+    def recorded(self, *example: Tensor) -> Callable[..., Any]:
+        """`leap` for tensors of these shapes; what it returns on a card is written over by the next call."""
+        if not example[0].is_cuda or self.potential.mode != "graph":
+            return self.leap
+        key = tuple(t.shape for t in example)
+        if key not in self._recorded:
+            found = graphed(self.leap, example, [])
+            self.mode, self.reason = found.mode, found.reason
+            self._recorded[key] = getattr(found.call, "once", found.call)
+        return self._recorded[key]
 
 
 def mover_for(potential: ValueAndGrad, backend: Backend) -> Mover:

@@ -37,6 +37,8 @@ SCHEDULES = ("auto", "adaptive", "constant", "cosine", "one_cycle")
 MODES = ("auto", "eager", "graph", "inductor", "cudagraph")
 #: Draws a step and starts where no networks are learned; and, where they are, rows from which on batches are taken, and theirs.
 PARTICLES, STARTS, MANY, BATCH = 8, 3, 1024, 256
+#: Rows of a batch where all of them could not be had at once.
+BATCH_ELSEWHERE = 1024
 #: Unknowns up to which "auto" affords a full covariance.
 FULL_RANK = 50
 #: Bytes that draws of latents may take; with a latent a row there are fewer draws.
@@ -65,7 +67,8 @@ class SVI:
     steps, lr
         Most steps of Adam, and its first step size (a quarter of it for networks); it falls whenever the ELBO stops rising.
     batch_size
-        Rows a step; None takes all, and so does "auto", except for networks of 1,024 rows or more: 256.
+        Rows a step; None takes all, and so does "auto", except for networks of 1,024 rows or more: 256; and for tables whose
+        rows are read as they are needed, and are too many for that: 1,024.
     particles
         Draws of the guide in one step; None: 8, or 1 for networks.
     starts
@@ -171,12 +174,17 @@ class SVI:
         positive_float("SVI", "lr", self.lr)
         positive_float("SVI", "tol", self.tol, zero=True)
 
-    def settled(self, structure: Structure) -> SVI:
+    def settled(self, problem: Problem) -> SVI:
         """The same with everything chosen that was left open."""
+        from ..lazy_rows import affordable, too_many
+
+        structure = problem.structure
         networks = structure.has_modules or isinstance(self.guide, Amortised)
         batch_size = self.batch_size
         if batch_size == "auto":
             batch_size = BATCH if networks and structure.row_arguments and (structure.num_rows or 0) >= MANY else None
+            if too_many(problem.kwargs) and structure.row_arguments and not structure.admixture:
+                batch_size = batch_size or affordable(problem.kwargs, BATCH_ELSEWHERE)
         few = networks and self.objective == "elbo"
         return replace(
             self,
@@ -262,7 +270,7 @@ class SVI:
         from .paired import PairTarget
         from .shared import whole_draws, whole_parameters
 
-        if (chosen := self.settled(problem.structure)) != self:
+        if (chosen := self.settled(problem)) != self:
             return chosen.run(problem)
         family = self.family(problem.structure)
         if family == "topics":
@@ -384,14 +392,15 @@ class SVI:
 
     def trial(self, problem: Problem) -> Callable[[], Any]:
         """An estimate of the ELBO with its gradient, to be timed."""
-        chosen = self.settled(problem.structure)
+        chosen = self.settled(problem)
         if chosen.family(problem.structure) == "topics":
             from ..topics.ways import trial
 
             return trial(problem, chosen)
         if isinstance(self.guide, Amortised):
             problem = replace(problem, guide=self.guide.build(problem))
-        hurried = replace(chosen, mode="graph" if self.mode == "auto" else self.mode)
+        # As it will run, but for Inductor, which takes minutes to say whether it pays.
+        hurried = replace(chosen, mode="graph" if self.mode == "auto" and problem.device.type == "cpu" else self.mode)
         target = hurried.target(problem, self.family(problem.structure))
         leaves = target.start()
         return lambda: target.objective(leaves)

@@ -215,8 +215,10 @@ class Density:
         self.num_states = math.prod(k**n for _, k, n in sizes)
         if self.num_states > MOST_STATES:
             told = " x ".join(f"{k}^{n} ({name!r})" for name, k, n in sizes)
+            digits = sum(n * math.log10(k) for _, k, n in sizes)
+            many = f"{self.num_states:.3g}" if digits < 15 else f"10^{digits:.0f}"  # which no float may hold
             raise ValueError(
-                f"the discrete latents have {told} = {self.num_states:.3g} joint states, and an oracle lists at most "
+                f"the discrete latents have {told} = {many} joint states, and an oracle lists at most "
                 f"{MOST_STATES}: give it fewer rows, or fewer states a row"
             )
         axes = [range(k) for _, k, n in sizes for _ in range(n)]

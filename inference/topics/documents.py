@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..mapped_files import still_there
 from ..sparse_rows import SPAN, Rows, check_entries, check_starts, is_mapped
 from . import cards
 
@@ -50,7 +51,7 @@ class Documents:
         """Words of all documents, repetitions counted."""
         if not self.on_disk:
             return float(self.counts.sum())
-        return float(sum(self.counts[a : a + SPAN].sum(dtype=np.float64) for a in range(0, len(self.counts), SPAN)))
+        return float(sum(np.sum(self.counts[a : a + SPAN], dtype=np.float64) for a in range(0, len(self.counts), SPAN)))
 
     @property
     def on_disk(self) -> bool:
@@ -72,6 +73,7 @@ class Documents:
 
     def cut(self, first: int, last: int) -> Documents:
         """Consecutive documents, in memory."""
+        still_there(self.starts, self.words, self.counts)
         starts = np.asarray(self.starts[first : last + 1], dtype=np.int64)
         if self.on_disk:
             check_starts(starts[:-1], starts[1:], len(self.words))
@@ -123,6 +125,7 @@ class Documents:
 
     def take(self, which: np.ndarray) -> Documents:
         """Some of the documents, in the order given."""
+        still_there(self.starts, self.words, self.counts)
         if self.on_disk:
             check_starts(np.asarray(self.starts[which]), np.asarray(self.starts[which + 1]), len(self.words))
         spans = [np.arange(self.starts[d], self.starts[d + 1]) for d in which]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -227,27 +228,12 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
         else:
             few = streaming.total(ranks, documents.num_tokens) < expected.MANY
             run, history, trials = best_start([begun(r) for r in range(svi.starts or 1)], svi, few)
-        warnings, converged = [], False
 
         def kept() -> tuple[dict[str, Tensor], dict[str, Any]]:
             return run.tensors(), {"steps": run.steps, "fresh": run.fresh, "history": history, "trials": trials}
 
-        bar = tqdm(total=svi.steps, desc="SVI", disable=not problem.progress, leave=False)
-        with bar:
-            while len(history) < svi.steps:
-                improve_concentrations(run, form, len(history))
-                history.append(run.sweep())
-                bar.update()
-                bar.set_postfix_str(f"elbo={history[-1]:.6g}", refresh=False)
-                if history[-1] - history[-2] < svi.tol * abs(history[-1]):
-                    if not run.fresh:
-                        converged = True
-                        break
-                    run.fresh = False  # the last sweeps never fall
-                file.write(*kept())
-                if late():
-                    warnings.append(over.reason or "the budget of the first rank is used up")
-                    break
+        converged, stopped = swept(problem, svi, run, history, lambda: file.write(*kept()), late)
+        warnings = [over.reason or "the budget of the first rank is used up"] if stopped else []
         file.leave(not warnings, *kept())
         warnings += file.lost
         run.widen()
@@ -285,6 +271,26 @@ def run_svi(problem: Problem, svi: SVI) -> Posterior:
         converged=converged,
         extra={"topics": {"phi.concentration": lam} | ({} if streamed else {"theta.concentration": run.gamma.cpu()})},
     )
+
+
+def swept(
+    problem: Problem, svi: SVI, run: Any, history: list[float], keep: Callable[[], None], late: Callable[[], bool]
+) -> tuple[bool, bool]:
+    """Sweeps, whose bounds join the history, until they help no more: whether that came, and whether time ran out before."""
+    with tqdm(total=svi.steps, desc="SVI", disable=not problem.progress, leave=False) as bar:
+        while len(history) < svi.steps:
+            improve_concentrations(run, problem.admixture, len(history))
+            history.append(run.sweep())
+            bar.update()
+            bar.set_postfix_str(f"elbo={history[-1]:.6g}", refresh=False)
+            if history[-1] - history[-2] < svi.tol * abs(history[-1]):
+                if not run.fresh:
+                    return True, False
+                run.fresh = False  # the last sweeps never fall
+            keep()
+            if late():
+                return False, True
+    return False, False
 
 
 def best_start(runs: list[Any], svi: SVI, few: bool) -> tuple[Any, list[float], list[list[float]]]:

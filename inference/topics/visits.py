@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import Ranks
+from ..mapped_files import still_there
 from ..sparse_rows import check_entries, check_starts
 from ..streaming import Stream
 from . import cards
@@ -155,6 +156,7 @@ class Visits:
         words, counts = self.narrow
         part = slice(int(self.documents.starts[run[0]]), int(self.documents.starts[run[1]]))
         if self.documents.on_disk:
+            still_there(self.documents.starts, words, counts)
             starts = np.asarray(self.documents.starts[run[0] : run[1] + 1], dtype=np.int64)
             check_starts(starts[:-1], starts[1:], len(words))
             words, counts = (

@@ -79,6 +79,11 @@ class Climb:
         self.active = [self.active[i] for i in which]
 
 
+def maximised(engine: Any, theta: Theta, e: Expectation) -> Theta:
+    """M-step of every run, laid out as a checkpoint has it: products of transposed matrices round in another order."""
+    return {n: v.contiguous() for n, v in engine.maximise(theta, e).items()}
+
+
 def begin(theta: Theta, runs: int) -> Climb:
     """All runs at their starts."""
     return Climb(theta, [Run({n: v[r] for n, v in theta.items()}) for r in range(runs)], list(range(runs)))
@@ -97,7 +102,7 @@ def batch(engine: Any, climb: Climb, limits: Limits) -> str:
             break
         if limits.over:
             return "the budget is used up: the best state so far is returned"
-        climb.theta = engine.maximise(climb.theta, e)
+        climb.theta = maximised(engine, climb.theta, e)
         limits.save(climb)
     return ""
 
@@ -157,7 +162,7 @@ def incremental(engine: Enumeration, climb: Climb, limits: Limits, size: int) ->
             nothing = S.new_zeros(len(S))
             total = climb.extra["S"].sum(0)
             e = kernel.expectation(total, nothing, nothing, slots, engine.parts)
-            climb.theta = engine.maximise(climb.theta, e)
+            climb.theta = maximised(engine, climb.theta, e)
         e = energy(engine, kernel, climb)
         if first:  # the sums of the first pass come from starts that moved under it
             for run in climb.runs:
@@ -212,7 +217,7 @@ def stepwise(engine: Enumeration, climb: Climb, limits: Limits, size: int, decay
             climb.extra = {"running": running, "step": step + 1}
             slots, prior = slots_now(engine.joint, engine.plan, climb.theta, engine.parts)
             e = kernel.expectation(climb.extra["running"], prior, prior, slots, engine.parts)
-            climb.theta = engine.maximise(climb.theta, e)
+            climb.theta = maximised(engine, climb.theta, e)
         climb.iteration += 1
         now = seen.tolist()
         for i, number in enumerate(climb.active):

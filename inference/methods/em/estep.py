@@ -79,9 +79,14 @@ def make_parts(joint: LogJoint, plan: Plan | None = None) -> list[Part]:
 
 
 def few_rows(joint: LogJoint, kwargs: dict[str, Any], count: int = 2) -> dict[str, Any]:
-    """The first rows only, where rows are told apart: enough to read parameters off a run."""
-    rows = joint.structure.row_arguments
-    return take_rows(kwargs, rows, slice(0, count)) if rows else kwargs
+    """Few rows, where rows are told apart: enough to read parameters off a run.
+
+    The first ones, or those that show what all rows share in its full size, be it all of them.
+    """
+    rows, telling = joint.structure.row_arguments, joint.problem.few
+    if not rows or (telling and len(telling[rows[0]]) >= (joint.structure.num_rows or 0)):
+        return kwargs
+    return take_rows(kwargs, rows, slice(0, count))
 
 
 def expectation(joint: LogJoint, plan: Plan, theta: dict[str, Tensor], parts: list[Part]) -> Expectation:

@@ -171,6 +171,12 @@ def _poisson_natural(p: dict[str, tuple[str, Tensor]]) -> Statistics:
     return {"n": -rate, "x": rate.log()}
 
 
+def _trials(x: Tensor, f: td.Binomial) -> Tensor:
+    """Number of trials of every value; the states of a summed-out latent in the probability spread it as well."""
+    count = collapse(f.total_count).to(torch.get_default_dtype())
+    return count.expand(torch.broadcast_shapes(count.shape, x.shape))
+
+
 def _multinomial_base(x: Tensor) -> Tensor:
     return torch.lgamma(x.sum(-1) + 1) - torch.lgamma(x + 1).sum(-1)
 
@@ -202,7 +208,7 @@ FAMILIES: dict[type, Family] = {
     td.Binomial: Family(
         "Binomial",
         _probabilities,
-        lambda x, f: {"n": f.total_count.to(torch.get_default_dtype()).expand(x.shape), "x": _count_like(x, f)["x"]},
+        lambda x, f: {"n": _trials(x, f), "x": _count_like(x, f)["x"]},
         _POINT,
         _binary_expected,
     ),

@@ -17,6 +17,7 @@ from ...distributed import ALONE, Ranks
 from ...handlers import unwrap
 from ...joint import LogJoint
 from ...lazy_rows import CELLS, LazyRows
+from ...mapped_files import still_there
 from .counted import Counted, suits
 from .estep import Part, few_rows
 from .families import Statistics
@@ -211,6 +212,7 @@ class RowFeatures:
         """Sufficient statistics of some rows; the count only where some values do not count."""
         assert term.family is not None
         column = self.columns[term.name]
+        still_there(column.value)
         value = column.value[rows]
         if term.shift is not None:
             value = value.to(self.dtype) - term.shift.to(self.dtype)

@@ -206,7 +206,7 @@ def probe(
         nodes: Any = {}
         names: dict[str, str] = {}
         for z in [torch.zeros(q, **kind), *torch.eye(q, **kind)]:
-            rows = RowsFree([(latent, 0, q)], z.expand(n, q))
+            rows = RowsFree([(latent, 0, q)], z.expand(n, q), joint.structure.data_plate)
             trace, names = joint.trace(Stacked(leaves, rows), few)
             nodes = trace.nodes
             loc = location(nodes[observed], names, joint.structure.data_plate or "", component)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...distributed import ALONE, Ranks
+from ...mapped_files import still_there
 
 if TYPE_CHECKING:
     from .linear_form import Form
@@ -59,6 +60,7 @@ class Sums:
 def chunks(x: Tensor, width: int, kind: torch.dtype) -> Iterator[Tensor]:
     """Rows a chunk at a time, in `kind`."""
     for part in x.split(max(256, ELEMENTS // max(1, width))):
+        still_there(part)
         yield part.to(kind)
 
 

@@ -21,6 +21,7 @@ from .estep import Expectation, few_rows
 from .families import Statistics, covariance, scatter, variance
 from .plan import Plan
 from .priors import Conjugate
+from .sticks import beta, mode
 from .terms import RUNS, Term, over_value, parameters, prior_statistics, slots_of, spread_out
 
 #: L-BFGS iterations in one M-step; generalised EM needs an ascent, not the maximum.
@@ -65,9 +66,10 @@ class MStep:
         """theta that improves the expected complete log joint (ECM: locations, then spreads, then the rest)."""
         new = dict(theta)
         order = {"loc": 0, "spread": 2}
-        closed = sorted(self.plan.closed, key=lambda n: order.get(self.plan.users(n)[0][1], 1))
-        for name in closed:
-            value = self.closed_form(name, new, e)
+        copied = [n for n in self.plan.closed if n not in self.plan.sticks]
+        closed = sorted(copied, key=lambda n: order.get(self.plan.users(n)[0][1], 1))
+        for name in (*closed, *self.plan.sticks):
+            value = self.stick(name, new, e) if name in self.plan.sticks else self.closed_form(name, new, e)
             good = value.isfinite().reshape(len(value), -1).all(1)
             new[name] = torch.where(good.reshape([-1, *[1] * (value.dim() - 1)]), value, new[name])
         if self.plan.climbed:
@@ -110,6 +112,21 @@ class MStep:
         value = torch.where(n > 0, x / n.clamp_min(1e-300), old)
         tiny = torch.finfo(value.dtype).tiny
         return value.clamp(1e-12, 1 - 1e-12) if slot == "probs" else value.clamp_min(tiny)
+
+    def stick(self, name: str, theta: Theta, e: Expectation) -> Tensor:
+        """Parts of a stick, from the counts of what was broken off it; their prior may depend on other unknowns."""
+        old, fn = theta[name], None
+        if self.plan.estimate == "map":
+            fn = (self.plan.densities or {}).get(name)
+            if fn is None:
+                with torch.no_grad():
+                    now = {n: v[0] for n, v in theta.items()}
+                    fn = self.joint.trace(now, few_rows(self.joint, e.parts[0].kwargs))[0].nodes[name]["fn"]
+        shapes = beta(fn, old.shape[1:])
+        assert shapes is not None
+        a, b = (s.to(old) for s in shapes)
+        counts = e.stats[self.plan.sticks[name]]["counts"]
+        return mode(counts.reshape(len(old), -1, counts.shape[-1]).sum(1), a, b, old)
 
     def location(self, name: str, users: list[tuple[Term, str]], theta: Theta, e: Expectation, block: int) -> Tensor:
         """Means of normals: precision-weighted averages with the prior's pseudo-observations."""
@@ -245,7 +262,7 @@ class MStep:
         for b in self.joint.blocks:
             if b.name in names:
                 size = b.stop - b.start
-                blocks.append(Block(b.name, b.shape, b.free_shape, start, start + size, b.param, b.local))
+                blocks.append(Block(b.name, b.shape, b.free_shape, start, start + size, b.param, b.local, b.axis))
                 pieces.append(full[b.start : b.stop])
                 start += size
         begin = torch.cat(pieces)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...handlers import unwrap
 from ...joint import LogJoint
 from .priors import Conjugate, conjugate
+from .sticks import stick_of
 from .terms import Term, depends_on, make_term, prior_term
 
 CLOSED, ON_STATISTICS, ON_DATA, UNUSED = "closed form", "L-BFGS on statistics", "L-BFGS on data", "prior mode"
@@ -39,6 +40,8 @@ class Plan:
         Unknown -> its prior, for those whose prior depends on nothing; None where a hierarchy is not understood.
     sums
         Latent -> how it is summed out and at what cost.
+    sticks
+        Unknown -> the Categorical whose weights it breaks off a stick; see `sticks`.
     """
 
     terms: dict[str, Term]
@@ -49,6 +52,7 @@ class Plan:
     prior_terms: dict[str, Term] = field(default_factory=dict)
     densities: dict[str, Any] | None = None
     sums: dict[str, str] = field(default_factory=dict)
+    sticks: dict[str, str] = field(default_factory=dict)
 
     @property
     def copies_only(self) -> bool:
@@ -127,6 +131,12 @@ def compile_plan(joint: LogJoint, theta: dict[str, Tensor], estimate: str, rows:
             continue
         hierarchy = {other for other, depends in prior_users.items() if name in depends}
         tier, reason, found = decide(name, plan, priors.get(name), hierarchy, unclear, theta)
+        users = [t for t in terms.values() if name in t.depends]
+        prior = priors.get(name) if estimate == "map" else None
+        if tier == ON_STATISTICS and not hierarchy and (stick := stick_of(joint, name, users, theta, rows, prior)):
+            plan.sticks[name] = stick
+            what = "no prior" if prior is None else f"{type(unwrap(prior)).__name__} prior"
+            tier, reason = CLOSED, f"stick-breaking probs of Categorical ({stick}), {what}"
         plan.tiers[name], plan.reasons[name] = tier, reason
         if found is not None:
             plan.priors[name] = found

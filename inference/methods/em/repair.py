@@ -23,7 +23,7 @@ def collapsed(engine: Enumeration, theta: Theta, ridge: float) -> list[bool]:
     """
     runs = len(next(iter(theta.values()))) if theta else 1
     found = torch.zeros(runs, dtype=torch.bool, device="cpu")
-    for name in engine.plan.closed:
+    for name in (n for n in engine.plan.closed if n not in engine.plan.sticks):
         users = engine.plan.users(name)
         if users[0][1] != "spread" or engine.plan.priors[name].text not in ("no prior", "flat prior"):
             continue

@@ -1,0 +1,198 @@
+"""Rows with a plate of their own inside (schools and their pupils): what is said of one row integrates all it holds."""
+
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from scipy import stats
+
+from inference import EM, NUTS, SVI, fit, simulate
+from inference.local import FreeRows, RowIntegral
+from inference.methods.encoders import Amortised
+from inference.score import ScoreNotice
+
+WITHIN, NOISE, BETWEEN, CENTRE = 1.0, 0.5, 1.5, 2.0
+
+
+def schools(y=None, N=30, P=3):
+    N, P = (N, P) if y is None else y.shape
+    with pyro.plate("schools", N, dim=-2):
+        a = pyro.sample("a", dist.Normal(CENTRE, BETWEEN))
+        with pyro.plate("pupils", P, dim=-1):
+            b = pyro.sample("b", dist.Normal(a, WITHIN))
+            return pyro.sample("y", dist.Normal(b, NOISE), obs=y)
+
+
+def turned(y=None, N=30, P=3):
+    """The same where the rows' plate is the rightmost dimension, as Pyro counts them if nobody says."""
+    N, P = (N, P) if y is None else y.shape
+    with pyro.plate("schools", N):
+        a = pyro.sample("a", dist.Normal(CENTRE, BETWEEN))
+        with pyro.plate("pupils", P):
+            b = pyro.sample("b", dist.Normal(a, WITHIN))
+            pyro.sample("y", dist.Normal(b, NOISE), obs=None if y is None else y.T)
+
+
+def scores(y=None, N=30, P=3):
+    """Counts, with a finite latent of every pupil beside the continuous ones."""
+    N, P = (N, P) if y is None else y.shape
+    with pyro.plate("schools", N, dim=-2):
+        a = pyro.sample("a", dist.Normal(0.5, 1.0))
+        with pyro.plate("pupils", P, dim=-1):
+            z = pyro.sample("z", dist.Bernoulli(0.3))
+            b = pyro.sample("b", dist.Normal(a + z, 0.5))
+            return pyro.sample("y", dist.Poisson(b.exp()), obs=y)
+
+
+def covariance(P=3):
+    return BETWEEN**2 * np.ones((P, P)) + (WITHIN**2 + NOISE**2) * np.eye(P)
+
+
+@pytest.fixture(scope="module")
+def y():
+    return simulate(schools, seed=0)["y"]
+
+
+@pytest.mark.parametrize("story", [schools, turned])
+def test_density_and_latents_of_nested_rows_are_the_normal_ones(story, y):
+    """Refused before: log p of a school, and its pupils' latents, are those of one multivariate normal."""
+    posterior = fit(story, y, SVI(steps=20), seed=0)
+    new = y[:4] + 0.3
+    score = posterior.score(new)
+    exact = stats.multivariate_normal(np.full(3, CENTRE), covariance()).logpdf(new.numpy())
+    assert np.abs(score.rows.numpy() - exact).max() < 0.15
+    assert (np.abs(score.rows.numpy() - exact) < 4 * score.monte_carlo_error.numpy()).all()
+    b = posterior.local("b", new, draws=1000)
+    assert b.shape == (1000, 4, 3)
+    joint = BETWEEN**2 + WITHIN**2 * np.eye(3)
+    mean = CENTRE + (new.numpy() - CENTRE) @ np.linalg.solve(covariance(), joint)
+    sd = np.sqrt(np.diag(joint - joint @ np.linalg.solve(covariance(), joint)))
+    assert np.abs((b.mean(0).numpy() - mean) / sd).max() < 0.2
+    assert posterior.local("b").shape[1:] == (30, 3)
+    assert posterior.ladder(new).evidence.shape == (4,)
+    assert posterior.sample(7)["b"].shape == (7, 3)
+
+
+def test_a_missing_pupil_is_filled_in_from_its_school(y):
+    """One cell of one row: its draws are those of the conditional normal."""
+    posterior = fit(schools, y, SVI(steps=20), seed=0)
+    hole = y[:2].clone()
+    hole[0, 1] = math.nan
+    C = covariance()
+    w = np.linalg.solve(C[np.ix_([0, 2], [0, 2])], C[1, [0, 2]])
+    found = posterior.impute(hole, draws=400)
+    mean, sd = CENTRE + w @ (y[0, [0, 2]].numpy() - CENTRE), math.sqrt(C[1, 1] - w @ C[1, [0, 2]])
+    assert abs(float(found.mean[0]) - mean) < 0.25 * sd
+    assert float(found.sd[0]) == pytest.approx(sd, rel=0.2)
+
+
+def test_counts_with_finite_latents_inside_are_quadrature():
+    """log p of a row and p(z) of its pupils, by Gauss-Hermite in both layers and a sum over z."""
+    y = simulate(scores, seed=1, N=12)["y"]
+    posterior = fit(scores, y, SVI(steps=20), seed=0)
+    nodes, weights = np.polynomial.hermite_e.hermegauss(40)
+    weights /= weights.sum()
+    a = 0.5 + nodes[:, None]
+    new = y[:4]
+    pupil = np.stack(
+        [p * stats.poisson.pmf(new.numpy()[..., None, None], np.exp(a + z + 0.5 * nodes)) @ weights
+         for z, p in ((0, 0.7), (1, 0.3))], -1,
+    )  # (rows, pupils, nodes of a, z)  # fmt: skip
+    each = pupil.sum(-1)
+    row = each.prod(1) @ weights
+    score = posterior.score(new)
+    assert np.abs(score.rows.numpy() - np.log(row)).max() < 0.15
+    p_z = ((pupil / each[..., None]) * (each.prod(1) / row[:, None])[:, None, :, None] * weights[:, None]).sum(2)
+    found = posterior.local("z", new, draws=400)
+    assert found.shape == (4, 3, 2)
+    assert np.abs(found.numpy() - p_z).max() < 0.06
+    hole = new.clone()
+    hole[0, 0] = math.nan
+    assert posterior.impute(hole, draws=20).draws.shape == (20, 1)
+
+
+def test_finite_latents_of_an_inner_plate_are_imputed_where_they_lie():
+    """States (rows, pupils) were turned into Pyro's default dimensions, whatever the story's plates said."""
+
+    def story(y=None, N=40, P=3):
+        N, P = (N, P) if y is None else y.shape
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        with pyro.plate("schools", N, dim=-2):
+            k = pyro.sample("k", dist.Bernoulli(0.5))
+            with pyro.plate("pupils", P, dim=-1):
+                z = pyro.sample("z", dist.Bernoulli(0.5))
+                return pyro.sample("y", dist.Normal(mu + 10 * k + 30 * z, 0.1), obs=y)
+
+    y = simulate(story, {"mu": torch.tensor(1.0)}, seed=0)["y"]
+    hole = y.clone()
+    hole[:5, 0] = math.nan
+    filled = fit(story, hole, EM(restarts=1), seed=0).impute(draws=50)
+    school = (y[:5, 1] + 4) % 30 - 5  # 0 or 10: what the pupils who were seen say of theirs
+    low = (filled.draws + 4) % 30 - 5
+    assert (low - school).abs().max() < 1.5
+
+
+@pytest.mark.parametrize("family", ["mean_field", "full_rank"])
+def test_a_network_reads_rows_with_a_plate_inside(family, y):
+    """Amortised guides were refused; the importance-sampled density is the normal one, and rows can be refined."""
+    posterior = fit(schools, y, SVI(guide=Amortised((16,), family), steps=400), seed=0)
+    exact = stats.multivariate_normal(np.full(3, CENTRE), covariance()).logpdf(y[:5].numpy())
+    ladder = posterior.ladder(y[:5], draws=400)
+    assert np.abs(ladder.evidence.numpy() - exact).max() < 0.2
+    assert posterior.local("b", y[:5], draws=10).shape == (10, 5, 3)
+    refined = posterior.refine(y[:5], steps=20)
+    assert refined.local("b", draws=10).shape == (10, 5, 3)
+
+
+def test_rows_that_a_network_cannot_read_are_told(y):
+    """The rows' dimension is not the leftmost: the message gives the line that mends it."""
+    with pytest.raises(ValueError, match=r"'b' lie along dimension 1 of its shape \(3, 30\).*dim=-2"):
+        fit(turned, y, SVI(guide=Amortised((8,)), steps=10), seed=0)
+
+
+def test_rows_too_wide_for_importance_sampling_are_told():
+    """Two hundred skewed latents in a row: the weights of few proposals are all there is, and log_prob says so."""
+
+    def wide(y=None, N=6, P=200):
+        N, P = (N, P) if y is None else y.shape
+        with pyro.plate("rows", N, dim=-2), pyro.plate("cells", P, dim=-1):
+            b = pyro.sample("b", dist.Normal(0.0, 2.0))
+            return pyro.sample("y", dist.Poisson(b.exp()), obs=y)
+
+    y = simulate(wide, seed=0)["y"]
+    posterior = fit(wide, y, SVI(steps=10), seed=0)
+    with pytest.warns(ScoreNotice, match=r"row \d has k-hat .* effective draws of 1000"):
+        posterior.log_prob(y[:2])
+    assert repr(posterior.score(y[:2])).startswith("warning: ")
+
+
+def test_proposals_side_by_side_are_those_one_by_one(y):
+    """Proposals are scored under one vmap: every log weight is that of the row alone."""
+    posterior = fit(scores, simulate(scores, seed=1, N=5)["y"], SVI(steps=5), seed=0)
+    with posterior.problem.scope(0):
+        rows = FreeRows(posterior.joint, posterior.draw(0), posterior.problem.kwargs)
+        points = torch.randn(6, rows.n, rows.width, dtype=torch.float64)
+        together = torch.vmap(lambda free: rows.log_rows(free)[0])(points)
+        torch.testing.assert_close(together, torch.stack([rows.log_rows(p)[0] for p in points]))
+        torch.testing.assert_close(together, rows.log_many(points))
+
+
+def test_draws_of_nested_rows_carry_their_likelihood(y):
+    """ArviZ's pointwise likelihood of schools whose rows are the last dimension: prior terms were summed along pupils."""
+    posterior = fit(turned, y, NUTS(chains=1, warmup=50, draws=20), seed=0)
+    found = posterior.to_arviz()["log_likelihood"]["y"].values[0]
+    exact = stats.norm(posterior.draws["b"].mT.numpy(), NOISE).logpdf(y.numpy()).sum(-1)
+    np.testing.assert_allclose(found, exact, rtol=1e-8)
+
+
+def test_the_integral_of_one_row_knows_its_error(y):
+    """`RowIntegral` with many proposals is within four of its standard errors of the truth."""
+    posterior = fit(turned, y, SVI(steps=5), seed=0)
+    with posterior.problem.scope(0):
+        value, relative = RowIntegral(posterior.joint, posterior.draw(0), posterior.problem.kwargs, 4000).log_evidence()
+    exact = stats.multivariate_normal(np.full(3, CENTRE), covariance()).logpdf(y.numpy())
+    assert (np.abs(value.numpy() - exact) < 4 * relative.sqrt().numpy() + 1e-9).all()
+    assert relative.sqrt().max() < 0.03
