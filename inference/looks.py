@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,7 +51,7 @@ def where(value: Tensor, test: Callable[[Tensor], Tensor]) -> tuple[int, tuple[i
         here = int(good.sum())
         if here and not count:
             place = int(good.flatten().int().argmax())
-            row, *rest = (int(i) for i in torch.unravel_index(torch.tensor(place), tuple(good.shape)))
+            row, *rest = map(int, np.unravel_index(int(place), tuple(good.shape)))
             index = (first + row, *rest)
         count += here
     return count, index
