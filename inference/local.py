@@ -59,7 +59,7 @@ def local_posterior(posterior: Posterior, site: str, data: Any, draws: int) -> T
     kwargs = posterior.problem.kwargs if data is None else posterior.problem.with_data(data)
     if not structure[site].enumerable:
         if data is None and site in posterior.draws and posterior.kind != "point":
-            axis = next(b.axis for b in posterior.joint.blocks if b.name == site)
+            axis = next((b.axis for b in posterior.joint.blocks if b.name == site), 0)  # counts are no block
             return posterior.draws[site].movedim(1 + axis, 1)
         with posterior.problem.scope(posterior.seed):
             chosen = draws_of_globals(posterior, min(draws, GLOBAL_DRAWS))
