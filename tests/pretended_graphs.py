@@ -12,7 +12,6 @@ from pretended_memory import BUSY, Card, facts, places, tensors_of
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-
 #: Whether newer versions count the name of a tensor's memory in Python as one that holds it.
 NAMED = int(torch.__version__ >= (2, 9))
 

@@ -293,39 +293,6 @@ def test_a_seed_decides_what_a_card_draws(method):
         assert not card.races
 
 
-def some_of_them(y):
-    """How many rows are taken is a number that the processor would wait for, were the mask counted at every step."""
-    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
-    taken = y > -0.5
-    pyro.sample("y", dist.Normal(0.0, (scale * torch.ones(len(y)))[taken]).to_event(1), obs=y[taken])
-
-
-def test_a_step_that_waits_for_the_card_is_not_recorded(card, monkeypatch):
-    """It is found out before the recording, after which older versions of PyTorch draw no more random numbers."""
-    y, quick = torch.linspace(-1, 2, 5, dtype=torch.float64), SVI(steps=60, starts=1)
-    here = fit(some_of_them, y, replace(quick, mode="graph"), seed=1, device="cpu")
-    for mode in ("cudagraph", "graph"):
-        if mode == "graph":
-            monkeypatch.setattr("inference.recorder._Recorder._numbered", lambda self, indices: indices)
-        there = fit(some_of_them, y, quick, seed=1, device="cuda")
-        assert there.diagnostics["mode"] == mode and not card.stuck and card.told == 0
-        torch.testing.assert_close(there.draws["scale"], here.draws["scale"], rtol=1e-6, atol=1e-9)
-    assert "synchronizing" in there.diagnostics["reason"]
-
-
-def test_a_recording_that_breaks_off_leaves_random_numbers(card):
-    """Where PyTorch does not say that work waits."""
-    x = torch.ones(3, device="cuda")
-
-    def work():
-        card.told = 0
-        float((x + torch.randn(3, device="cuda")).sum())
-
-    with pytest.raises(RuntimeError, match="capture"):
-        OnCard(torch.device("cuda"))(work)
-    assert torch.randn(3, device="cuda").shape == (3,)
-
-
 def test_a_recording_of_a_card_runs_on_the_processor(card):
     """Constants and devices that it names come along."""
 

@@ -17,7 +17,6 @@ from inference.lazy_rows import LazyRows
 from inference.methods import cuda_graphs, hmc
 from inference.methods.ascent import Ascent
 from inference.methods.climb_file import ClimbFile
-from inference.recorder import pure_graph
 from zoo import GMM, MultinomialMixture, TokenLDA
 
 CUDA = torch.cuda.is_available()
