@@ -124,7 +124,10 @@ def known_file(tensor: Tensor) -> MappedFile | None:
     if not KNOWN or tensor.device.type != "cpu" or type(tensor) is not Tensor:
         return None
     storage = tensor.untyped_storage()
-    found = KNOWN.get(storage.data_ptr())
+    try:
+        found = KNOWN.get(storage.data_ptr())
+    except RuntimeError:  # what stands for a tensor while a program is recorded has no memory
+        return None
     if found is None or found.length() is None or (found.shared and storage.filename != found.name):
         return None  # not a file, or memory that lies where one was mapped before
     return found
