@@ -40,8 +40,7 @@ def test_gradients_are_those_of_the_story(name, untouched):
         try:
             code = build(potential)
         except NotCompiled as error:
-            # Older versions write the derivative of a running product out, element by element.
-            assert "compiler" in str(error) or torch.__version__ < (2, 9)
+            assert "compiler" in str(error)
             code = None
         near = joint.flatten(joint.prior_draw()).clamp(-3.0, 3.0)  # far out sticks are broken at the last digit
         for _ in range(5):

@@ -107,21 +107,23 @@ def test_a_file_that_is_shortened_between_two_blocks_is_told(case, looks, words,
     assert said.startswith("told: ") and name in said and "bytes or more and has" in said, said
 
 
+IN_BATCHES, IN_BLOCKS = "SVI(batch_size=500, steps=50, starts=1, mode='eager')", "EM(restarts=1, max_iter=20)"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("looks", [1, 3, 20])
 @pytest.mark.parametrize(
-    ("case", "words"),
+    ("case", "looks", "words"),
     [
-        ("table", {"METHOD": "SVI(batch_size=500, steps=50, starts=1, mode='eager')"}),
-        ("raw", {"METHOD": "EM(restarts=1, max_iter=20)"}),
-        ("shared", {"METHOD": "EM(restarts=1, max_iter=20)"}),
-        ("corpus", {"STORY": "LDA", "METHOD": "SVI(steps=20)", "FILE": "indptr.npy"}),
+        *(("table", looks, {"METHOD": IN_BATCHES}) for looks in (1, 3, 20)),
+        # EM has copied so few rows after a few looks, and needs their file no more.
+        *((case, looks, {"METHOD": IN_BLOCKS}) for case in ("raw", "shared") for looks in (1, 3)),
+        *((case, 20, {"METHOD": IN_BATCHES}) for case in ("raw", "shared")),
+        *(("corpus", looks, {"STORY": "LDA", "METHOD": "SVI(steps=20)", "FILE": "indptr.npy"}) for looks in (1, 3, 20)),
     ],
-    ids=["svi", "raw", "shared", "lda"],
 )
 def test_wherever_it_happens(case, looks, words, tmp_path):
-    """The same from the first look on; EM copies so few rows, and then needs their file no more."""
-    assert run(case, tmp_path, looks, **words).startswith(("told: ", "never shortened"))
+    """The same from the first look on."""
+    assert run(case, tmp_path, looks, **words).startswith("told: ")
 
 
 def test_parts_of_a_map_know_their_file_and_other_memory_knows_none(tmp_path):

@@ -210,16 +210,10 @@ def test_every_guide_parameter_feels_the_bound(story):
 
 @pytest.mark.parametrize("covariance", COVARIANCES)
 def test_guide_starts_where_the_bound_is_already_good(covariance):
-    """Parameters that start far from the data: with the truth's own scale the bound of the best of five starts, which are
-    drawn, is within 20 % of a fitted one."""
+    """Parameters that start far from the data: with the truth's own scale the bound is within 20 % of a fitted one."""
     story, x = GMM(3, covariance, scale=2.0), load("three_clusters").x
     elbo = TraceEnum_ELBO(max_plate_nesting=1, num_particles=20, vectorize_particles=False)
-    losses = []
-    for seed in range(5):
-        pyro.clear_param_store()
-        pyro.set_rng_seed(seed)
-        losses.append(elbo.loss(config_enumerate(story.model), story.guide, x))
-    start = min(losses)
+    start = elbo.loss(config_enumerate(story.model), story.guide, x)
     best = GaussianMixture(3, covariance_type=covariance, random_state=0).fit(x.numpy()).score(x.numpy()) * len(x)
     assert -best < start < -1.2 * best
 

@@ -290,7 +290,7 @@ def test_ctrl_c_returns_the_state_so_far(monkeypatch, untouched):
 
     def interrupted(self, leaves):
         calls[0] += 1
-        if calls[0] == 200:
+        if calls[0] == 700:
             raise KeyboardInterrupt
         return objective(self, leaves)
 
