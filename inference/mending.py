@@ -26,6 +26,8 @@ MISTAKES = (RuntimeError, IndexError, TypeError, ValueError)
 _FOREIGN = (str(Path(torch.__file__).parent), str(Path(pyro.__file__).parent))
 _BESIDE = tuple(str(Path(torch.__file__).parents[1] / name) for name in ("numpy", "scipy", "sklearn", "tqdm"))
 _OURS = str(Path(__file__).parent)
+#: Where PyTorch calls modes and kinds of tensors of other libraries: what they do is no line of a story.
+_BELOW = ("__torch_function__", "__torch_dispatch__")
 
 
 class StoryError(ValueError):
@@ -90,7 +92,7 @@ def known(structure: "Structure") -> dict[str, "Record"]:
 def story_frame(trace: TracebackType | None) -> tuple[str, int] | None:
     """File and line of the innermost statement of the story; None where that statement raised the error itself."""
     frames = []
-    while trace is not None:
+    while trace is not None and trace.tb_frame.f_code.co_name not in _BELOW:
         frames.append((trace.tb_frame.f_code, trace.tb_lasti, trace.tb_lineno))
         trace = trace.tb_next
     own = [f for f in frames if not f[0].co_filename.startswith((*_FOREIGN, *_BESIDE, _OURS, "<eval_with_key>"))]

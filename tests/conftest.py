@@ -60,6 +60,8 @@ def on_the_device(request, monkeypatch):
         pretend_in_fits(monkeypatch)
     if device != "cpu":
         everything_on("cuda", monkeypatch)
+    elif torch.cuda.is_available():  # "auto" would ask a clock
+        monkeypatch.setattr("inference.devices.available", lambda: ["cpu"])
     yield
 
 
@@ -71,9 +73,9 @@ def pretend_in_fits(monkeypatch):
     function, inside = cell.cell_contents, []
 
     def fitted(*args, **kwargs):
-        if inside:
+        if inside or torch.cuda.is_available():  # the test has a card of its own
             return function(*args, **kwargs)
-        with pretended() as card:
+        with pretended(own_stream=True) as card:
             inside.append(card)
             try:
                 found = function(*args, **kwargs)
@@ -110,6 +112,7 @@ def untouched():
 
     import arviz  # noqa: F401  (libraries that set warning filters of their own when first imported)
     import scipy.special  # noqa: F401
+    import sympy  # noqa: F401
 
     before = (torch.get_default_dtype(), torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate())
     filters = list(warnings.filters)
