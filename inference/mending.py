@@ -26,6 +26,8 @@ MISTAKES = (RuntimeError, IndexError, TypeError, ValueError)
 _FOREIGN = (str(Path(torch.__file__).parent), str(Path(pyro.__file__).parent))
 _BESIDE = tuple(str(Path(torch.__file__).parents[1] / name) for name in ("numpy", "scipy", "sklearn", "tqdm"))
 _OURS = str(Path(__file__).parent)
+#: What is told by `rehearsal`, which mends or names it for all data.
+_ELSEWHERE = ("dtype", "scalar type", "device")
 #: Where PyTorch calls modes and kinds of tensors of other libraries: what they do is no line of a story.
 _BELOW = ("__torch_function__", "__torch_dispatch__")
 
@@ -46,7 +48,7 @@ def retold(error: Exception, records: Mapping[str, "Record"], given: Mapping[str
 
     Returns
     -------
-    The error to raise instead, or None where the story itself raised it, or it tells of dtypes.
+    The error to raise instead, or None where the story itself raised it, or it tells of dtypes or devices.
     """
     if raised_here(error):
         return None
@@ -56,7 +58,7 @@ def retold(error: Exception, records: Mapping[str, "Record"], given: Mapping[str
     if out_of_memory(error) is not None:
         return None
     place = story_frame(error.__traceback__)
-    if place is None or isinstance(error, StoryError) or "dtype" in text or "scalar type" in text:
+    if place is None or isinstance(error, StoryError) or any(word in text for word in _ELSEWHERE):
         return None
     file, number = place
     line = statement(file, number)

@@ -178,6 +178,9 @@ def test_a_vector_of_all_rows_is_climbed_with_all_of_them():
     noise = found.draws["noise"][0].double()
     exact = K @ torch.linalg.solve(K + noise**2 * torch.eye(12, dtype=torch.float64), y)
     torch.testing.assert_close(found.draws["f"][0], exact, rtol=0, atol=2e-3)
+    for start in (found, fit(function, (x, y), EM(restarts=1), seed=1)):  # the function meets every y, and noise goes to 0
+        assert not start.converged and "may have no maximum" in start.warnings[0]
+        assert start.history[-1] == start.diagnostics["objective"] > start.history[0]
 
 
 # -- formulas ----------------------------------------------------------------------------------------------------------
