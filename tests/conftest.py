@@ -51,21 +51,22 @@ def fixed_seed():
 
 
 @pytest.fixture(autouse=True)
-def on_the_device(request, monkeypatch):
+def on_the_device(request):
     """With `--device cuda` every fit runs there that names no device; what it answers is compared as ever."""
     device = request.config.getoption("--device")
     if request.node.get_closest_marker("processor"):
         device = "cpu"
-    if device == "pretended":
-        pretend_in_fits(monkeypatch)
-    if device != "cpu":
-        everything_on("cuda", monkeypatch)
-    elif torch.cuda.is_available():  # "auto" would ask a clock
-        monkeypatch.setattr("inference.devices.available", lambda: ["cpu"])
-    yield
+    with pytest.MonkeyPatch.context() as patch:  # of its own, which no test undoes
+        if device == "pretended":
+            pretend_in_fits(patch)
+        if device != "cpu":
+            everything_on("cuda", patch)
+        elif torch.cuda.is_available():  # "auto" would ask a clock
+            patch.setattr("inference.devices.available", lambda: ["cpu"])
+        yield
 
 
-def pretend_in_fits(monkeypatch):
+def pretend_in_fits(patch):
     """Let there be a card inside every fit, of which nothing may be left: all else runs at its usual speed."""
     from inference import fit
 
@@ -86,23 +87,21 @@ def pretend_in_fits(monkeypatch):
             assert not card.used(), f"{card.used()} bytes are left on the card"
         return found
 
-    monkeypatch.setattr(cell, "cell_contents", fitted)
+    patch.setattr(cell, "cell_contents", fitted)
 
 
-def everything_on(device, monkeypatch):
+def everything_on(device, patch):
     """Let "auto" mean a device, without a trial of steps."""
     from inference import devices, fit
 
     front = sys.modules[fit.__module__]
     prepare = front.prepare
-    monkeypatch.setattr(
+    patch.setattr(
         front,
         "prepare",
         lambda *args, **kw: prepare(*args, **{**kw, "device": device if kw["device"] == "auto" else kw["device"]}),
     )
-    monkeypatch.setattr(
-        front, "settled", lambda found, method, on: (found, devices.DeviceChoice(device, (), "--device"))
-    )
+    patch.setattr(front, "settled", lambda found, method, on: (found, devices.DeviceChoice(device, (), "--device")))
 
 
 @pytest.fixture
