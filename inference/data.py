@@ -140,7 +140,8 @@ def to_value(name: str, value: Any, dtype: torch.dtype, device: torch.device | s
         return LazyRows(HostTable(tensor), kind, device)
     copied = tensor.dtype != kind or (isinstance(value, np.memmap) and known_file(tensor) is None)
     tensor = tensor.to(device=device, dtype=kind)
-    if isinstance(value, np.memmap) and copied and tensor.numel() >= NOTICED:
+    stays_here = torch.device(device).type == "cpu"  # a card has its own memory, and its data are read here first
+    if isinstance(value, np.memmap) and copied and stays_here and tensor.numel() >= NOTICED:
         told = f"{value.dtype}{'' if value.flags.c_contiguous else ', column after column'}"
         warnings.warn(
             f"{name} lies in a file as {told}, and cannot be read from there as it is: it is copied to memory "

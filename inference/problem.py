@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect as signatures
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -54,6 +54,8 @@ class Problem:
         Which site plays which role, where the story is a topic model (`topics.form.Admixture`), else None.
     ranks
         The processes that work on it together; the rows here are this one's.
+    twins
+        Arguments on a card, each with the same in the processor's memory.
     """
 
     story: Any
@@ -71,6 +73,7 @@ class Problem:
     few: dict[str, Any] = field(default_factory=dict)
     admixture: Any = None
     ranks: Ranks = ALONE
+    twins: tuple[tuple[Tensor, Tensor], ...] = ()
 
     @property
     def all_rows(self) -> int:
@@ -97,7 +100,7 @@ class Problem:
         if not rows or plate is None or kwargs is self.kwargs:
             return self
         plates = {**self.structure.plates, plate: len(kwargs[rows[0]])}
-        return replace(self, kwargs=kwargs, structure=replace(self.structure, plates=plates))
+        return replace(self, kwargs=kwargs, structure=replace(self.structure, plates=plates), twins=())
 
     @property
     def small(self) -> bool:
@@ -166,12 +169,17 @@ def brought_home(problem: Problem) -> Problem:
     if problem.device.type == "cpu":
         return problem
     settle(problem.story, problem.guide, home := torch.device("cpu"))
+    known = {id(there): twin for there, twin in problem.twins}
+
+    def come_home(value: Tensor) -> Tensor:
+        return known[id(value)] if id(value) in known else here(value, home)
+
     kwargs, few = (
-        {n: here(v, home) if isinstance(v, Tensor) else v for n, v in given.items()}
+        {n: come_home(v) if isinstance(v, Tensor) else v for n, v in given.items()}
         for given in (problem.kwargs, problem.few)
     )
     form = None if problem.admixture is None else problem.admixture.to(home)
-    return replace(problem, kwargs=kwargs, few=few, device=home, admixture=form)
+    return replace(problem, kwargs=kwargs, few=few, device=home, admixture=form, twins=())
 
 
 def here(value: Tensor, home: torch.device) -> Tensor:
@@ -236,30 +244,42 @@ def prepare(
     if guide is not None and not callable(guide) and derived is None:
         raise TypeError(f"guide must be a Pyro program (a callable) or Amortised(...), got {type(guide).__name__}")
     guide = guide or own_guide
-    where = choose_device(device)
+    where, here = choose_device(device), {}
     if where.type != "cpu":
-        rehearse(story, model, guide, data)
+        here = rehearse(story, model, guide, data)
         settle(story, guide, where)
     asked = {"seed": fresh_seed() if seed is None else seed, "budget": budget, "progress": progress}
     with at_home(where):
         problem = read(story, model, guide, derived, data, where, **asked, want=want, asked=str(device))
-    return problem
+    return replace(problem, twins=tuple(twins(problem.kwargs, here)))
 
 
-def rehearse(story: Any, model: Callable, guide: Any, data: Any) -> None:
+def rehearse(story: Any, model: Callable, guide: Any, data: Any) -> dict[str, Any]:
     """Run a story on the processor before a card does: an index out of range there ends all its work in this process.
+
+    Returns
+    -------
+    The arguments in the processor's memory; none of a story that holds tensors on the card, which is left to it.
 
     Raises
     ------
     TypeError, ValueError
-        As `prepare`; a story that holds tensors on the card is left to it.
+        As `prepare`.
     """
     home = torch.device("cpu")
     settle(story, guide, home)
-    dtype = story_dtype(story)
-    with suppress(DeviceMismatch), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DataNotice)  # it is given once, when the data are read for the card
-        told(model, data, dtype, home)
+    try:
+        return told(model, data, story_dtype(story), home)[1]
+    except DeviceMismatch:
+        return {}
+
+
+def twins(there: dict[str, Any], here: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Arguments on a card, each with the one in the processor's memory, which a file may lie under."""
+    for name, value in there.items():
+        twin = here.get(name)
+        if isinstance(value, Tensor) and isinstance(twin, Tensor) and (value.shape, value.dtype) == (twin.shape, twin.dtype):
+            yield value, twin
 
 
 def told(

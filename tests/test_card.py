@@ -14,6 +14,7 @@ from pretended_card import pretended
 
 from inference import EM, HMC, NUTS, SVI, DivergenceError, devices, fit
 from inference.lazy_rows import LazyRows
+from inference.mapped_files import known_file
 from inference.methods import cuda_graphs, hmc
 from inference.methods.ascent import Ascent
 from inference.methods.climb_file import ClimbFile
@@ -76,13 +77,14 @@ def test_rows_that_do_not_fit_the_card_travel(method):
     """Half of the card's free memory is not enough for them: blocks and batches come one by one, to the same answer."""
     story, x = (GMM(3), clusters(4000)) if method.name == "em" else (regression, clusters(4000))
     data = x if method.name == "em" else {"X": x[:, :2].contiguous(), "y": x[:, 2].contiguous()}
-    wanted = fit(story, data, method, seed=1, device="cpu")
+    wanted, handed, made = fit(story, data, method, seed=1, device="cpu"), [], LazyRows.made
     with a_card() as card, pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "mem_get_info", lambda *_: (x.numel() * 8, 1 << 30))
         patch.setattr("inference.methods.em.features.FEATURES", 5000)
         patch.setattr("inference.methods.em.mixture.KEEP", 0)
+        patch.setattr(LazyRows, "made", lambda self, rows, *rest: handed.append(rows) or made(self, rows, *rest))
         found = fit(story, data, method, seed=1, device="cuda")
-        assert any(isinstance(v, LazyRows) for v in found.problem.kwargs.values())
+        assert len(handed) > 8 and not any(isinstance(v, LazyRows) for v in found.problem.kwargs.values())
         gc.collect()
         assert card.used() == 0
     np.testing.assert_allclose(found.history, wanted.history, rtol=1e-6)
@@ -241,3 +243,16 @@ def test_devices_are_timed_on_what_they_will_do(card, method):
         found = fit(GMM(2) if method.name == "em" else regression, X if method.name == "em" else PAIR, method, seed=0)
     assert {"step_cpu", "step_cuda"} <= set(found.timings) and found.diagnostics["device"].startswith("cpu")
     assert len(made) == (method.name != "em")
+
+
+def test_a_table_in_a_file_stays_there(tmp_path):
+    """A card's copy came home as a table in memory, whatever its length; what is not in double is converted once."""
+    path = tmp_path / "x.npy"
+    np.save(path, X.numpy())
+    mapped = np.load(path, mmap_mode="r")
+    with a_card():
+        found = fit(GMM(3), mapped, EM(restarts=1, max_iter=3), seed=0, device="cuda")
+        single = fit(GMM(3), X.float(), EM(restarts=1, max_iter=3), seed=0, device="cuda")
+    assert known_file(found.problem.kwargs["x"]) is not None
+    assert single.problem.kwargs["x"].dtype == torch.float64 and not single.problem.kwargs["x"].is_cuda
+    torch.testing.assert_close(found.log_prob(), fit(GMM(3), X, found.method, seed=0, device="cpu").log_prob())

@@ -129,6 +129,7 @@ def test_whole_numbers_are_converted_with_a_notice():
     assert any("converted" in w for w in fit(regression, {"X": X, "y": y}, "em", seed=0).warnings)
 
 
+@pytest.mark.processor  # the story holds a tensor of its own there
 def test_a_story_with_float32_tensors_runs_in_float32():
     prior = torch.zeros(3)
 
@@ -203,6 +204,7 @@ def _serial(seed):
     return fit(normal_mixture, GOOD[:, 0], EM(restarts=1), seed=seed).draws["mu"].tolist()
 
 
+@pytest.mark.processor  # the processes run there, too
 def test_processes_equal_serial_runs():
     import multiprocessing
 

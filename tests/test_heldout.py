@@ -20,6 +20,8 @@ ROWS = 6000
 def small_limits(monkeypatch):
     """Tables of some thousand numbers are too large to be made at once."""
     monkeypatch.setattr(lazy_rows, "CELLS", 16_000)
+    monkeypatch.setattr("inference.methods.em.features.CELLS", 16_000)
+    monkeypatch.setattr("inference.methods.em.mixture.KEEP", 0)
     monkeypatch.setattr(lazy_rows, "PIECE", 2000)
     monkeypatch.setattr(lazy_rows, "LEAST", 100)
     monkeypatch.setattr(heldout, "MOST", 200)

@@ -107,6 +107,7 @@ def test_compare_says_the_same_on_every_rank(alone, ranks):
         np.testing.assert_allclose(first[name], wanted[name], rtol=1e-6, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.processor  # the processes of ranks run there, too
 def test_batches_go_on_with_other_ranks(ranks):
     """Steps, moments and schedule are kept, rows drawn anew: the run ends as near to the truth as runs of other seeds."""
     found = parts(ranks[0], "batches_go_on")

@@ -105,6 +105,7 @@ def pool(request):
             yield workers
 
 
+@pytest.mark.processor  # the processes run there, too
 @row("four processes at once", ALL)
 def test_four_processes_equal_serial_runs(method, pool):
     wanted = [numbers(method, seed) for seed in range(2)]

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from . import Setting, Wishart, count_setting, filled, num_columns, setting, cluster_means
+from . import Setting, Wishart, cluster_means, count_setting, filled, num_columns, setting
 
 Covariance = Literal["full", "diag", "tied", "spherical"]
 

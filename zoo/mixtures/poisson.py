@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from . import Setting, count_setting, filled, num_columns, setting, cluster_means
+from . import Setting, cluster_means, count_setting, filled, num_columns, setting
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from ..mixtures import Setting, count_setting, filled, setting, cluster_means
+from ..mixtures import Setting, cluster_means, count_setting, filled, setting
 from . import check_lengths
 
 
