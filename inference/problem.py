@@ -17,9 +17,10 @@ from .data import DataNotice, bind, has_nan
 from .distributed import ALONE, Ranks
 from .handlers import supports_missing
 from .lazy_rows import LazyRows, has_lazy
-from .looks import column_ends, ends, where
-from .rehearsal import FEW_ROWS, check_covariates, check_switches, run_checked
-from .session import at_home, fresh_seed, isolated
+from .looks import where
+from .notes import part_notes, value_notes
+from .rehearsal import check_covariates, check_switches, run_checked
+from .session import at_home, fresh_seed, isolated, parts_of_plates
 from .shapes import Record, check_supports, without_values
 from .structure import Structure, build, pair
 from .wide import wide_tables
@@ -254,8 +255,9 @@ def read(
     kwargs = bind(model, data, dtype, where)
     check_switches(model, kwargs, dtype)
     check_covariates(model, kwargs, dtype)
-    runs, kwargs, dtype, more = run_checked(model, kwargs, dtype, where)
-    notes += more
+    with parts_of_plates() as parts:
+        runs, kwargs, dtype, more = run_checked(model, kwargs, dtype, where)
+    notes += more + part_notes(parts, runs.full)
     check_supports(runs.full, runs.moving)
     check_missing(runs.full, kwargs)
     notes += value_notes(runs.full)
@@ -360,34 +362,3 @@ def check_missing(records: dict[str, Record], kwargs: dict[str, Any]) -> None:
                     f"{text}; site {r.name!r} ({r.family}) has no closed marginal over the other cells. Drop these rows, "
                     f"leave them out with poutine.mask, or use a distribution over independent cells or a MultivariateNormal"
                 )
-
-
-def value_notes(records: dict[str, Record]) -> list[str]:
-    """What is unusual about the observed values, though not wrong."""
-    notes = []
-    for r in records.values():
-        if r.kind != "observed" or not isinstance(r.value, Tensor) or not r.value.is_floating_point():
-            continue
-        if r.missing:
-            cells = "cell" if r.missing == 1 else "cells"
-            _, index = where(r.value, torch.isnan)
-            notes.append(
-                f"{r.missing} {cells} of {r.argument or r.name} missing (NaN), the first at index "
-                f"{index[0] if len(index) == 1 else index}: integrated out"
-            )
-        rows = r.value if r.value.ndim else r.value.reshape(1)
-        if not r.discrete and len(rows) > 1:
-            low, high = column_ends(rows[:: max(1, len(rows) // FEW_ROWS)])
-            if bool((low >= high).any()):  # of some rows; where none of these differ, all are looked at
-                low, high = column_ends(rows)
-            if flat := (low >= high).nonzero().flatten().tolist():
-                notes.append(
-                    f"columns {flat[:8]} of {r.argument or r.name} are constant: a learned scale there has only its prior"
-                )
-        if len(rows) == 1 and r.plates:
-            notes.append(f"one row only: what {r.name} says about scales is the prior")
-        least, most = ends(rows)
-        top = max(-least, most)
-        if top > 1e6 and not r.discrete:
-            notes.append(f"the scale of {r.argument or r.name} is {top:.0e}; standardise it")
-    return notes
