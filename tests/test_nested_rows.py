@@ -1,6 +1,7 @@
 """Rows with a plate of their own inside (schools and their pupils): what is said of one row integrates all it holds."""
 
 import math
+import warnings
 
 import numpy as np
 import pyro
@@ -167,6 +168,50 @@ def test_rows_too_wide_for_importance_sampling_are_told():
     with pytest.warns(ScoreNotice, match=r"row \d has k-hat .* effective draws of 1000"):
         posterior.log_prob(y[:2])
     assert repr(posterior.score(y[:2])).startswith("warning: ")
+
+
+def spread_out(y=None, scale=None, P=80):
+    """Rows of counts whose cells' log rates spread narrowly (normal around the mode) or widely (skewed)."""
+    with pyro.plate("rows", len(scale), dim=-2), pyro.plate("cells", P, dim=-1):
+        b = pyro.sample("b", dist.Normal(0.0, scale.unsqueeze(-1)))
+        return pyro.sample("y", dist.Poisson(b.exp()), obs=y)
+
+
+def of_spreads(wide, rows):
+    scale = torch.full((rows,), 0.05, dtype=torch.float64)
+    scale[:wide] = 2.0
+    y = simulate(spread_out, scale=scale, seed=0)["y"]
+    return fit(spread_out, {"y": y, "scale": scale}, SVI(steps=3), seed=0)
+
+
+def quadrature(y, scale):
+    """Exact log density of every row, by the trapezoidal rule for every count that occurs."""
+    total, t = np.zeros(y.shape[0]), np.linspace(-9, 9, 6001)
+    for s in np.unique(scale):
+        counts, where = np.unique(y[scale == s], return_inverse=True)
+        table = np.log(np.trapezoid(stats.poisson.pmf(counts[:, None], np.exp(s * t)) * stats.norm.pdf(t), t))
+        total[scale == s] = table[where].reshape(-1, y.shape[1]).sum(1)
+    return total
+
+
+def test_one_bad_row_among_many_is_listed_and_no_alarm():
+    """One row of 150 spoiled nothing and yet warned; it is named, and the sum is right to a tenth of its error over rows."""
+    posterior = of_spreads(1, 150)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ScoreNotice)
+        posterior.log_prob()
+    score = posterior.score()
+    assert score.doubtful == (0,) and not score.warning and "1 unreliable, see doubtful" in repr(score)
+    exact = quadrature(*(posterior.problem.kwargs[n].numpy() for n in ("y", "scale")))
+    assert abs(float(score.rows.sum()) - exact.sum()) < 0.1 * exact.std() * math.sqrt(150)
+
+
+def test_many_bad_rows_are_counted_and_told():
+    """Fifteen rows of 40: their sum is off by more than sampling of rows explains, and the warning counts them."""
+    posterior = of_spreads(15, 40)
+    with pytest.warns(ScoreNotice, match=r"latents of 1\d of 40 rows are not .* may be off by"):
+        posterior.log_prob()
+    assert set(posterior.score().doubtful) <= set(range(15)) and len(posterior.score().doubtful) >= 10
 
 
 def test_proposals_side_by_side_are_those_one_by_one(y):
