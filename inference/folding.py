@@ -1,16 +1,17 @@
 r"""Long chains of finite latents summed out in few operations: neighbours are folded in pairs, all pairs at once.
 
-Between two steps of a chain stands a table :math:`M_t[i,j]`; the sum over all states is the product of these matrices, which is
-associative: :math:`\lceil\log_2 T\rceil` batched products take the place of T small ones (Särkkä and García-Fernández, *Temporal
-parallelization of Bayesian smoothers*, IEEE TAC 2021; Obermeyer et al., *Functional tensors for probabilistic programming*, 2020).
-A program of few operations on long tensors is recorded, differentiated and compiled in little time, whatever T.
+Between two steps of a chain stands a table :math:`M_t[i,j]`; the sum over all states is the product of these matrices, which
+is associative: :math:`\lceil\log_2 T\rceil` batched products take the place of T small ones (Särkkä and García-Fernández,
+*Temporal parallelization of Bayesian smoothers*, IEEE TAC 2021; Obermeyer and others, *Functional tensors for probabilistic
+programming*, 2019).  A program of few operations on long tensors is recorded, differentiated and compiled in little time.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -94,8 +95,8 @@ def folded(path: list[str], factors: list[Named], extra: tuple[str, ...], sizes:
         at = sorted(place[d] for d in dims if d in place)
         (alone if len(at) == 1 else moves)[at[-1]].append((value, dims))
 
-    def stacked(tables: list[list[Named]], ends: list[tuple[str, ...]]) -> Named:
-        """Products side by side, the steps first: those of all other dimensions that any of them has."""
+    def stacked(tables: list[list[Named]], ends: Sequence[tuple[str, ...]]) -> Named:
+        """Products side by side, the steps first, with all other dimensions that any of them has."""
         products = [multiply(t) for t in tables]
         own = {d for end in ends for d in end}
         more = tuple(d for d in extra if any(d in dims for _, dims in products))
@@ -107,7 +108,7 @@ def folded(path: list[str], factors: list[Named], extra: tuple[str, ...], sizes:
     ends = [(name,) for name in path]
     points, dims = stacked([t or [(zero, ())] for t in alone], ends)
     points = align(points, ("*step", *dims, "*to"), ("*step", *extra, "*to"))
-    links, dims = stacked(moves[1:], list(zip(path, path[1:])))
+    links, dims = stacked(moves[1:], list(pairwise(path)))
     links = align(links, ("*step", *dims, "*from", "*to"), ("*step", *extra, "*from", "*to"))
     chain = links + points[1:].unsqueeze(-2)
     while len(chain) > 1:
