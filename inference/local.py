@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 GLOBAL_DRAWS = 20
 #: Importance draws a row for each of them, and for a point.
 PROPOSALS, POINT_PROPOSALS = 100, 1000
-#: Numbers of rows' latents and data that are looked at together.
-TOGETHER = 2_000_000
+#: Numbers of rows' latents and data that are looked at together, and of latents that are drawn together.
+TOGETHER, DRAWN = 2_000_000, 20_000_000
 
 
 def local_posterior(posterior: Posterior, site: str, data: Any, draws: int) -> Tensor:
@@ -319,11 +319,15 @@ def evidence(log_weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def shared_locals(posterior: Posterior, kwargs: dict[str, Any], count: int) -> list[dict[str, Tensor]] | None:
-    """`count` joint draws of new rows' locals at once, where all draws share the same globals; else None."""
+    """`count` joint draws of rows' locals at once, where all draws share the same globals; else None."""
     one = len(draws_of_globals(posterior, 2)) == 1
-    if not one or not posterior.structure.continuous_locals or posterior.structure.linear_gaussian:
+    if not one or not posterior.structure.continuous_locals:
         return None
-    found = row_integral(posterior, 0, kwargs, POINT_PROPOSALS // 4).resample_jointly(count)
+    integral = row_integral(posterior, 0, kwargs, POINT_PROPOSALS // 4)
+    exact = posterior.structure.linear_gaussian
+    if exact and count * integral.n * integral.width > DRAWN:
+        return None
+    found = integral.split(integral.draw(count)) if exact else integral.resample_jointly(count)
     return [{n: v[i] for n, v in found.items()} for i in range(count)]
 
 
