@@ -33,7 +33,7 @@ def value_notes(records: dict[str, Record]) -> list[str]:
                 notes.append(
                     f"columns {flat[:8]} of {r.argument or r.name} are constant: a learned scale there has only its prior"
                 )
-        if len(rows) == 1 and r.plates:
+        if len(rows) == 1 and set(r.plates) - r.loops:  # members of a loop are sites of their own
             notes.append(f"one row only: what {r.name} says about scales is the prior")
         least, most = ends(rows)
         top = max(-least, most)
@@ -58,7 +58,7 @@ def part_notes(parts: dict[str, Part], records: dict[str, Record]) -> list[str]:
             )
         else:
             notes.append(
-                f"plate {name!r} asks for {part.wanted} of its {total} members at random (subsample_size): all {total} are "
-                f"used in every step; for batches take SVI(batch_size={part.wanted})"
+                f"plate {name!r} asks for {part.wanted} of its {total} members at random (subsample_size), which is not followed: "
+                f"methods use all {total}, or batches of their own, SVI(batch_size={part.wanted})"
             )
     return notes
