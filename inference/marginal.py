@@ -208,10 +208,12 @@ class MarginalJoint(LogJoint):
 def density_of_globals(problem: Problem) -> LogJoint:
     """What a sampler moves through: the globals alone where locals can be integrated out exactly, else everything.
 
-    A few locals stay: they cost less than their integrals; and all of them where there is nothing else to move through.
+    A few locals stay: they cost less than their integrals; those in plates inside a row, whose integrals cost the most; and all of
+    them where there is nothing else to move through.
     """
     structure = problem.structure
-    if not structure.linear_gaussian or not any(s.continuous and not s.local for s in structure.latents):
+    alone = not any(s.continuous and not s.local for s in structure.latents)
+    if not structure.linear_gaussian or alone or any(len(s.plates) > 1 for s in structure.continuous_locals):
         return LogJoint(problem)
     few = sum(math.prod(s.shape) for s in structure.continuous_locals) <= FEW_LOCALS
     return LogJoint(problem) if few else MarginalJoint(problem)

@@ -58,7 +58,7 @@ def part_notes(parts: dict[str, Part], records: dict[str, Record]) -> list[str]:
             )
         else:
             notes.append(
-                f"plate {name!r} asks for {part.wanted} of its {total} members at random (subsample_size), which is not followed: "
-                f"methods use all {total}, or batches of their own, SVI(batch_size={part.wanted})"
+                f"plate {name!r} asks for {part.wanted} of its {total} members at random (subsample_size), which is not "
+                f"followed: methods use all {total}, or batches of their own, SVI(batch_size={part.wanted})"
             )
     return notes
