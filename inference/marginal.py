@@ -208,8 +208,8 @@ class MarginalJoint(LogJoint):
 def density_of_globals(problem: Problem) -> LogJoint:
     """What a sampler moves through: the globals alone where locals can be integrated out exactly, else everything.
 
-    A few locals stay: they cost less than their integrals; those in plates inside a row, whose integrals cost the most; and all of
-    them where there is nothing else to move through.
+    A few locals stay: they cost less than their integrals; those in plates inside a row, whose integrals cost the most;
+    and all of them where there is nothing else to move through.
     """
     structure = problem.structure
     alone = not any(s.continuous and not s.local for s in structure.latents)
