@@ -26,6 +26,10 @@ MISTAKES = (RuntimeError, IndexError, TypeError, ValueError)
 _FOREIGN = (str(Path(torch.__file__).parent), str(Path(pyro.__file__).parent))
 _BESIDE = tuple(str(Path(torch.__file__).parents[1] / name) for name in ("numpy", "scipy", "sklearn", "tqdm"))
 _OURS = str(Path(__file__).parent)
+#: What is told by `rehearsal`, which mends or names it for all data.
+_ELSEWHERE = ("dtype", "scalar type", "device")
+#: Where PyTorch calls modes and kinds of tensors of other libraries: what they do is no line of a story.
+_BELOW = ("__torch_function__", "__torch_dispatch__")
 
 
 class StoryError(ValueError):
@@ -44,7 +48,7 @@ def retold(error: Exception, records: Mapping[str, "Record"], given: Mapping[str
 
     Returns
     -------
-    The error to raise instead, or None where the story itself raised it, or it tells of dtypes.
+    The error to raise instead, or None where the story itself raised it, or it tells of dtypes or devices.
     """
     if raised_here(error):
         return None
@@ -54,7 +58,7 @@ def retold(error: Exception, records: Mapping[str, "Record"], given: Mapping[str
     if out_of_memory(error) is not None:
         return None
     place = story_frame(error.__traceback__)
-    if place is None or isinstance(error, StoryError) or "dtype" in text or "scalar type" in text:
+    if place is None or isinstance(error, StoryError) or any(word in text for word in _ELSEWHERE):
         return None
     file, number = place
     line = statement(file, number)
@@ -90,7 +94,7 @@ def known(structure: "Structure") -> dict[str, "Record"]:
 def story_frame(trace: TracebackType | None) -> tuple[str, int] | None:
     """File and line of the innermost statement of the story; None where that statement raised the error itself."""
     frames = []
-    while trace is not None:
+    while trace is not None and trace.tb_frame.f_code.co_name not in _BELOW:
         frames.append((trace.tb_frame.f_code, trace.tb_lasti, trace.tb_lineno))
         trace = trace.tb_next
     own = [f for f in frames if not f[0].co_filename.startswith((*_FOREIGN, *_BESIDE, _OURS, "<eval_with_key>"))]

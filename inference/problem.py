@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect as signatures
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,7 +19,7 @@ from .handlers import supports_missing
 from .lazy_rows import LazyRows, has_lazy
 from .looks import where
 from .notes import part_notes, value_notes
-from .rehearsal import check_covariates, check_switches, run_checked
+from .rehearsal import DeviceMismatch, check_covariates, check_switches, run_checked
 from .session import at_home, fresh_seed, isolated, parts_of_plates
 from .shapes import Record, check_supports, without_values
 from .structure import Structure, build, pair
@@ -239,11 +239,28 @@ def prepare(
     guide = guide or own_guide
     where = choose_device(device)
     if where.type != "cpu":
+        rehearse(story, model, guide, data)
         settle(story, guide, where)
     asked = {"seed": fresh_seed() if seed is None else seed, "budget": budget, "progress": progress}
     with at_home(where):
         problem = read(story, model, guide, derived, data, where, **asked, want=want, asked=str(device))
     return problem
+
+
+def rehearse(story: Any, model: Callable, guide: Any, data: Any) -> None:
+    """Run a story on the processor before a card does: an index out of range there ends all its work in this process.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `prepare`; a story that holds tensors on the card is left to it.
+    """
+    home = torch.device("cpu")
+    settle(story, guide, home)
+    dtype = story_dtype(story)
+    with suppress(DeviceMismatch), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataNotice)  # it is given once, when the data are read for the card
+        run_checked(model, bind(model, data, dtype, home), dtype, home)
 
 
 def read(

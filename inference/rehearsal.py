@@ -290,12 +290,16 @@ def is_dtype_error(error: RuntimeError) -> bool:
     return any(t in text for t in ("same dtype", "scalar type", "expected m1 and m2", "dtype"))
 
 
+class DeviceMismatch(ValueError):
+    """The story holds tensors on another device than the data."""
+
+
 def check_devices(error: RuntimeError, device: torch.device) -> None:
     """Say in words that a story mixes devices.
 
     Raises
     ------
-    ValueError
+    DeviceMismatch
         `error` is about tensors on different devices.
     """
     if "device" not in str(error):
@@ -303,7 +307,7 @@ def check_devices(error: RuntimeError, device: torch.device) -> None:
     found = re.findall(r"\b(?:cpu|meta|mps|(?:cuda|xpu|hpu)(?::\d+)?)\b", str(error))
     others = sorted({name for name in found if torch.device(name).type != device.type})
     if others:
-        raise ValueError(
+        raise DeviceMismatch(
             f"the data are on device {str(device)!r} and the story holds tensors on {', '.join(map(repr, others))}: pass "
             f"device={others[0]!r} to fit, or move the story's tensors to {str(device)!r} ({error})"
         ) from error

@@ -112,6 +112,8 @@ def isolated(
             "another thread is running a story: Pyro keeps one handler stack and one parameter store per process. "
             "Run fits one after another, or in processes of their own (concurrent.futures.ProcessPoolExecutor)"
         )
+    if device is not None and device.type == "cuda" and not torch.cuda.is_initialized():
+        torch.cuda.init()  # its random numbers follow the seed from the first draw on
     streams, numpy_state, python_state = random_streams(), np.random.get_state(), random.getstate()
     old_threads = torch.get_num_threads()
     old_dtype, depth = torch.get_default_dtype(), len(_PYRO_STACK)

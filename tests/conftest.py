@@ -51,19 +51,22 @@ def fixed_seed():
 
 
 @pytest.fixture(autouse=True)
-def on_the_device(request, monkeypatch):
+def on_the_device(request):
     """With `--device cuda` every fit runs there that names no device; what it answers is compared as ever."""
     device = request.config.getoption("--device")
     if request.node.get_closest_marker("processor"):
         device = "cpu"
-    if device == "pretended":
-        pretend_in_fits(monkeypatch)
-    if device != "cpu":
-        everything_on("cuda", monkeypatch)
-    yield
+    with pytest.MonkeyPatch.context() as patch:  # of its own, which no test undoes
+        if device == "pretended":
+            pretend_in_fits(patch)
+        if device != "cpu":
+            everything_on("cuda", patch)
+        elif torch.cuda.is_available():  # "auto" would ask a clock
+            patch.setattr("inference.devices.available", lambda: ["cpu"])
+        yield
 
 
-def pretend_in_fits(monkeypatch):
+def pretend_in_fits(patch):
     """Let there be a card inside every fit, of which nothing may be left: all else runs at its usual speed."""
     from inference import fit
 
@@ -71,9 +74,9 @@ def pretend_in_fits(monkeypatch):
     function, inside = cell.cell_contents, []
 
     def fitted(*args, **kwargs):
-        if inside:
+        if inside or torch.cuda.is_available():  # the test has a card of its own
             return function(*args, **kwargs)
-        with pretended() as card:
+        with pretended(own_stream=True) as card:
             inside.append(card)
             try:
                 found = function(*args, **kwargs)
@@ -84,23 +87,21 @@ def pretend_in_fits(monkeypatch):
             assert not card.used(), f"{card.used()} bytes are left on the card"
         return found
 
-    monkeypatch.setattr(cell, "cell_contents", fitted)
+    patch.setattr(cell, "cell_contents", fitted)
 
 
-def everything_on(device, monkeypatch):
+def everything_on(device, patch):
     """Let "auto" mean a device, without a trial of steps."""
     from inference import devices, fit
 
     front = sys.modules[fit.__module__]
     prepare = front.prepare
-    monkeypatch.setattr(
+    patch.setattr(
         front,
         "prepare",
         lambda *args, **kw: prepare(*args, **{**kw, "device": device if kw["device"] == "auto" else kw["device"]}),
     )
-    monkeypatch.setattr(
-        front, "settled", lambda found, method, on: (found, devices.DeviceChoice(device, (), "--device"))
-    )
+    patch.setattr(front, "settled", lambda found, method, on: (found, devices.DeviceChoice(device, (), "--device")))
 
 
 @pytest.fixture
@@ -110,6 +111,7 @@ def untouched():
 
     import arviz  # noqa: F401  (libraries that set warning filters of their own when first imported)
     import scipy.special  # noqa: F401
+    import sympy  # noqa: F401
 
     before = (torch.get_default_dtype(), torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate())
     filters = list(warnings.filters)

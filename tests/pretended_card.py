@@ -167,7 +167,7 @@ def stand_ins(card: Card) -> dict[str, Any]:
 
     def seeded(seed: int) -> None:
         if card.random is not None:
-            card.random.manual_seed(seed)
+            card.random.manual_seed(~seed & 2**63 - 1)  # a card's numbers are not the processor's of the same seed
 
     free = 8 << 30 if card.limit == float("inf") else int(card.limit)
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -41,6 +42,15 @@ INDEXED = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, a
 #: Ways in which an operation of somebody else can have a kernel for a card.
 KERNELS = ("CUDA", "CompositeImplicitAutograd", "CompositeExplicitAutograd")
 BUSY = "CUDA error: operation not permitted when stream is capturing"
+#: What a card finds wrong while it works, after which it answers nothing in this process.
+ASSERTED = re.compile(r"out of (range|bounds)|probability tensor contains|sum of prob|Expected p_in|invalid (Poisson|binomial)")
+#: The operations that do; `multinomial` for one draw looks at its numbers first.
+ASSERTING = {
+    *("index", "index_put", "index_put_", "_index_put_impl_", "index_select", "index_add", "index_add_", "index_copy"),
+    *("gather", "scatter", "scatter_", "scatter_add", "scatter_add_", "take", "embedding", "nll_loss_forward"),
+    *("multinomial", "bernoulli", "bernoulli_", "binomial", "poisson"),
+}
+DEAD = "CUDA error: device-side assert triggered"
 
 
 def bare(tensor: Tensor) -> Tensor:
@@ -91,6 +101,8 @@ class Card:
         What `set_sync_debug_mode` was asked for: at 2 waits are errors.
     stuck
         Whether a recording was spoilt, after which the card's generator draws no more.
+    dead
+        Whether an index was out of range, or a probability was none: it answers nothing any more.
     stream
         The one on which operations are put.
     random
@@ -100,7 +112,7 @@ class Card:
     def __init__(self, limit: float = float("inf"), random: torch.Generator | None = None) -> None:
         self.limit, self.waits, self.random = limit, 0, random
         self.races: list[str] = []
-        self.told, self.stuck = 0, False
+        self.told, self.stuck, self.dead = 0, False, False
         self.stream: Any = None
         self._there: dict[int, StorageWeakRef] = {}
         self._sizes: dict[int, int] = {}
@@ -284,12 +296,21 @@ class Kernels(TorchDispatchMode):
         if kwargs.get("pin_memory"):
             kwargs["pin_memory"] = False
         recording = card.own
+        if card.dead and (on or there):
+            raise RuntimeError(DEAD)
         if on or recording is not None:
             self.before(func, known, args, kwargs, on, off, there)
         if card.stuck and recording is None and there and known.draws:
             raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
-        with card.drawing() if there and known.draws and card.random is not None else nullcontext():
-            out = func(*args, **kwargs)
+        try:
+            with card.drawing() if there and known.draws and card.random is not None else nullcontext():
+                out = func(*args, **kwargs)
+        except (IndexError, RuntimeError) as error:
+            one = known.name == "multinomial" and args[1] == 1
+            if on and known.name in ASSERTING and not one and ASSERTED.search(str(error)):
+                card.dead = True
+                raise RuntimeError(DEAD) from None
+            raise
         if there:
             new = [t for t in tensors_of(out) if not (t.is_meta or card.holds(t) or (known.crosses and t is args[0]))]
             if new:

@@ -172,6 +172,24 @@ def test_what_spoils_a_recording_is_refused(card):
         assert not elsewhere()
 
 
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda x: x[torch.tensor([5], device="cuda")],
+        lambda x: x.gather(0, torch.tensor([5], device="cuda")),
+        lambda x: torch.bernoulli(x * torch.nan),
+        lambda x: torch.poisson(-x),
+    ],
+)
+def test_what_goes_wrong_in_a_kernel_ends_all_work_of_a_card(card, work):
+    """An index out of range and a probability that is none are found too late: there is no error to recover from."""
+    x = torch.ones(3, device="cuda")
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        work(x)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        x + 1
+
+
 def test_a_number_of_the_processor_is_recorded_as_it_is(card):
     """Its later values are not seen; a dot product or a sum of rows does not take it at all."""
     x, n, graph = torch.ones(4, device="cuda"), torch.tensor(2.0), torch.cuda.CUDAGraph()

@@ -149,6 +149,7 @@ def test_what_runs_on_the_processor_is_not_tried_elsewhere(monkeypatch):
     assert 'device: cpu ("auto": the chains of nuts run in machine code' in posterior.why()
 
 
+@pytest.mark.processor
 def test_one_processor_says_so_and_times_nothing(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     posterior = fit(GMM(2), X, EM(restarts=1, max_iter=3), seed=0)

@@ -195,9 +195,11 @@ def test_one_component_is_factor_analysis():
             z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
             pyro.sample("x", dist.Normal(z @ W.T + mu, psi.sqrt()).to_event(1), obs=x)
 
-    a = fit(one, SCORES, EM(restarts=1, tol=1e-11, max_iter=3000), seed=0)
-    b = fit(MixtureOfFactorAnalysers(1, 2), SCORES, EM(restarts=1, tol=1e-11, max_iter=3000), seed=0)
-    assert math.isclose(a.diagnostics["log_likelihood"], b.diagnostics["log_likelihood"], abs_tol=1e-4)
+    method = EM(restarts=1, tol=1e-11, max_iter=3000)
+    for seed in range(3):  # whatever the start, the one maximum of the log joint
+        a, b = (fit(story, SCORES, method, seed=seed) for story in (one, MixtureOfFactorAnalysers(1, 2)))
+        assert a.converged and b.converged
+        assert math.isclose(a.diagnostics["objective"], b.diagnostics["objective"], abs_tol=2e-6)
 
 
 def test_mixture_climbs_and_beats_one_analyser_on_clusters():

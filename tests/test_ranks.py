@@ -173,6 +173,7 @@ def test_ranks_go_on_from_where_one_process_stopped(alone, ranks, piece):
         np.testing.assert_allclose(found[name], wanted[name], rtol=1e-8, atol=1e-8, err_msg=name)
 
 
+@pytest.mark.processor  # the processes of ranks run there, too
 def test_one_process_goes_on_from_where_ranks_stopped(alone, ranks, folder):
     """The file of several ranks holds the rows of all."""
     for name, call in ranks_work.svi_fits().items():

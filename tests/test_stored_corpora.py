@@ -213,6 +213,7 @@ def test_mixtures_of_documents_on_disk(narrow, few_rows, monkeypatch, tmp_path):
     monkeypatch.setattr("inference.methods.em.plan.PLAN_ROWS", 60)
     monkeypatch.setattr("inference.shapes.PIECE_ROWS", 64)
     monkeypatch.setattr(lazy_rows, "CELLS", 64 * 60)
+    monkeypatch.setattr("inference.methods.em.features.CELLS", 64 * 60)
     monkeypatch.setattr(lazy_rows, "LEAST", 256)
     method, on_disk = EM(restarts=2, max_iter=20), narrow.save(tmp_path / "narrow")
     dense = fit(MultinomialMixture(3), narrow.counts.toarray(), method, seed=0)
@@ -253,7 +254,7 @@ def test_topics_of_documents_on_disk(corpus, on_disk, few_rows, monkeypatch, dri
     cut, longest = Documents.cut, []
     monkeypatch.setattr(Documents, "cut", lambda self, a, b: longest.append(b - a) or cut(self, a, b))
     first, second = (fit(story, data, method, seed=0) for data in (corpus, on_disk))
-    assert max(longest) <= visits.FEWEST and second.problem.admixture.documents(second.problem.kwargs).on_disk
+    assert max(longest, default=0) <= visits.FEWEST and second.problem.admixture.documents(second.problem.kwargs).on_disk
     for name, value in first.draws.items():
         assert torch.equal(second.draws[name], value), name
     assert first.history == second.history and len(first.history) <= 8

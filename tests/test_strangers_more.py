@@ -197,6 +197,9 @@ def test_a_vector_of_all_rows_is_climbed_with_all_of_them():
     noise = found.draws["noise"][0].double()
     exact = K @ torch.linalg.solve(K + noise**2 * torch.eye(12, dtype=torch.float64), y)
     torch.testing.assert_close(found.draws["f"][0], exact, rtol=0, atol=2e-3)
+    for start in (found, fit(function, (x, y), EM(restarts=1), seed=1)):  # the function meets every y, and noise goes to 0
+        assert not start.converged and "may have no maximum" in start.warnings[0]
+        assert start.history[-1] == start.diagnostics["objective"] > start.history[0]
 
 
 # -- formulas ----------------------------------------------------------------------------------------------------------
@@ -337,6 +340,7 @@ def test_a_support_that_hangs_on_a_summed_out_count_is_no_moving_edge():
         fit(edge, torch.rand(20), EM(), seed=0)
 
 
+@pytest.mark.processor  # the story holds tensors of its own there
 def test_a_pyro_module_is_a_story():
     """Pyro's own way to write a Bayesian regression: its arguments are those of `forward`, and were found to be none."""
 
@@ -388,6 +392,7 @@ def test_a_site_that_is_seen_in_part_is_told_how():
         fit(partly, (torch.randn(6), torch.arange(6) % 2 == 0), EM(), seed=0)
 
 
+@pytest.mark.processor  # the story holds tensors of its own there
 def test_draws_of_a_story_in_single_precision_are_asked_in_it():
     """NUTS keeps float64 draws: log_prob of a float32 story stopped in PyTorch's words."""
     weight = dist.Normal(torch.zeros(2, dtype=torch.float32), 1.0).to_event(1)

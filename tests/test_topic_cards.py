@@ -8,6 +8,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from card_cases import a_card
 from scipy.optimize import minimize
 
 from inference import EM, SVI, fit
@@ -316,9 +317,8 @@ def test_too_little_memory_is_told_for_sparse_counts(corpus):
 
 
 def on_and_off(story, data, method, tmp_path):
-    """The same fit on a pretended card and on the processor; the first also saved there and read here."""
-    pretended = pytest.importorskip("pretended_card").pretended
-    with pretended():
+    """The same fit on a card, pretended or not, and on the processor; the first also saved there and read here."""
+    with a_card():
         there = fit(story, data, method, seed=3, device="cuda")
         path = there.save(tmp_path / "topics.pt")
     here, back = fit(story, data, method, seed=3, device="cpu"), load_posterior(path, story)
@@ -363,7 +363,6 @@ def test_the_bound_on_a_card_is_that_of_the_processor(corpus, tmp_path):
 def test_counts_that_are_streamed_to_a_card(corpus, tmp_path, monkeypatch):
     """Where the card has no room they travel run by run, and the passes are the same."""
     monkeypatch.setattr(cards, "keeps", lambda *a: False)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)  # of a stream that is pretended
     there, here = on_and_off(LDA(3), corpus.counts.tocsr()[:90], EM(driver="batch", max_iter=4), tmp_path)
     np.testing.assert_allclose(there.history, here.history, rtol=1e-6)
     assert "read ahead and copied" in there.why()

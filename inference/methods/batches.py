@@ -78,7 +78,7 @@ class Batches:
         part = self.rows if size is None or size >= total else round(size * self.rows / total)
         self.size = max(1, min(part, self.rows))
         self.scale, self.whole = total / self.size, total / self.rows
-        self.generator = torch.Generator(device=self.where)
+        self.generator = torch.Generator()
         self.generator.manual_seed(problem.seed * 1_000_003 + self.ranks.rank)
 
     def first(self, offset: int = 0) -> Tensor:
@@ -100,9 +100,13 @@ class Batches:
         rows, self.order = self.order[:size], self.order[size:]
         return self.among(rows)
 
+    def shuffled(self, count: int) -> Tensor:
+        """The first numbers in random order, drawn on the processor: a seed means the same batches on every device."""
+        return torch.randperm(count, generator=self.generator, device="cpu").to(self.where)
+
     def epoch(self) -> Tensor:
         """All rows in a new order."""
-        return torch.randperm(self.rows, generator=self.generator, device=self.where)
+        return self.shuffled(self.rows)
 
     def stretch(self, size: int) -> Tensor:
         """The next rows of tables too long to list: some runs of neighbours from all over the table, shuffled together.
@@ -111,11 +115,11 @@ class Batches:
         """
         need = max(RUNS, -(-size // RUN))
         if len(self.runs) < need:
-            self.runs = torch.randperm(-(-self.rows // RUN), generator=self.generator, device=self.where)
+            self.runs = self.shuffled(-(-self.rows // RUN))
         starts, self.runs = RUN * self.runs[:need], self.runs[need:]
         rows = (starts[:, None] + torch.arange(RUN, device=self.where)).reshape(-1)
         rows = rows[rows < self.rows]
-        return rows[torch.randperm(len(rows), generator=self.generator, device=self.where)]
+        return rows[self.shuffled(len(rows))]
 
     def judged_rows(self) -> tuple[Tensor | None, float]:
         """Rows on which a finished fit is judged, and their weight: None for all rows, or some of very many."""

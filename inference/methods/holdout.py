@@ -45,7 +45,7 @@ class Holdout:
         self.every = max(1, steps // LOOKS)
         self.history: list[tuple[int, float]] = []
         self.best: Leaves | None = None
-        self.seed = int(torch.randint(2**31, ()))
+        self.seed = int(torch.randint(2**31, (), device="cpu"))
 
     @property
     def top(self) -> float:
@@ -77,8 +77,8 @@ class Holdout:
         return (log_p - log_q).mean()
 
 
-def split(rows: int, share: float) -> tuple[Tensor, Tensor]:
-    """Indices of the rows to climb on and of those held out, by the current random stream."""
-    order = torch.randperm(rows)
+def split(rows: int, share: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Indices of the rows to climb on and of those held out, by the processor's random stream: the same on every device."""
+    order = torch.randperm(rows, device="cpu").to(device)
     count = min(rows - 1, max(1, round(share * rows)))
     return order[count:].sort().values, order[:count].sort().values

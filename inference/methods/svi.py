@@ -354,7 +354,7 @@ class SVI:
                     f"SVI(validation={self.validation}) holds rows out, which takes a guide that reads rows (a story's own, or "
                     f"guide=Amortised(...)) and two rows or more; this fit has the guide {family!r} and {rows} rows"
                 )
-            train, held = split(rows, self.validation)
+            train, held = split(rows, self.validation, problem.device)
         target = options.target(problem, family, train)
         if held is not None and any(p.local for p in target.parameters.values()):
             raise ValueError(

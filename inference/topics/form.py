@@ -42,6 +42,11 @@ class Walk:
     step: float
     step_param: str | None
 
+    def to(self, device: torch.device) -> Walk:
+        """The same with its prior on a device."""
+        loc, base_loc, base_scale = (value.to(device) for value in (self.loc, self.base_loc, self.base_scale))
+        return replace(self, loc=loc, base_loc=base_loc, base_scale=base_scale)
+
 
 @dataclass(frozen=True)
 class Admixture:
@@ -82,8 +87,9 @@ class Admixture:
     walk: Walk | None = None
 
     def to(self, device: torch.device) -> Admixture:
-        """The same with its concentrations on a device."""
-        return replace(self, alpha=self.alpha.to(device), eta=self.eta.to(device))
+        """The same with its concentrations, or the prior of its walk, on a device."""
+        walk = None if self.walk is None else self.walk.to(device)
+        return replace(self, alpha=self.alpha.to(device), eta=self.eta.to(device), walk=walk)
 
     @property
     def ragged(self) -> tuple[str, ...]:

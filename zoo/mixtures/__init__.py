@@ -15,6 +15,8 @@ Setting = float | Sequence[float] | Tensor
 
 #: Rows that are enough to find centres which lie apart.
 FEW_ROWS = 4_000
+#: Rounds of k-means that a guide begins with.
+ROUNDS = 10
 
 _STORIES = {
     "BernoulliMixture": ".bernoulli",
@@ -175,25 +177,32 @@ def filled(value: Setting, shape: tuple[int, ...], x: Tensor | None) -> Tensor:
     return torch.tensor(value, dtype=dtype, device=None if x is None else x.device).expand(shape)
 
 
-def spread_rows(x: Tensor, num_rows: int) -> Tensor:
-    """`num_rows` rows of `x` (N, D) that lie apart, by k-means++ on standardised columns: (num_rows, D).
+def cluster_means(x: Tensor, num_clusters: int) -> Tensor:
+    """Means of the clusters that some rounds of k-means find in the rows of `x` (N, D): (num_clusters, D).
 
-    A missing cell counts as its column's mean.  Where `x` has too few rows, they repeat; of very many, some are looked at.
+    They begin at rows that lie apart (k-means++), on standardised columns.  A missing cell counts as its column's mean.  Where
+    `x` has too few rows, they repeat; of very many, some are looked at.
     Arthur & Vassilvitskii, *k-means++: The Advantages of Careful Seeding* (SODA 2007).
     """
     kmeans_plusplus = bring("sklearn.cluster").kmeans_plusplus
 
-    most = max(FEW_ROWS, 50 * num_rows)
+    most = max(FEW_ROWS, 50 * num_clusters)
     if len(x) > most:
         x = x[torch.randint(len(x), (most,), device=x.device)]
     x = x.detach().to("cpu", torch.get_default_dtype() if not x.is_floating_point() else x.dtype)
     mean = x.nanmean(0).nan_to_num(0.0)
     x = torch.where(x.isnan(), mean, x)
-    if len(x) < num_rows:
-        x = x.repeat(math.ceil(num_rows / len(x)), 1)
+    if len(x) < num_clusters:
+        x = x.repeat(math.ceil(num_clusters / len(x)), 1)
     info = torch.finfo(x.dtype)
     floor = (info.eps * mean.abs()).clamp_min(info.tiny)  # below it a column's spread is rounding error
     unit = (x - mean) / torch.maximum(x.std(0, correction=0), floor)
     seed = int(torch.randint(2**31 - 1, ()))
-    _, rows = kmeans_plusplus(unit.double().numpy(), num_rows, random_state=seed)
-    return x[torch.from_numpy(rows)]
+    _, rows = kmeans_plusplus(unit.double().numpy(), num_clusters, random_state=seed)
+    chosen = torch.from_numpy(rows)
+    centres, at = x[chosen], unit[chosen]
+    for _ in range(ROUNDS):
+        nearest = torch.nn.functional.one_hot(torch.cdist(unit, at).argmin(1), num_clusters).to(x.dtype)
+        count = nearest.sum(0)[:, None]
+        centres, at = (torch.where(count > 0, nearest.T @ v / count.clamp_min(1), old) for v, old in ((x, centres), (unit, at)))
+    return centres

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from . import Setting, Wishart, count_setting, filled, num_columns, setting, spread_rows
+from . import Setting, Wishart, count_setting, filled, num_columns, setting, cluster_means
 
 Covariance = Literal["full", "diag", "tied", "spherical"]
 
@@ -120,14 +120,14 @@ class GMM:
     def guide(self, x: Tensor | None = None, num_data: int = 300, num_features: int = 2) -> None:
         """q(pi) q(mu) q(Lambda) or q(tau), each in its prior's family; z is summed out, not guessed.
 
-        Centres start at rows of `x` that lie apart (k-means++), everything else as though each component had
+        Centres start at means of clusters of `x` (k-means), everything else as though each component had
         been seen N/K times, s/3 wide.
         """
         a, m, s = self._prior(x, num_features)
         K, N, tied = len(a), num_data if x is None else len(x), self.covariance == "tied"
         rows = N / K
         pi = pyro.param("pi.concentration", lambda: a + rows, constraint=constraints.positive)
-        loc = pyro.param("mu.loc", lambda: torch.normal(m.expand(K, -1), s) if x is None else spread_rows(x, K).to(m))
+        loc = pyro.param("mu.loc", lambda: torch.normal(m.expand(K, -1), s) if x is None else cluster_means(x, K).to(m))
         scale = pyro.param("mu.scale", lambda: (s / 3 / rows**0.5).repeat(K, 1), constraint=constraints.positive)
         name, q = self._guess(s, N if tied else rows, () if tied else (K,))
         pyro.sample("pi", dist.Dirichlet(pi))

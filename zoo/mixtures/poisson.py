@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from . import Setting, count_setting, filled, num_columns, setting, spread_rows
+from . import Setting, count_setting, filled, num_columns, setting, cluster_means
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class PoissonMixture:
     def guide(self, x: Tensor | None = None, num_data: int = 300, num_features: int | None = None) -> None:
         """q(pi) q(lam), each in its prior's family; z is summed out, not guessed.
 
-        Rates start at rows of `x` that lie apart (k-means++ on square roots, which have equal variances), as
+        Rates start at means of clusters (k-means on square roots, which have equal variances), as
         though each had been seen N/K times.
         """
         a, shape, rate = self._prior(x, num_features)
@@ -105,7 +105,7 @@ class PoissonMixture:
         def expected() -> Tensor:
             if x is None:
                 return dist.Gamma(shape, rate).sample((K,))
-            roots = spread_rows(x.reshape(N, -1).to(a).clamp_min(0).sqrt(), K)
+            roots = cluster_means(x.reshape(N, -1).to(a).clamp_min(0).sqrt(), K)
             return roots.to(a).square().reshape(K, *shape.shape)
 
         pi = pyro.param("pi.concentration", lambda: a + rows, constraint=constraints.positive)

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from ..mixtures import Setting, count_setting, filled, setting, spread_rows
+from ..mixtures import Setting, count_setting, filled, setting, cluster_means
 from . import check_lengths
 
 
@@ -180,4 +180,4 @@ class GaussianHMM:
         if x is None:
             return torch.normal(m.expand(K, *m.shape), s)
         rows = x.reshape(-1, x.shape[2] if x.ndim == 3 else 1)
-        return spread_rows(rows[~rows.isnan().any(1)], K).reshape(K, *m.shape).to(m)
+        return cluster_means(rows[~rows.isnan().any(1)], K).reshape(K, *m.shape).to(m)

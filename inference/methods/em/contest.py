@@ -25,6 +25,12 @@ if TYPE_CHECKING:
     from ...problem import Problem
     from . import EM
 
+UNCONVERGED = "EM did not converge in {} iterations; raise max_iter or tol"
+BROKEN = (
+    "EM stopped after {} iterations, since the next step left the finite numbers or fell below the start: the density may have "
+    "no maximum (a scale that goes to 0). Give such a scale a prior that keeps it away from 0, or take NUTS or SVI"
+)
+
 
 class Contest:
     """All climbs of one fit.
@@ -243,7 +249,8 @@ class Contest:
                 f"batch_size={self.em.batch_size} exceeds the {self.rows} rows: all rows are used in every step"
             )
         if not best.converged and not self.stopped:
-            warnings.append(f"EM did not converge in {self.em.max_iter} iterations; raise max_iter or tol")
+            early = self.driver == "batch" and len(best.history) < self.em.max_iter
+            warnings.append(BROKEN.format(len(best.history)) if early else UNCONVERGED.format(self.em.max_iter))
         falls = [b - a for a, b in zip(best.history, best.history[1:])]
         if falls and min(falls) < -1e-6 * (1 + abs(best.objective)):
             warnings.append(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor
 
@@ -296,10 +297,11 @@ class MStep:
             with torch.no_grad():
                 return float(ranks.add(-scale * self.expected(tuple(blocks), flat, fixed, e, ranks))[0])
 
-        before = cost()
-        with torch.enable_grad():
-            optimiser.step(loss)
-        after = cost()
+        with pyro.validation_enabled(False):  # a step too far is no mistake of the story
+            before = cost()
+            with torch.enable_grad():
+                optimiser.step(loss)
+            after = cost()
         if not after <= before:  # also where after is NaN
             return theta
         with torch.no_grad():
