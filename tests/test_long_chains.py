@@ -13,6 +13,7 @@ from inference import EM, NUTS, fit
 from inference.capture import value_and_grad
 from inference.enumeration import LogFactor, sum_out
 from inference.folding import fold_chains, paths
+from inference.recorder import pure_graph
 from inference.session import isolated
 
 
@@ -129,6 +130,59 @@ def test_a_loop_of_sixty_steps_is_a_short_program():
         up, down = (found.single(flat.detach() + k * step)[0] for k in (1, -1))
         assert float(slope @ step) == pytest.approx(float(up - down) / 2, rel=1e-5)
     assert value.isfinite()
+
+
+def test_programs_do_not_grow_with_their_loops():
+    """Twice as many steps are one more fold, not twice as many operations."""
+    counts = []
+    for length in (24, 48):
+        joint = joint_of(markov, series(length))
+        with isolated(0, torch.float64):
+            counts.append(len(value_and_grad(joint).single.call.module.graph.nodes))
+    assert counts[1] - counts[0] < 200 and counts[1] < 900
+
+
+def laid_out(flat):
+    """Steps of three shapes, of shared and own numbers, with dimensions turned; two of them are no entrywise operation."""
+    data = torch.arange(1.0, 15.0, dtype=torch.float64)
+    a, b = flat[:3], flat[3:].reshape(2, 3)
+    rows = []
+    for t in range(14):
+        wide = [a, b, b.unsqueeze(-2)][t % 3]
+        row = -((data[t] - wide) ** 2) / (1 + a.exp()) + torch.where(b > 0, b.abs(), b * data[t]).sum(0)
+        row = row.reshape(-1, 3).mean(0) if t in (4, 9) else row.reshape(-1, 3)[0]
+        rows.append(row.unsqueeze(-1).transpose(0, 1).squeeze(0))
+    return (torch.stack(rows).logsumexp(0) * torch.stack([a.exp() + 0 * r for r in rows]).sum(0)).sum()
+
+
+def test_steps_side_by_side_are_those_one_by_one():
+    """Values and gradients of a loop whose steps differ in kind, at several points and in many at once."""
+    torch.manual_seed(0)
+    points = torch.randn(5, 9, dtype=torch.float64)
+    with isolated(0, torch.float64):
+        graph = pure_graph(laid_out, (points[0],), differentiable=True)
+        for point in points:
+            x, y = point.clone().requires_grad_(), point.clone().requires_grad_()
+            torch.testing.assert_close(graph(x), laid_out(y), rtol=1e-12, atol=0)
+            with torch.enable_grad():
+                slopes = [torch.autograd.grad(f(v), v)[0] for f, v in ((graph, x), (laid_out, y))]
+            torch.testing.assert_close(*slopes, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(torch.vmap(graph)(points), torch.stack([laid_out(p) for p in points]))
+
+
+def test_entrywise_steps_are_one_operation():
+    """A stack of sums of squares over twelve numbers of data: the graph holds one power, not twelve."""
+    data = torch.arange(12.0, dtype=torch.float64)
+
+    def program(flat):
+        return torch.stack([((flat - d) ** 2 / 2).unsqueeze(0) for d in data]).sum()
+
+    with isolated(0, torch.float64):
+        graph = pure_graph(program, (torch.zeros(3, dtype=torch.float64),), differentiable=True)
+    powers = [n for n in graph.module.graph.nodes if "pow" in str(n.target)]
+    assert len(powers) == 1
+    flat = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+    torch.testing.assert_close(graph(flat), program(flat), rtol=1e-14, atol=0)
 
 
 def test_em_and_nuts_see_the_same_chain():
