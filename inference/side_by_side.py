@@ -1,9 +1,9 @@
 """Loops that were written out, taken together again: the same operation on many small tensors is one on a long one.
 
-A Python loop of T steps is recorded as T times the operations of one step.  Where their results are laid side by side in the end
-(`torch.stack`), the operations can be done side by side as well: `stack(f(a_1, b), f(a_2, b), ...)` is `f(stack(a_1, a_2, ...), b)`
-for every f that works entry by entry or only rearranges dimensions.  Steps may differ in their shapes: then each kind is one
-operation, and the results are put in order.
+A Python loop of T steps is recorded as T times the operations of one step.  Where their results are laid side by side in the
+end (`torch.stack`), the operations can be done side by side as well: `stack(f(a_1, b), f(a_2, b), ...)` is
+`f(stack(a_1, a_2, ...), b)` for every f that works entry by entry or only rearranges dimensions.  Steps may differ in their
+shapes: then each kind is one operation, and the results are put in order.
 """
 
 from __future__ import annotations
@@ -59,15 +59,16 @@ class SideBySide:
     def rewrite(self) -> None:
         """Take every stack of many tensors apart that can be."""
         for node in list(self.graph.nodes):
-            if node.target is not aten.stack.default or len(node.args) != 1 or len(node.args[0]) < FEWEST:
+            args: Any = node.args
+            if node.target is not aten.stack.default or len(args) != 1 or len(args[0]) < FEWEST:
                 continue
             with self.graph.inserting_before(node):
-                together = self.together(tuple(node.args[0]))
+                together = self.together(tuple(args[0]))
             if together is not None:
                 node.replace_all_uses_with(together)
                 self.graph.erase_node(node)
 
-    def call(self, target: Any, *args: Any, shape: tuple[int, ...], **kwargs: Any) -> fx.Node:
+    def call(self, target: Any, *args: Any, shape: Any, **kwargs: Any) -> fx.Node:
         """A new operation."""
         node = self.graph.call_function(target, args, kwargs)
         node.meta["shape"] = shape
@@ -130,7 +131,7 @@ class SideBySide:
         if first.op != "call_function":
             return None
         if first.target in _ENTRYWISE:
-            operands = []
+            operands: list[Any] = []
             for i, operand in enumerate(first.args):
                 if not isinstance(operand, fx.Node):
                     operands.append(operand)
@@ -164,7 +165,7 @@ def kind_of(node: fx.Node) -> Any:
 
 def moved_by_one(node: fx.Node, count: int) -> tuple[Any, tuple[Any, ...]] | None:
     """A rearrangement of dimensions, and its arguments where there is one dimension more in front; None for others."""
-    target, args = node.target, node.args[1:]
+    target, args = node.target, list[Any](node.args[1:])
     if not node.args or not isinstance(node.args[0], fx.Node) or "shape" not in node.args[0].meta or node.kwargs:
         return None
     dims = len(node.args[0].meta["shape"])
