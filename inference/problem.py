@@ -345,14 +345,17 @@ def with_admixture(problem: Problem) -> Problem:
 def see_through(direct: dict[str, tuple[str, ...]], records: dict[str, Record]) -> dict[str, tuple[str, ...]]:
     """Parents with deterministic sites replaced by what they are made of, in program order."""
 
-    def ends(name: str) -> set[str]:
-        found: set[str] = set()
-        for parent in direct.get(name, ()):
-            made = parent in records and records[parent].kind == "deterministic"
-            found |= ends(parent) if made else {parent} & set(records)
-        return found
+    known: dict[str, set[str]] = {}
 
-    return {name: tuple(n for n in records if n in ends(name)) for name in records}
+    def ends(name: str) -> set[str]:
+        if name not in known:
+            known[name] = set()
+            for parent in direct.get(name, ()):
+                made = parent in records and records[parent].kind == "deterministic"
+                known[name] |= ends(parent) if made else {parent} & records.keys()
+        return known[name]
+
+    return {name: tuple(n for n in records if n in found) for name in records for found in [ends(name)]}
 
 
 def _private_copy(story: Any) -> Any:
