@@ -188,7 +188,7 @@ def test_entrywise_steps_are_one_operation():
 def test_em_and_nuts_see_the_same_chain():
     """States by EM are those of forward-backward at its point; NUTS runs in seconds where it did not end in ten minutes."""
     y = series(24)
-    point = fit(markov, y, EM(restarts=1, max_iter=15), seed=0)
+    point = fit(markov, y, EM(restarts=1, max_iter=4), seed=0)
     A, mu, s = (point.draws[n][0].double() for n in ("A", "mu", "s"))
     points = dist.Normal(mu, s).log_prob(y.unsqueeze(-1)).requires_grad_()
     with torch.enable_grad():
