@@ -24,9 +24,6 @@ aten = torch.ops.aten
 #: Operations that leave a tensor as it is where its shape is already right.
 _RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.alias.default)
 
-#: States that a table of one finite latent has at most where it is compared with others.
-MOST_STATES = 64
-
 
 class CaptureError(RuntimeError):
     """The function is no fixed sequence of tensor operations; the text is the reason."""
@@ -95,7 +92,7 @@ class _Recorder(TorchDispatchMode):
         self.constants: list[Tensor] = []
         self._nodes: dict[int, fx.Node] = {}  # by identity of tensors that depend on the inputs
         self._inputs: dict[int, fx.Node] = {}  # the same for constants, which become further inputs
-        self._states: dict[Any, Tensor] = {}  # the first of all that list the same states in the same shape
+        self._states: dict[Any, Tensor] = {}  # the first of all tables that list the same states
         self._places: set[int] = set()  # memory of the constants
         self._users: defaultdict[int, list[Tensor]] = defaultdict(list)  # recorded tensors by memory
         self._alive: list[Tensor] = []  # holds every tensor, so that no identity is used twice
@@ -118,7 +115,10 @@ class _Recorder(TorchDispatchMode):
             return leaf
         if id(leaf) in self._nodes:
             return self._nodes[id(leaf)]
-        if id(leaf) not in self._inputs and (states := listed_states(leaf)) is not None:
+        states = getattr(leaf, "_listed_states", None)
+        if (
+            id(leaf) not in self._inputs and states is not None
+        ):  # every site that is summed out brings a table of its own
             first = self._states.setdefault(states, leaf)
             if first is not leaf:
                 self._places.add(_place(leaf))
@@ -301,21 +301,6 @@ def merge_repeats(graph: fx.Graph) -> None:
         if first is not node:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
-
-
-def listed_states(leaf: Tensor) -> tuple[Any, ...] | None:
-    """What tells a table of states 0, 1, 2, ... from others; None for all other tensors.
-
-    Every site that is summed out brings one of its own. What a story looks up there is the same for equal ones, and is looked
-    up once. Data are never compared: a program does not depend on which of them are equal.
-    """
-    if not 1 < leaf.numel() <= MOST_STATES or leaf.dtype not in (torch.int64, torch.float32, torch.float64):
-        return None
-    if sum(n > 1 for n in leaf.shape) != 1 or isinstance(leaf, torch.nn.Parameter):
-        return None
-    if not torch.equal(leaf.flatten(), torch.arange(leaf.numel(), dtype=leaf.dtype, device=leaf.device)):
-        return None
-    return (leaf.dtype, leaf.device, tuple(leaf.shape), leaf.stride())
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
