@@ -19,7 +19,7 @@ from .handlers import supports_missing
 from .lazy_rows import LazyRows, has_lazy
 from .looks import where
 from .notes import part_notes, value_notes
-from .rehearsal import DeviceMismatch, check_covariates, check_switches, run_checked
+from .rehearsal import DeviceMismatch, Runs, check_covariates, check_switches, run_checked
 from .session import at_home, fresh_seed, isolated, parts_of_plates
 from .shapes import Record, check_supports, without_values
 from .structure import Structure, build, pair
@@ -260,7 +260,17 @@ def rehearse(story: Any, model: Callable, guide: Any, data: Any) -> None:
     dtype = story_dtype(story)
     with suppress(DeviceMismatch), warnings.catch_warnings():
         warnings.simplefilter("ignore", DataNotice)  # it is given once, when the data are read for the card
-        run_checked(model, bind(model, data, dtype, home), dtype, home)
+        told(model, data, dtype, home)
+
+
+def told(
+    model: Callable, data: Any, dtype: torch.dtype, where: torch.device
+) -> tuple[Runs, dict[str, Any], torch.dtype, list[str]]:
+    """What some runs of the story on these data show, their arguments, the precision that it takes, and notes."""
+    kwargs = bind(model, data, dtype, where)
+    check_switches(model, kwargs, dtype)
+    check_covariates(model, kwargs, dtype)
+    return run_checked(model, kwargs, dtype, where)
 
 
 def read(
@@ -269,11 +279,8 @@ def read(
     """Bind the data to the story's arguments, run it, and tell its structure."""
     notes: list[str] = []
     dtype = story_dtype(story)
-    kwargs = bind(model, data, dtype, where)
-    check_switches(model, kwargs, dtype)
-    check_covariates(model, kwargs, dtype)
     with parts_of_plates() as parts:
-        runs, kwargs, dtype, more = run_checked(model, kwargs, dtype, where)
+        runs, kwargs, dtype, more = told(model, data, dtype, where)
     notes += more + part_notes(parts, runs.full)
     check_supports(runs.full, runs.moving)
     check_missing(runs.full, kwargs)

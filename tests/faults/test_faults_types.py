@@ -60,6 +60,7 @@ def test_whole_word_counts_answer_like_floats(method):
     assert same(answer(topics(), WORDS.long(), method), answer(topics(), WORDS, method))
 
 
+@pytest.mark.processor  # the story holds a tensor of its own there
 @row("data in double and story in single precision", GRADIENT)
 def test_one_precision_is_chosen_and_told(method):
     prior = torch.zeros(3)

@@ -33,10 +33,11 @@ Theta = dict[str, Tensor]
 
 def no_slope(joint: LogJoint, theta: Theta, blocks: Sequence[Block], gradient: Any) -> DivergenceError:
     """The gradient is not a number where an M-step begins: with the state (unbatched) that it began from."""
-    whole = torch.zeros(joint.dim, dtype=gradient.dtype)
+    gradient, home = gradient.cpu(), torch.device("cpu")
+    whole = torch.zeros(joint.dim, dtype=gradient.dtype, device=home)
     for block in blocks:
         here = next(b for b in joint.blocks if b.name == block.name)
-        whole[here.start : here.stop] = gradient[block.start : block.stop].cpu()
+        whole[here.start : here.stop] = gradient[block.start : block.stop]
     names = [b.name for b in blocks if not bool(gradient[b.start : b.stop].isfinite().all())]
     return DivergenceError(
         f"EM cannot take its next step: {steepness(joint, joint.flatten(theta), whole.numpy())}. The last "
