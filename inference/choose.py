@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from .crowds import crowded
 from .methods import METHODS, resolve
 from .methods.base import Method, Verdict, one_of
 from .structure import Structure
@@ -42,7 +43,8 @@ def choose(structure: Structure, want: str = "auto", *, slow: dict[str, str] | N
 
     0. the posterior is known in closed form, and points were not asked for -> exact
     1. a topic model -> EM on expected counts, or SVI by natural gradients for want="posterior"
-    2. want="point", or finite locals can be summed out and points for the globals are enough -> EM
+    2. want="point", or finite locals can be summed out and points for the globals are enough -> EM, unless it would set about
+       as many unknowns at once as there are data, beside a scale that they share (`crowded`)
     3. continuous latents and data in memory, at a bearable cost -> NUTS
     4. otherwise (large data, continuous locals in numbers, networks) -> SVI
 
@@ -75,7 +77,8 @@ def choose(structure: Structure, want: str = "auto", *, slow: dict[str, str] | N
         why = "a distribution over them is asked for" if want == "posterior" else "points for the topics are enough"
         return Choice(METHODS[name], f"a topic model, and {why} (want={want!r})", opinions)
     finite_locals = [s.name for s in structure.finite if s.local]
-    if want != "posterior" and valid("em") and (want == "point" or structure.finite):
+    crowd = crowded(structure) if valid("em") else ""
+    if want != "posterior" and valid("em") and not crowd and (want == "point" or structure.finite):
         summed = finite_locals or [s.name for s in structure.finite]
         what = ", ".join([*summed[:4], "..."] if len(summed) > 4 else summed) or "no latent"
         verb = "is" if len(summed) < 2 else "are"
@@ -83,7 +86,7 @@ def choose(structure: Structure, want: str = "auto", *, slow: dict[str, str] | N
         return Choice(METHODS["em"], why, opinions)
     if valid("nuts") and not large and "nuts" not in slow:
         why = "the globals are continuous, the data are in memory, and draws promise the most"
-        return Choice(METHODS["nuts"], why, opinions)
+        return Choice(METHODS["nuts"], why + (f"; {crowd}" if crowd and want == "point" else ""), opinions)
     if valid("svi") and structure.guideless and not structure.has_guide:
         return Choice(METHODS["svi"], opinions["svi"].reason, opinions)
     if valid("svi"):

@@ -38,6 +38,9 @@ NATIVE = Path(__file__).with_name("native")
 PATIENCE = 120.0
 #: Operations beyond which a graph is not translated: the compiler's time grows with them.
 LARGEST = 12_000
+#: Ulp by which an argument is moved to see what rounding does, how many times that two orders of summing may lie apart, and
+#: how far at most, relative to the largest entry.
+ULPS, ROUNDING, COARSEST = 4, 100.0, 1e-5
 OPTIONS = (
     "-O3",
     "-march=native",
@@ -182,21 +185,37 @@ def load(potential: ValueAndGrad, constants: list[Tensor], path: Path, facts: di
 
 def checked(potential: ValueAndGrad, code: Compiled) -> Compiled:
     """Machine code that agrees with its graph at several points, near ones and far ones."""
-    from .capture import close
-
     noise = np.random.default_rng(0)
     points = [p.double().numpy() for p in potential.points]
     points += [p + 0.1 * noise.standard_normal(p.shape) for p in points]
     for point in points:
-        value, gradient = potential.numpy(point)
-        found, slope = code(point)
-        finite = np.isfinite(value) and np.isfinite(gradient).all()
-        kind = potential.points[0].dtype
-        pairs = [(value, found), (gradient, slope)] if finite else []
-        same = [close(*(torch.from_numpy(np.asarray(v, np.float64)).to(kind) for v in pair)) for pair in pairs]
-        if not all(same) or finite != bool(np.isfinite(found) and np.isfinite(slope).all()):
+        wanted, found = potential.numpy(point), code(point)
+        finite, here = (bool(np.isfinite(value) and np.isfinite(slope).all()) for value, slope in (wanted, found))
+        if finite != here or (finite and not same(potential, point, wanted, found)):
             raise NotCompiled("the machine code disagrees with the graph")
     return code
+
+
+def same(potential: ValueAndGrad, point: NDArray, wanted: tuple[Any, Any], found: tuple[Any, Any]) -> bool:
+    """Whether two values and gradients are equal up to rounding.
+
+    The order of sums may matter more than in other functions: the factor of a covariance of a smooth function loses as many
+    digits as that is near to singular.  How much rounding does to a function is seen when its argument is moved by some ulp.
+    """
+    from .capture import close
+
+    kind = potential.points[0].dtype
+    pairs = [[np.atleast_1d(np.asarray(v, np.float64)) for v in pair] for pair in zip(wanted, found, strict=True)]
+    if all(close(*(torch.from_numpy(v).to(kind) for v in pair)) for pair in pairs):
+        return True
+    signs = np.where(np.arange(len(point)) % 2, 1.0, -1.0)
+    moved = potential.numpy(point * (1.0 + ULPS * torch.finfo(kind).eps * signs))
+    for (a, b), c in zip(pairs, moved, strict=True):
+        apart = np.abs(a - b).max()
+        if not (apart <= ROUNDING * np.abs(a - c).max() and apart <= COARSEST * np.abs(a).max()):
+            if not close(torch.from_numpy(a).to(kind), torch.from_numpy(b).to(kind)):
+                return False
+    return True
 
 
 def key_of(module: fx.GraphModule, position: Tensor, constants: list[Tensor]) -> str:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .folding import fold_chains
+
 
 @dataclass(frozen=True, eq=False)
 class LogFactor:
@@ -87,6 +89,8 @@ def sum_out(factors: list[LogFactor], latents: set[str], keep: frozenset[str] = 
         group = [(v, d) for v, d, plates in pending if plates == leaf]
         pending = [item for item in pending if item[2] != leaf]
         local = {d for _, dims in group for d in dims if home.get(d) == leaf}
+        group, done_here = fold_chains(group, local, sizes)
+        local -= done_here
         while local:
             name = next_to_eliminate([dims for _, dims in group], local, sizes)
             value, dims = multiply([f for f in group if name in f[1]])

@@ -47,7 +47,20 @@ class FlatStart(Messenger):
 
 
 class Enumerated(EnumMessenger):
-    """Pyro's, that also runs over many values side by side: it reads the `data` of a value, which `torch.vmap` forbids."""
+    """Pyro's, that also runs over many values side by side: it reads the `data` of a value, which `torch.vmap` forbids.
+
+    Tables of states say what they list, so that a recording tells equal ones without a look at their numbers.
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        before = msg["done"]
+        super()._pyro_sample(msg)
+        value, fn = msg["value"], msg["fn"]
+        if msg["done"] and not before and isinstance(fn, (dist.Categorical, dist.Bernoulli)):
+            if (
+                isinstance(value, Tensor) and value.dim() and len(value) == value.numel()
+            ):  # 0, 1, ... along one dimension
+                value._listed_states = (value.dtype, value.device, tuple(value.shape))  # type: ignore[attr-defined]
 
     def _pyro_post_sample(self, msg: Any) -> None:
         value = msg["value"]

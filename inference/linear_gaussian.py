@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 #: Families that a linear-Gaussian local can have, and the most numbers and states a row may have.
 FAMILIES, WIDEST, STATES = ("Normal", "MultivariateNormal"), 64, 256
+#: Numbers of a row up to which its log joint is read off one place after another; places that are looked at together, and
+#: numbers of all rows' locals there.
+SMALL, MANY, NUMBERS = 8, 256, 2_000_000
 #: Rows on which a story is tested.
 TRIAL_ROWS = 12
 
@@ -54,9 +57,8 @@ class RowTable:
         self.blocks, self.width = [], 0
         self.n = row_count(self.joint, self.kwargs)
         for b in locals_of(self.joint):
-            width = math.prod(b.shape[1:])
-            self.blocks.append((b.name, self.width, self.width + width))
-            self.width += width
+            self.blocks.append((b.name, self.width, self.width + b.free_width))
+            self.width += b.free_width
         self.globals = {b.name: self.values[b.name] for b in self.joint.blocks if not b.local}
         self.finite = [n for n in self.joint.finite if self.joint.structure[n].local]
 
@@ -124,9 +126,8 @@ class GaussianRows(RowTable):
         log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1) - 2 * steps.log().sum()
         single = P.shape[1] == 1
         with torch.set_grad_enabled(torch.is_grad_enabled() and not single):
-            level = self.table(centre)
             half = 0.5 * P.diagonal(dim1=-2, dim2=-1)
-            slope = torch.stack([self.table(centre + e) - level + half[..., i] for i, e in enumerate(eye)], -1)
+            level, slope = self.level_and_slope(centre, eye, torch.ones_like(eye[:1]), half)
             mean = torch.cholesky_solve(slope.unsqueeze(-1), factor).squeeze(-1)
         self.mean = centre.unsqueeze(1) + mean * steps
         self.factor = factor / steps[:, None]
@@ -136,14 +137,21 @@ class GaussianRows(RowTable):
             top = level + 0.5 * (slope * mean).sum(-1)
         self.log_states = top + 0.5 * self.width * math.log(2 * math.pi) - 0.5 * log_det
 
+    def level_and_slope(self, at: Tensor, eye: Tensor, wide: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
+        """Log joint at `at`, (N, S), and its slope along steps `wide * eye`, (N, S, q), given half the curvature there."""
+        if self.width > SMALL:
+            f = self.tables(at, torch.cat([torch.zeros_like(eye[:1]), eye]), wide, self.kwargs)
+            return f[0], (f[1:] - f[0]).movedim(0, -1) + half
+        level = self.table(at)
+        return level, torch.stack([self.table(at + wide * e) - level + half[..., i] for i, e in enumerate(eye)], -1)
+
     def summit(self, P: Tensor) -> Tensor:
         """The largest log joint of every row, (N, 1), with its gradient: read off at the mean, in steps of its spread."""
         at = self.mean[:, 0].detach()
         wide = P.detach().diagonal(dim1=-2, dim2=-1).rsqrt()  # (N or 1, 1, q)
         P = P * wide.unsqueeze(-1) * wide.unsqueeze(-2)
-        level = self.table(at)
-        moved = [at + wide[:, 0] * e for e in torch.eye(self.width, dtype=at.dtype, device=at.device)]
-        slope = torch.stack([self.table(z) - level + 0.5 * P[..., i, i] for i, z in enumerate(moved)], -1)
+        eye = torch.eye(self.width, dtype=at.dtype, device=at.device)
+        level, slope = self.level_and_slope(at, eye, wide[:, 0], 0.5 * P.diagonal(dim1=-2, dim2=-1))
         factor, _ = torch.linalg.cholesky_ex(P)
         return level + 0.5 * (slope * torch.cholesky_solve(slope.unsqueeze(-1), factor).squeeze(-1)).sum(-1)
 
@@ -158,15 +166,17 @@ class GaussianRows(RowTable):
         with torch.no_grad():
             for _ in self.blocks:  # a local may follow another
                 nodes = self.run(mean, kwargs)[0].nodes
-                fns = [(unwrap(nodes[name]["fn"]), stop - start) for name, start, stop in self.blocks]
-                mean = torch.cat([fn.mean.reshape(-1, n, width).mean(0) for fn, width in fns], -1)
-                narrow = [fn.variance.rsqrt().reshape(-1, width).mean(0) for fn, width in fns]
+                fns = [(unwrap(nodes[b.name]["fn"]), b) for b in locals_of(self.joint)]
+                mean = torch.cat([by_row(fn.mean, n, b) for fn, b in fns], -1)
+                narrow = [by_row(fn.variance.rsqrt(), n, b).mean(0) for fn, b in fns]
                 spread = torch.cat([v.clamp(min=1.0).reciprocal() for v in narrow])
         return mean.detach(), spread.detach()
 
     def curvature(self, eye: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         """P from second differences, exact for a quadratic: (N, S, q, q)."""
         centre = self.prior_moments(kwargs)[0]
+        if self.width > SMALL:
+            return self.curvature_together(eye, centre, kwargs)
         zero = self.table(centre, kwargs)
         up = [self.table(centre + e, kwargs) for e in eye]
         P = zero.new_zeros(*zero.shape, self.width, self.width)
@@ -177,6 +187,26 @@ class GaussianRows(RowTable):
                 both = self.table(centre + eye[i] + eye[j], kwargs)
                 P[..., i, j] = P[..., j, i] = up[i] + up[j] - both - zero
         return P
+
+    def curvature_together(self, eye: Tensor, centre: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        """The same with all pairs of steps side by side."""
+        q = self.width
+        i, j = torch.tril_indices(q, q, -1, device=centre.device)
+        steps = torch.cat([torch.zeros_like(eye[:1]), eye, -eye, eye[i] + eye[j]])
+        f = self.tables(centre, steps, torch.ones_like(eye[:1]), kwargs)
+        zero, up, down, both = f[0], f[1 : q + 1], f[q + 1 : 2 * q + 1], f[2 * q + 1 :]
+        entries = torch.cat([2 * zero - up - down, up[i] + up[j] - both - zero]).movedim(0, -1)
+        place = torch.arange(q, device=centre.device).diag()
+        place[i, j] = place[j, i] = torch.arange(q, q + len(i), device=centre.device)
+        return entries[..., place]
+
+    def tables(self, at: Tensor, steps: Tensor, wide: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        """`table` at `at + wide * step` for many steps (M, q): (M, N, S); side by side where the story allows."""
+        chunk = max(1, min(MANY, NUMBERS // (len(at) * self.width)))
+        try:
+            return torch.vmap(lambda step: self.table(at + wide * step, kwargs), chunk_size=chunk)(steps)
+        except (RuntimeError, ValueError, NotImplementedError):  # an operation that has no batching rule
+            return torch.stack([self.table(at + wide * step, kwargs) for step in steps])
 
     def holes(self) -> bool:
         """Whether observed cells are missing: rows then know different parts of z."""
@@ -216,13 +246,27 @@ class GaussianRows(RowTable):
         return mean + torch.linalg.solve_triangular(chosen.mT, eps.unsqueeze(-1), upper=True).squeeze(-1)
 
     def resample(self, site: str, count: int = 10) -> Tensor:
-        """Draws of one local: (count, N, ...event)."""
-        return self.split(self.draw(count))[site]
+        """Draws of one local, rows first: (count, N, ...)."""
+        axis = next(b.axis for b in locals_of(self.joint) if b.name == site)
+        return self.split(self.draw(count))[site].movedim(1 + axis, 1)
 
     def split(self, z: Tensor) -> dict[str, Tensor]:
-        """Values by site from (..., N, q)."""
-        shapes = {b.name: b.shape[1:] for b in locals_of(self.joint)}
-        return {name: z[..., a:b].reshape(*z.shape[:-1], *shapes[name]) for name, a, b in self.blocks}
+        """Values by site as the story samples them, from (..., N, q)."""
+        return {name: as_sampled(z[..., a:b], block) for (name, a, b), block in zip(self.blocks, locals_of(self.joint))}
+
+
+def by_row(moment: Tensor, rows: int, block: Block) -> Tensor:
+    """A moment of one local, with or without dimensions of states before its own, averaged over these: (rows, width)."""
+    size = [rows if i == block.axis else n for i, n in enumerate(block.shape)]
+    whole = moment.expand(torch.broadcast_shapes(moment.shape, size))
+    return whole.movedim(block.axis - len(size), -len(size)).reshape(-1, rows, block.free_width).mean(0)
+
+
+def as_sampled(z: Tensor, block: Block) -> Tensor:
+    """The value of one local from what each row has of it, (..., N, width): rows lie along the block's axis."""
+    inner = [n for i, n in enumerate(block.shape) if i != block.axis]
+    lead = z.dim() - 2
+    return z.reshape(*z.shape[:-1], *inner).movedim(lead, lead + block.axis)
 
 
 def row_count(joint: LogJoint, kwargs: Mapping[str, Any]) -> int:
@@ -250,12 +294,13 @@ def is_linear_gaussian(problem: Problem) -> bool:
     found = structure.continuous_locals
     if not found or structure.uncountable or any(s.family not in FAMILIES for s in found):
         return False
-    if not structure.row_arguments or any(len(s.plates) != 1 for s in found) or structure.has_modules:
+    if not structure.row_arguments or structure.has_modules:
         return False
     joint = LogJoint(problem.thumbnail)
     few = take_some(joint, joint.problem.kwargs, TRIAL_ROWS)
-    width = sum(math.prod(b.shape[1:]) for b in locals_of(joint))
-    if width > WIDEST or any(not structure[n].local for n in joint.finite):
+    width = sum(b.free_width for b in locals_of(joint))
+    # a finite latent in a plate inside the row has states of its own for every member: too many to list together
+    if width > WIDEST or any(structure[n].plates != (structure.data_plate,) for n in joint.finite):
         return False
     if math.prod(structure[n].states or 1 for n in joint.finite) > STATES:
         return False

@@ -18,6 +18,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from .amortised import GuideRows
+from .doubtful import RowWeights, warning
 from .handlers import Substitute
 from .joint import Block, LogJoint
 from .linear_gaussian import GaussianRows
@@ -31,10 +32,8 @@ if TYPE_CHECKING:
 GLOBAL_DRAWS = 20
 #: Importance draws a row for each of them, and for a point.
 PROPOSALS, POINT_PROPOSALS = 100, 1000
-#: Numbers of rows' latents and data that are looked at together.
-TOGETHER = 2_000_000
-#: Rows whose weights are looked at closely.
-WORST = 8
+#: Numbers of rows' latents and data that are looked at together, and of latents that are drawn together.
+TOGETHER, DRAWN = 2_000_000, 20_000_000
 
 
 def local_posterior(posterior: Posterior, site: str, data: Any, draws: int) -> Tensor:
@@ -254,7 +253,7 @@ class RowIntegral(FreeRows):
         normal = torch.randn(self.proposals, self.n, self.width, dtype=self.mode.dtype)
         chi = torch.distributions.Chi2(t.df).sample((self.proposals, self.n))
         eps = normal * (t.df / chi).sqrt().unsqueeze(-1)
-        points = self.mode + (self.factor @ eps.unsqueeze(-1)).squeeze(-1)
+        points = self.mode + torch.einsum("nij,snj->sni", self.factor, eps)  # a batched product copies factors S times
         d, df = self.width, 5.0
         log_det = torch.linalg.slogdet(self.factor)[1]
         constant = math.lgamma((df + d) / 2) - math.lgamma(df / 2) - d / 2 * math.log(df * math.pi)
@@ -284,7 +283,7 @@ def integrated_rows(posterior: Posterior, kwargs: dict[str, Any], draws: int) ->
     from .score import Score
 
     exact, guided = posterior.structure.linear_gaussian, posterior.recogniser is not None
-    values, relative, watch = [], [], WorstRows()
+    values, relative, watch = [], [], RowWeights()
     with posterior.problem.scope(posterior.seed):
         indices = draws_of_globals(posterior, draws if exact else min(draws, GLOBAL_DRAWS))
         alone = max(draws, POINT_PROPOSALS) if guided else POINT_PROPOSALS
@@ -308,7 +307,9 @@ def integrated_rows(posterior: Posterior, kwargs: dict[str, Any], draws: int) ->
     name = f"importance sampling of the local latents ({proposals} {what} a row)"
     name += "" if plug_in else f", mean over {len(table)} draws"
     rule = "plug-in estimate" if plug_in else "estimate"
-    return Score(rows, name, (between + within).sqrt(), rule, watch.warning(guided))
+    error, doubts = (between + within).sqrt(), watch.doubts()
+    listed = () if doubts is None else tuple(doubts.rows.tolist())
+    return Score(rows, name, error, rule, warning(doubts, rows, error, guided), listed)
 
 
 def evidence(log_weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -317,53 +318,16 @@ def evidence(log_weights: Tensor) -> tuple[Tensor, Tensor]:
     return value, (log_weights - value).exp().var(0) / len(log_weights)
 
 
-class WorstRows:
-    """The weights of the few rows whose first proposals counted least, to tell whether importance sampling can be trusted."""
-
-    def __init__(self) -> None:
-        self.rows: Tensor | None = None
-        self.seen: list[Tensor] = []
-
-    def __call__(self, log_weights: Tensor) -> Tensor:
-        """Note what is needed of one table (S, N); the table."""
-        if self.rows is None:
-            count = 2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0)
-            self.rows = count.nan_to_num(-math.inf).argsort()[:WORST]
-        some = log_weights[:, self.rows]
-        self.seen.append(some - some.logsumexp(0))
-        return log_weights
-
-    def warning(self, guided: bool) -> str:
-        """What to distrust, "" where nothing is."""
-        from .diagnostics import pareto_khat
-
-        table = torch.cat(self.seen).double() if self.seen else torch.zeros(0, 0)
-        if len(table) < 100:  # too few to tell by
-            return ""
-        khat = [pareto_khat(column) for column in table.T.cpu().numpy()]
-        count = 1 / table.softmax(0).square().sum(0)
-        poor = [i for i, k in enumerate(khat) if k > 0.7 and count[i] < 0.5 * len(table)]
-        if not poor:
-            return ""
-        worst = max(poor, key=lambda i: khat[i])
-        row = int(self.rows[worst]) if self.rows is not None else 0
-        why = (
-            "the guide guesses them too narrowly" if guided else "they are too many or far from normal around the mode"
-        )
-        mend = "" if guided else ", or fit a guide that reads rows, SVI(guide=Amortised(...))"
-        return (
-            f"the latents of a row are not integrated reliably by importance sampling, since {why}: row {row} "
-            f"has k-hat {khat[worst]:.2f} (above 0.7) and {count[worst]:.0f} effective draws of {len(table)}; "
-            f"posterior.ladder(data) tells of every row. Score smaller rows{mend}"
-        )
-
-
 def shared_locals(posterior: Posterior, kwargs: dict[str, Any], count: int) -> list[dict[str, Tensor]] | None:
-    """`count` joint draws of new rows' locals at once, where all draws share the same globals; else None."""
+    """`count` joint draws of rows' locals at once, where all draws share the same globals; else None."""
     one = len(draws_of_globals(posterior, 2)) == 1
-    if not one or not posterior.structure.continuous_locals or posterior.structure.linear_gaussian:
+    if not one or not posterior.structure.continuous_locals:
         return None
-    found = row_integral(posterior, 0, kwargs, POINT_PROPOSALS // 4).resample_jointly(count)
+    integral = row_integral(posterior, 0, kwargs, POINT_PROPOSALS // 4)
+    exact = posterior.structure.linear_gaussian
+    if exact and count * integral.n * integral.width > DRAWN:
+        return None
+    found = integral.split(integral.draw(count)) if exact else integral.resample_jointly(count)
     return [{n: v[i] for n, v in found.items()} for i in range(count)]
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .handlers import Substitute
 from .joint import Block, LogJoint, Unconstrained
-from .linear_gaussian import TRIAL_ROWS, GaussianRows, row_count, take_some
+from .linear_gaussian import TRIAL_ROWS, GaussianRows, as_sampled, row_count, take_some
 from .session import streams_kept
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class MarginalJoint(LogJoint):
         self.few = take_some(self.full, problem.kwargs, 2 if rows > TRIAL_ROWS else rows)  # few may be all that will do
         rows = row_count(self.full, self.few)
         kind: dict[str, Any] = {"dtype": problem.dtype, "device": problem.device}
-        still = {b.name: torch.zeros(rows, *b.shape[1:], **kind) for b in self.full.blocks if b.local}
+        still = {b.name: as_sampled(torch.zeros(rows, b.free_width, **kind), b) for b in self.full.blocks if b.local}
         self.model = Substitute(still)(self.model)
         self._choose_form()
 
@@ -155,9 +155,8 @@ class MarginalJoint(LogJoint):
         z, draws, at = torch.cat(found), {}, 0
         for b in self.full.blocks:
             if b.local:
-                size = math.prod(b.shape[1:])
-                draws[b.name] = z[..., at : at + size].reshape(len(z), *b.shape).double().cpu()
-                at += size
+                draws[b.name] = as_sampled(z[..., at : at + b.free_width], b).double().cpu()
+                at += b.free_width
         return draws
 
     def _moments(self, flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,10 +208,12 @@ class MarginalJoint(LogJoint):
 def density_of_globals(problem: Problem) -> LogJoint:
     """What a sampler moves through: the globals alone where locals can be integrated out exactly, else everything.
 
-    A few locals stay: they cost less than their integrals.
+    A few locals stay: they cost less than their integrals; those in plates inside a row, whose integrals cost the most;
+    and all of them where there is nothing else to move through.
     """
     structure = problem.structure
-    if not structure.linear_gaussian:
+    alone = not any(s.continuous and not s.local for s in structure.latents)
+    if not structure.linear_gaussian or alone or any(len(s.plates) > 1 for s in structure.continuous_locals):
         return LogJoint(problem)
     few = sum(math.prod(s.shape) for s in structure.continuous_locals) <= FEW_LOCALS
     return LogJoint(problem) if few else MarginalJoint(problem)

@@ -244,7 +244,8 @@ class Posterior:
         """log p(x_n | fitted data) of every row, local latents summed or integrated out: (rows,).
 
         Points: the plug-in density at the point. Draws: log of the mean density over at most `draws` of them.
-        `score` gives the same with its estimator, standard error and bound side; where it has a warning, this warns.
+        `score` gives the same with its estimator, standard error, bound side and the rows that are not to be trusted; this
+        warns where these are too many for the sum over rows.
         """
         import warnings
 

@@ -221,11 +221,11 @@ def impute(posterior: Posterior, data: Any, draws: int, seed: int | None) -> Imp
     found = []
     with problem.scope(posterior.seed + 1 if seed is None else seed), torch.no_grad():
         indices = spread_draws(posterior, draws)
-        known = None if data is None else shared_locals(posterior, kwargs, len(indices))
+        anew = data is not None or posterior.structure.linear_gaussian
+        known = shared_locals(posterior, kwargs, len(indices)) if anew else None
         for k, i in enumerate(indices):
-            values = {**posterior.draw(i), **(known[k] if known else {})}
-            fitted = data is None or known is not None
-            found.append(complete(posterior, i, values, kwargs, name, fitted)[holes])
+            values = posterior.draw(i) if known is None else {**posterior.draw(i), **known[k]}
+            found.append(complete(posterior, i, values, kwargs, name, not anew or known is not None)[holes])
     table = torch.stack(found)
     filled = value.clone()
     filled[holes] = table.mean(0)
@@ -235,10 +235,10 @@ def impute(posterior: Posterior, data: Any, draws: int, seed: int | None) -> Imp
 def complete(
     posterior: Posterior, index: int, values: dict[str, Tensor], kwargs: dict[str, Any], name: str, fitted: bool
 ) -> Tensor:
-    """The rows with their missing cells drawn, at one draw; the rows' latents are among its values where it is `fitted`."""
+    """The rows with their missing cells drawn, at one draw; the rows' latents are among its values if `fitted`."""
     joint = posterior.joint
     local = [b.name for b in joint.blocks if b.local]
-    if local and posterior.structure.linear_gaussian:
+    if local and posterior.structure.linear_gaussian and not fitted:
         exact = GaussianRows(joint, values, kwargs)
         values = {**values, **exact.split(exact.draw(1)[0])}
     elif local and not fitted:

@@ -17,9 +17,10 @@ from .data import DataNotice, bind, has_nan
 from .distributed import ALONE, Ranks
 from .handlers import supports_missing
 from .lazy_rows import LazyRows, has_lazy
-from .looks import column_ends, ends, where
-from .rehearsal import FEW_ROWS, DeviceMismatch, Runs, check_covariates, check_switches, run_checked
-from .session import at_home, fresh_seed, isolated
+from .looks import where
+from .notes import part_notes, value_notes
+from .rehearsal import DeviceMismatch, Runs, check_covariates, check_switches, run_checked
+from .session import at_home, fresh_seed, isolated, parts_of_plates
 from .shapes import Record, check_supports, without_values
 from .structure import Structure, build, pair
 from .wide import wide_tables
@@ -298,8 +299,9 @@ def read(
     """Bind the data to the story's arguments, run it, and tell its structure."""
     notes: list[str] = []
     dtype = story_dtype(story)
-    runs, kwargs, dtype, more = told(model, data, dtype, where)
-    notes += more
+    with parts_of_plates() as parts:
+        runs, kwargs, dtype, more = told(model, data, dtype, where)
+    notes += more + part_notes(parts, runs.full)
     check_supports(runs.full, runs.moving)
     check_missing(runs.full, kwargs)
     notes += value_notes(runs.full)
@@ -370,14 +372,17 @@ def with_admixture(problem: Problem) -> Problem:
 def see_through(direct: dict[str, tuple[str, ...]], records: dict[str, Record]) -> dict[str, tuple[str, ...]]:
     """Parents with deterministic sites replaced by what they are made of, in program order."""
 
-    def ends(name: str) -> set[str]:
-        found: set[str] = set()
-        for parent in direct.get(name, ()):
-            made = parent in records and records[parent].kind == "deterministic"
-            found |= ends(parent) if made else {parent} & set(records)
-        return found
+    known: dict[str, set[str]] = {}
 
-    return {name: tuple(n for n in records if n in ends(name)) for name in records}
+    def ends(name: str) -> set[str]:
+        if name not in known:
+            known[name] = set()
+            for parent in direct.get(name, ()):
+                made = parent in records and records[parent].kind == "deterministic"
+                known[name] |= ends(parent) if made else {parent} & records.keys()
+        return known[name]
+
+    return {name: tuple(n for n in records if n in found) for name in records for found in [ends(name)]}
 
 
 def _private_copy(story: Any) -> Any:
@@ -404,34 +409,3 @@ def check_missing(records: dict[str, Record], kwargs: dict[str, Any]) -> None:
                     f"{text}; site {r.name!r} ({r.family}) has no closed marginal over the other cells. Drop these rows, "
                     f"leave them out with poutine.mask, or use a distribution over independent cells or a MultivariateNormal"
                 )
-
-
-def value_notes(records: dict[str, Record]) -> list[str]:
-    """What is unusual about the observed values, though not wrong."""
-    notes = []
-    for r in records.values():
-        if r.kind != "observed" or not isinstance(r.value, Tensor) or not r.value.is_floating_point():
-            continue
-        if r.missing:
-            cells = "cell" if r.missing == 1 else "cells"
-            _, index = where(r.value, torch.isnan)
-            notes.append(
-                f"{r.missing} {cells} of {r.argument or r.name} missing (NaN), the first at index "
-                f"{index[0] if len(index) == 1 else index}: integrated out"
-            )
-        rows = r.value if r.value.ndim else r.value.reshape(1)
-        if not r.discrete and len(rows) > 1:
-            low, high = column_ends(rows[:: max(1, len(rows) // FEW_ROWS)])
-            if bool((low >= high).any()):  # of some rows; where none of these differ, all are looked at
-                low, high = column_ends(rows)
-            if flat := (low >= high).nonzero().flatten().tolist():
-                notes.append(
-                    f"columns {flat[:8]} of {r.argument or r.name} are constant: a learned scale there has only its prior"
-                )
-        if len(rows) == 1 and r.plates:
-            notes.append(f"one row only: what {r.name} says about scales is the prior")
-        least, most = ends(rows)
-        top = max(-least, most)
-        if top > 1e6 and not r.discrete:
-            notes.append(f"the scale of {r.argument or r.name} is {top:.0e}; standardise it")
-    return notes

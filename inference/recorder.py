@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from .session import put_back, random_streams
+from .side_by_side import SideBySide
 
 aten = torch.ops.aten
 
@@ -91,6 +92,7 @@ class _Recorder(TorchDispatchMode):
         self.constants: list[Tensor] = []
         self._nodes: dict[int, fx.Node] = {}  # by identity of tensors that depend on the inputs
         self._inputs: dict[int, fx.Node] = {}  # the same for constants, which become further inputs
+        self._states: dict[Any, Tensor] = {}  # the first of all tables that list the same states
         self._places: set[int] = set()  # memory of the constants
         self._users: defaultdict[int, list[Tensor]] = defaultdict(list)  # recorded tensors by memory
         self._alive: list[Tensor] = []  # holds every tensor, so that no identity is used twice
@@ -105,6 +107,7 @@ class _Recorder(TorchDispatchMode):
             self._alive.append(tensor)
             self._users[_place(tensor)].append(tensor)
         self._nodes[id(tensor)] = node
+        node.meta["shape"] = tuple(tensor.shape)
 
     def _name(self, leaf: Any) -> Any:
         """The node of a tensor; what is no tensor stands for itself."""
@@ -112,9 +115,19 @@ class _Recorder(TorchDispatchMode):
             return leaf
         if id(leaf) in self._nodes:
             return self._nodes[id(leaf)]
+        states = getattr(leaf, "_listed_states", None)
+        if (
+            id(leaf) not in self._inputs and states is not None
+        ):  # every site that is summed out brings a table of its own
+            first = self._states.setdefault(states, leaf)
+            if first is not leaf:
+                self._places.add(_place(leaf))
+                self._alive.append(leaf)
+                self._inputs[id(leaf)] = self._name(first)
         if id(leaf) not in self._inputs:
             with self.graph.inserting_after(self._last):
                 self._last = self._inputs[id(leaf)] = self.graph.placeholder(f"constant_{len(self.constants)}")
+            self._last.meta["shape"] = tuple(leaf.shape)
             self.constants.append(leaf.detach())
             self._places.add(_place(leaf))
             self._alive.append(leaf)
@@ -187,7 +200,11 @@ class _Recorder(TorchDispatchMode):
         """Indices without masks: a mask has to be counted at every call, and on a card the processor waits for that."""
         found: list[Any] = []
         for index in indices:
-            if not isinstance(index, Tensor) or index.dtype not in (torch.bool, torch.uint8) or id(index) in self._nodes:
+            if (
+                not isinstance(index, Tensor)
+                or index.dtype not in (torch.bool, torch.uint8)
+                or id(index) in self._nodes
+            ):
                 found.append(index)
                 continue
             if id(index) not in self._rows:
@@ -213,6 +230,10 @@ class _Recorder(TorchDispatchMode):
             if part.is_floating_point():
                 self._nodes[id(part)] = self.graph.call_function(nan_unless_ok, (self._name(part), self._name(info)))
 
+    def _known(self) -> dict[fx.Node, Tensor]:
+        """Constants by their placeholders."""
+        return {n: self.constants[int(n.name.removeprefix("constant_"))] for n in set(self._inputs.values())}
+
     def finish(self, out: Any, random: bool, differentiable: bool) -> PureGraph:
         """The recorded graph as a function of the inputs."""
         self.graph.output(tree_map(self._name, out))
@@ -223,6 +244,9 @@ class _Recorder(TorchDispatchMode):
                 elif node.target is aten.t.default and getattr(node.args[0], "target", None) is aten.t.default:
                     node.replace_all_uses_with(node.args[0].args[0])  # derivatives of matrix products turn twice
         merge_repeats(self.graph)
+        if differentiable:
+            SideBySide(self.graph, self._known(), self._name).rewrite()
+            merge_repeats(self.graph)
 
         def kept(node: fx.Node) -> bool:
             """Numbers that are drawn and not used (a start that is known by then) move the stream for those after them."""

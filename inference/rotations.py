@@ -27,6 +27,8 @@ def rotating_axes(joint: LogJoint) -> Axes:
     blocks = locals_of(joint)
     if not joint.structure.linear_gaussian or len(blocks) != 1 or len(blocks[0].shape) != 2:
         return {}
+    if len(joint.structure[blocks[0].name].plates) != 1:  # members of a plate are no axes
+        return {}
     q, few = blocks[0].shape[1], take_some(joint, joint.problem.kwargs, 12)
     values = joint.prior_draw()
     turn = torch.linalg.qr(torch.randn(q, q, dtype=joint.problem.dtype))[0] if q > 1 else -torch.ones(1, 1)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class ScoreNotice(UserWarning):
-    """A log density was estimated, and the estimate is not to be trusted."""
+    """Log densities were estimated, and the sum or mean over the rows is not to be trusted."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -32,7 +32,10 @@ class Score:
     bound
         "exact", "plug-in", "estimate" (consistent) or "estimate under q" (as good as the variational posterior).
     warning
-        What makes the estimate and its error unreliable; "" where nothing is known to.
+        What makes the sum or mean over rows and its error unreliable; "" where nothing is known to.
+    doubtful
+        Indices of rows whose own estimate is not to be trusted (k-hat above 0.7), the worst first: a few among many rows do
+        not spoil the sum, and then there is no warning.
     """
 
     rows: Tensor
@@ -40,6 +43,7 @@ class Score:
     monte_carlo_error: Tensor
     bound: str
     warning: str = ""
+    doubtful: tuple[int, ...] = ()
 
     @property
     def mean(self) -> float:
@@ -54,9 +58,10 @@ class Score:
     def __repr__(self) -> str:
         spread = f" ± {self.standard_error:.4f} a row over {len(self.rows)} rows" if len(self.rows) > 1 else ""
         first = f"warning: {self.warning}\n" if self.warning else ""
+        few = f"; {len(self.doubtful)} unreliable, see doubtful" if self.doubtful else ""
         return (
             f"{first}log density {self.mean:.4f}{spread or ' of all there is (no rows)'} "
-            f"({self.estimator}; {self.bound}; Monte Carlo error up to {self.monte_carlo_error.max().item():.2g})"
+            f"({self.estimator}; {self.bound}; Monte Carlo error up to {self.monte_carlo_error.max().item():.2g}{few})"
         )
 
 

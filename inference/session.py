@@ -1,11 +1,15 @@
 """Run other people's programs without leaving a trace: parameter store, random state, default dtype and handlers."""
 
+from __future__ import annotations
+
 import random
 import secrets
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +23,25 @@ from .devices import full_precision, in_order
 
 # Pyro's handler stack and torch's default dtype belong to the process, not to a thread.
 _LOCK = threading.RLock()
+#: Where plates that ask for a part of their members are noted down; None while nobody wants to know.
+_PARTS: ContextVar[dict[str, Part] | None] = ContextVar("parts of plates", default=None)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A plate that asks for a part of its members.
+
+    Attributes
+    ----------
+    size, wanted
+        Members, and how many of them it asks for.
+    given
+        Whether the story says which (`subsample`), rather than how many (`subsample_size`).
+    """
+
+    size: int
+    wanted: int
+    given: bool
 
 
 def fresh_seed() -> int:
@@ -139,6 +162,13 @@ def all_members() -> Iterator[None]:
     def whole(
         name: str, size: Any = None, subsample_size: Any = None, subsample: Any = None, *rest: Any, **more: Any
     ) -> Any:
+        found = _PARTS.get()
+        if found is not None and isinstance(size, int):
+            wanted = subsample_size if subsample is None else len(subsample)
+            if isinstance(wanted, int) and (
+                name not in found or found[name].size < size
+            ):  # few rows may be tried first
+                found[name] = Part(size, wanted, subsample is not None)
         if subsample is None and size is not None:
             subsample_size = None
         return kept.__func__(name, size, subsample_size, subsample, *rest, **more)
@@ -148,6 +178,17 @@ def all_members() -> Iterator[None]:
         yield
     finally:
         SubsampleMessenger._subsample = kept  # type: ignore[method-assign]
+
+
+@contextmanager
+def parts_of_plates() -> Iterator[dict[str, Part]]:
+    """Plates that runs of a story make inside, and the part of their members that each asked for, by name."""
+    found: dict[str, Part] = {}
+    token = _PARTS.set(found)
+    try:
+        yield found
+    finally:
+        _PARTS.reset(token)
 
 
 def at_home(device: torch.device | None) -> AbstractContextManager[Any]:

@@ -273,6 +273,48 @@ def test_code_that_disagrees_is_not_trusted(monkeypatch):
         build(potential_of(eight_schools, SCHOOLS))
 
 
+def smooth(x, y):
+    ell, amp = pyro.sample("ell", dist.LogNormal(0.0, 1.0)), pyro.sample("amp", dist.HalfNormal(2.0))
+    K = amp**2 * (-0.5 * (x[:, None] - x) ** 2 / ell**2).exp() + 1e-6 * torch.eye(len(x))
+    f = pyro.sample("f", dist.MultivariateNormal(torch.zeros(len(x)), scale_tril=torch.linalg.cholesky(K)))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Poisson((f + 1).exp()), obs=y)
+
+
+def smooth_data(n=60):
+    x = torch.linspace(0, 5, n, dtype=torch.float64)
+    return {"x": x, "y": torch.as_tensor(np.random.default_rng(0).poisson(np.exp(1 + np.sin(2 * x.numpy())))).double()}
+
+
+def test_covariances_near_to_singular_are_built(monkeypatch):
+    """A latent function of 60 places: rounding, a millionth of a large gradient, was taken for a wrong program."""
+    from inference import compiled
+
+    potential = potential_of(smooth, smooth_data())
+    code = build(potential)
+    for point in potential.points:
+        value, slope = potential.numpy(point.numpy())
+        found, own = code(point.numpy())
+        assert found == pytest.approx(float(value), rel=1e-7)
+        assert np.abs(own - slope).max() < 1e-6 * np.abs(slope).max()
+    for wrong in (1 + 1e-4, 1 - 1e-3):  # a planted error is no rounding, wherever it sits
+        point = potential.points[0].numpy()
+        value, slope = potential.numpy(point)
+        bent = slope.copy()
+        bent[np.abs(slope).argsort()[len(slope) // 2]] *= wrong
+        assert compiled.same(potential, point, (value, slope), (value, slope))
+        assert not compiled.same(potential, point, (value, slope), (value * wrong, slope))
+        assert not compiled.same(potential, point, (value, slope), (value, bent))
+
+
+def test_latent_functions_learn_all_covariances():
+    """Variances alone asked for four times as many steps, where most unknowns are one multivariate normal."""
+    few, many = NUTS(), NUTS(warmup=2000)
+    function, apart = joint_of(smooth, smooth_data()), joint_of(eight_schools, SCHOOLS)
+    assert few.dense(function) and few.dense(apart) and not NUTS(warmup=300).dense(function)
+    assert many.dense(function) and not NUTS(dense_mass=False).dense(function)
+
+
 def test_few_iterations_do_not_pay_for_a_compiler():
     posterior = fit(eight_schools, SCHOOLS, NUTS(chains=1, warmup=5, draws=5), seed=0)
     assert posterior.diagnostics["backend"].startswith("graph") and "pay" in posterior.diagnostics["backend"]

@@ -155,8 +155,27 @@ def test_a_plate_that_asks_for_a_random_part_shows_all():
     assert float(found.draws["w"][0]) == pytest.approx(exact, rel=1e-6)
     torch.testing.assert_close(found.log_prob(), dist.Normal(exact * x, 1.0).log_prob(y))
     assert found.log_prob((x[:7], y[:7])).shape == (7,)
+    told = [w for w in found.warnings if "SVI(batch_size=10)" in w]
+    assert len(told) == 1 and "asks for 10 of its 60 members" in told[0] and f"note: {told[0]}" in str(found.structure)
+    assert not [
+        w for w in fit(line, (x[:9], y[:9]), EM(restarts=1), seed=0).warnings if "subsample" in w
+    ]  # all 9 fit in
     with pyro.plate("after", 60, subsample_size=10) as rows:  # outside, Pyro is as it was
         assert len(rows) == 10
+
+
+def test_a_plate_that_is_given_its_part_tells_how_much_each_counts():
+    """With subsample=... ten rows stand for sixty, as Pyro scales them; the sd of 1 / sqrt(60) was handed out in silence."""
+
+    def mean(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        with pyro.plate("data", len(x), subsample=torch.arange(10)) as rows:
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x[rows])
+
+    x = torch.as_tensor(rng(1).normal(size=60))
+    found = fit(mean, x, NUTS(chains=1, warmup=300, draws=600), seed=0)
+    assert float(found.draws["mu"].std()) == pytest.approx((60 + 0.01) ** -0.5, rel=0.15)
+    assert any("given 10 of its 60 members" in w and "counts 6 times" in w for w in found.warnings)
 
 
 def test_a_vector_of_all_rows_is_climbed_with_all_of_them():

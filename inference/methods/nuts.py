@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 BACKENDS = ("auto", "compiled", "graph", "eager")
 #: The same, and another project's sampler.
 WITH_JAX = (*BACKENDS, "jax")
-#: Iterations of the warm-up for every free number, from which on all covariances are learned.
-DENSEST = 20
+#: Iterations of the warm-up for every free number, from which on all covariances are learned: of any story, and of one most of
+#: whose unknowns are one multivariate normal (a latent function), where variances alone ask for many more steps.
+DENSEST, WOVEN = 20, 5
 
 
 @dataclass(frozen=True)
@@ -165,15 +166,18 @@ class NUTS:
         begun = starts(joint, potential.numpy, seeds, generators, self.init, self.tries)
         meter.mark("setup")
         places = np.stack([position for position, _, _ in begun])
-        positions, stats = run_in_jax(self, potential, places, self.dense(joint.dim), problem.seed)
+        positions, stats = run_in_jax(self, potential, places, self.dense(joint), problem.seed)
         meter.mark("run")
         backend = Backend("jax", "as wanted; compiling is part of the run")
-        facts = {"dense_mass": self.dense(joint.dim)}
+        facts = {"dense_mass": self.dense(joint)}
         return answer(self, problem, joint, potential, backend, positions, stats, [], facts, meter, True)
 
-    def dense(self, dim: int) -> bool:
-        """Whether all covariances are learned."""
-        return self.dense_mass if isinstance(self.dense_mass, bool) else DENSEST * dim <= self.warmup
+    def dense(self, joint: LogJoint) -> bool:
+        """Whether all covariances are learned: at once where most of what moves is correlated as the prior says."""
+        if isinstance(self.dense_mass, bool):
+            return self.dense_mass
+        woven = sum(b.stop - b.start for b in joint.blocks if joint.structure[b.name].family == "MultivariateNormal")
+        return (WOVEN if 2 * woven > joint.dim else DENSEST) * joint.dim <= self.warmup
 
     @property
     def chain_options(self) -> tuple[Any, ...]:
@@ -185,7 +189,7 @@ class NUTS:
         from .chains import mine
 
         seeds, generators = spread(joint.problem.seed, self.chains)
-        settings = Settings(self.warmup, self.draws, self.target_accept, self.max_depth, self.dense(joint.dim))
+        settings = Settings(self.warmup, self.draws, self.target_accept, self.max_depth, self.dense(joint))
         shots = joint.problem.ranks.together(lambda: file.read(self.chains) if file is not None else None)
         if shots is None:
             evaluate = backend.code.many if backend.code is not None else potential.numpy

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ...crowds import crowded
 from ...errors import DivergenceError
 from ..blame import impossibility, impossible
 from .climb import Climb, Limits, Run, batch, begin, incremental, stepwise
+from .displaced import WIDEST, displaced
 from .engine import Enumeration
 from .repair import EMPTY, collapsed, reseed
 from .vanishing import vanished
@@ -264,11 +266,34 @@ class Contest:
                 f"without priors the spread of a constant column falls to 0: it stands at the variance floor "
                 f"(ridge={self.em.ridge:g}), and the likelihood says nothing"
             )
-        if self.em.estimate == "map" and (gone := vanished(self.joint, best.theta)):
-            warnings.append(
-                f"the spread of {', '.join(gone)} fell to 0: with its scale unknown too, a hierarchy has no highest point, and "
-                f"this one says nothing about the data; use NUTS or SVI, which ask for volume, or fix the scale"
-            )
+        warnings += self.far_from_mass(best) if self.em.estimate == "map" else []
         if self.problem.want == "posterior":
             warnings.append("EM gives points for the globals: it says nothing about their uncertainty")
         return warnings
+
+    def far_from_mass(self, best: Run) -> list[str]:
+        """Whether the highest point of the joint density says anything about where most of it lies."""
+        gone = vanished(self.joint, best.theta)
+        if gone and all(self.joint.structure[n].local for n in gone):
+            return [
+                f"the spread of {', '.join(gone)} lies at the edge of what is possible, 0: the point says nothing about how "
+                f"wide it may be; use NUTS, whose draws do"
+            ]
+        if gone:
+            return [
+                f"the spread of {', '.join(gone)} fell to 0: with its scale unknown too, a hierarchy has no highest point, and "
+                f"this one says nothing about the data; use NUTS or SVI, which ask for volume, or fix the scale"
+            ]
+        if self.problem.structure.linear_gaussian or self.problem.ranks.several:
+            return []
+        far = displaced(self.joint, best.theta)
+        if not far:
+            crowd = crowded(self.problem.structure) if self.joint.dim > WIDEST else ""
+            return [f"{crowd}; use NUTS or SVI, which integrate over them"] if crowd else []
+        worst = max(far, key=lambda n: abs(far[n]))
+        others = f" (also {', '.join(n for n in far if n != worst)})" if len(far) > 1 else ""
+        return [
+            f"{self.joint.dim} unknowns were set at once where the data are few for each, and {worst}{others} is off by about "
+            f"{abs(far[worst]):.1f} posterior sd (too {'low' if far[worst] > 0 else 'high'}, by Laplace's approximation); use "
+            f"NUTS or SVI, which integrate over the others"
+        ]

@@ -184,6 +184,8 @@ def recognise_form(joint: LogJoint, estimate: str) -> Form | None:
     x = joint.problem.kwargs.get(site.argument or "")
     if site.plates != (plate,) or not isinstance(x, Tensor) or x.dim() != 2 or tuple(x.shape[1:]) != site.shape[1:]:
         return None
+    if structure[locals_[0].name].plates != (plate,):
+        return None
     if component and (structure[component].family != "Categorical" or structure[component].plates != (plate,)):
         return None
     return probe(joint, estimate, locals_[0].name, site.name, site.argument or "", component)

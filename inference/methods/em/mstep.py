@@ -322,8 +322,9 @@ class MStep:
         names = {b.name for b in blocks}
         total: Any = 0.0
         data_terms = [t for t in self.plan.terms.values() if t.family is None and t.depends & names]
+        every = data_terms or any(t.rowwise for t in self.plan.terms.values())  # statistics of each row
         for i, part in enumerate(e.parts if data_terms else e.parts[:1]):
-            kwargs = part.kwargs if data_terms else few_rows(self.joint, part.kwargs)
+            kwargs = part.kwargs if every else few_rows(self.joint, part.kwargs)
             trace, symbols = self.joint.trace(Both(Unconstrained(blocks, flat), fixed), kwargs)
             if i == 0:
                 total = total + self.prior(trace)

@@ -22,7 +22,8 @@ def vanished(joint: LogJoint, theta: dict[str, Tensor]) -> list[str]:
 
     With the spread of many unknowns unknown too, the density of all of them together grows without bound as the spread goes
     to 0 and they to their mean (Gelman et al., *Bayesian Data Analysis*, 2013, section 5.4): a maximum that EM reports there
-    says nothing about the data.
+    says nothing about the data.  Where the unknowns lie in the rows and were integrated out the density is finite there, but a
+    maximum at the edge 0 still says nothing about how wide they spread.
 
     Parameters
     ----------
@@ -35,7 +36,7 @@ def vanished(joint: LogJoint, theta: dict[str, Tensor]) -> list[str]:
     """
     structure = joint.structure
     hidden = {s.name for s in structure.latents if s.continuous}
-    below = [s.name for s in structure.latents if s.continuous and not s.local and hidden.intersection(s.parents)]
+    below = [s.name for s in structure.latents if s.continuous and hidden.intersection(s.parents)]
     if not below:
         return []
     with streams_kept(), torch.no_grad():
