@@ -26,6 +26,14 @@ WIDE = 4e6
 
 def own_draws(target: PairTarget, leaves: Leaves, count: int, seconds: float) -> tuple[Tensor, dict[str, Tensor]]:
     """`PairTarget.draws` with the rows of this rank."""
+    with target.judging() as scale:
+        return weighed_draws(target, leaves, scale, count, seconds)
+
+
+def weighed_draws(
+    target: PairTarget, leaves: Leaves, scale: float, count: int, seconds: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The same, each row weighing `scale`."""
     least = 100 if target.shared or target.batches.size is None else 5
     # Rows that are not all here answer when they are asked: their guide reads them.
     answered = [n for n in target.latents if n in target.shared] if target.look is not None else target.latents
@@ -33,7 +41,7 @@ def own_draws(target: PairTarget, leaves: Leaves, count: int, seconds: float) ->
 
     def one(*free: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad(), pyro.validation_enabled(False):
-            ratio, values = target.log_ratio(dict(zip(leaves, free)))
+            ratio, values = target.log_ratio(dict(zip(leaves, free)), scale)
         return (ratio, *(values[n].clone() for n in answered))
 
     if not target.sites:
@@ -42,6 +50,8 @@ def own_draws(target: PairTarget, leaves: Leaves, count: int, seconds: float) ->
     # Of all ranks' data: how many are drawn at once decides which random numbers each gets.
     own = problem.ranks.share == "own"
     size = structure.data_bytes * (problem.all_rows / max(1, structure.num_rows or 1) if own else 1.0)
+    if target.judged is not None:
+        size *= len(target.judged[0]) / max(1, structure.num_rows or 1)
     width = max(1, min(100, count, int(WIDE / max(1.0, size))))
     if width == 1 and least < 100:  # a recording would cost more runs over all rows than it saves
         return repeated(lambda: one(*inputs), count, seconds, least, answered)

@@ -413,7 +413,8 @@ class SVI:
         from ..score import ladder
         from .paired import PairTarget
 
-        cells = sum(math.prod(s.shape) for s in problem.structure.latents if s.continuous)
+        kept = [s for s in problem.structure.latents if s.continuous and (getattr(target, "look", None) is None or not s.local)]
+        cells = sum(math.prod(s.shape) for s in kept)
         count = max(25, min(self.draws, int(DRAW_BYTES / 8 / max(1, cells))))
         if isinstance(target, PairTarget) and not target.shared:
             count = max(25, min(count, ROW_DRAWS // (problem.structure.num_rows or 1)))
