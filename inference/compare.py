@@ -21,6 +21,7 @@ from .crosscheck import STRENGTH, all_seconded
 from .distributed import first_warns, start
 from .errors import DivergenceError
 from .fit import fit
+from .foresight import too_long
 from .heldout import split
 from .methods import METHODS, resolve
 from .methods.base import Method
@@ -141,7 +142,8 @@ def compare(
     seed
         Of the split and of every fit.
     budget
-        Seconds for each method.
+        Seconds for each method. None: as long as it takes, but for samplers by their names that would take more than ten
+        minutes by a timed gradient: these are not run, and the answer says what they would take.
     progress
         Progress bars; None shows them on a terminal.
     cross_check
@@ -168,7 +170,7 @@ def compare(
         problem = others.together(lambda: prepare(story, data, guide=guide, device=device, seed=seed))
     train, held, notes = split(problem, data, test, seed)
     show = (sys.stderr.isatty() if progress is None else progress) and others.leads
-    posteriors, refused = answers(problem, story, train, chosen, guide, seed, device, budget, show)
+    posteriors, refused = answers(problem, story, train, chosen, guide, seed, device, budget, show, others.several)
     if cross_check is not False:
         posteriors = all_seconded(posteriors, cross_check is True, show, others.several)
     reference = strongest(posteriors)
@@ -212,6 +214,7 @@ def answers(
     device: str,
     budget: float | None,
     show: bool,
+    several: bool = False,
 ) -> tuple[dict[str, Posterior], dict[str, str]]:
     """Every method's answer, or the reason why there is none."""
     posteriors: dict[str, Posterior] = {}
@@ -219,6 +222,8 @@ def answers(
     for label, method in tqdm(chosen.items(), desc="compare", disable=not show, leave=False):
         try:
             check_request(problem.structure, method)
+            if budget is None and not several and (why := too_long(problem, method)):
+                raise ValueError(why)
             posteriors[label] = fit(
                 story, train, method, guide=guide, seed=seed, device=device, budget=budget, progress=show
             )

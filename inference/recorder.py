@@ -223,6 +223,7 @@ class _Recorder(TorchDispatchMode):
                 elif node.target is aten.t.default and getattr(node.args[0], "target", None) is aten.t.default:
                     node.replace_all_uses_with(node.args[0].args[0])  # derivatives of matrix products turn twice
         merge_repeats(self.graph)
+        sum_slices(self.graph)
 
         def kept(node: fx.Node) -> bool:
             """Numbers that are drawn and not used (a start that is known by then) move the stream for those after them."""
@@ -277,6 +278,19 @@ def merge_repeats(graph: fx.Graph) -> None:
         if first is not node:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
+
+
+def sum_slices(graph: fx.Graph) -> None:
+    """Let what is summed along a slice not be set among zeros first: the slope of one row of a table that repeats it."""
+    for node in graph.nodes:
+        if node.target is not aten.sum.dim_IntList or not isinstance(node.args[0], fx.Node):
+            continue
+        padded, dims = node.args[0], node.args[1]
+        if padded.target is not aten.slice_backward.default or not dims:
+            continue
+        sizes, dim = padded.args[1], padded.args[2]
+        if dim % len(sizes) in {d % len(sizes) for d in dims}:
+            node.replace_input_with(padded, padded.args[0])
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
