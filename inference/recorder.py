@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import torch
@@ -187,7 +187,11 @@ class _Recorder(TorchDispatchMode):
         """Indices without masks: a mask has to be counted at every call, and on a card the processor waits for that."""
         found: list[Any] = []
         for index in indices:
-            if not isinstance(index, Tensor) or index.dtype not in (torch.bool, torch.uint8) or id(index) in self._nodes:
+            if (
+                not isinstance(index, Tensor)
+                or index.dtype not in (torch.bool, torch.uint8)
+                or id(index) in self._nodes
+            ):
                 found.append(index)
                 continue
             if id(index) not in self._rows:
@@ -283,14 +287,13 @@ def merge_repeats(graph: fx.Graph) -> None:
 def sum_slices(graph: fx.Graph) -> None:
     """Let what is summed along a slice not be set among zeros first: the slope of one row of a table that repeats it."""
     for node in graph.nodes:
-        if node.target is not aten.sum.dim_IntList or not isinstance(node.args[0], fx.Node):
+        padded: Any = node.args[0] if node.target is aten.sum.dim_IntList else None
+        if not isinstance(padded, fx.Node) or padded.target is not aten.slice_backward.default:
             continue
-        padded, dims = node.args[0], node.args[1]
-        if padded.target is not aten.slice_backward.default or not dims:
-            continue
-        sizes, dim = padded.args[1], padded.args[2]
+        dims: Any = node.args[1] or ()
+        part, sizes, dim, *_ = cast(Any, padded.args)
         if dim % len(sizes) in {d % len(sizes) for d in dims}:
-            node.replace_input_with(padded, padded.args[0])
+            node.replace_input_with(padded, part)
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

@@ -181,7 +181,8 @@ class PairTarget:
     def arguments(self, rows: Tensor | None, filled: bool = False) -> dict[str, Any]:
         """The story's arguments, of all rows or of some; `filled` without holes, as the guide takes them."""
         if self.judged is not None and rows is self.judged[0]:
-            return self.judged[2 if filled else 1]
+            _, told, guided = self.judged
+            return guided if filled else told
         kwargs = self.filled if filled else self.problem.kwargs
         if self.held:
             kwargs = {**self.problem.kwargs, **self.held}
