@@ -21,6 +21,7 @@ from .amortised import GuideRows
 from .handlers import Substitute
 from .joint import Block, LogJoint
 from .linear_gaussian import GaussianRows
+from .score import fewer, told
 from .transforms import unconstrain_to
 
 if TYPE_CHECKING:
@@ -70,9 +71,14 @@ def local_posterior(posterior: Posterior, site: str, data: Any, draws: int) -> T
     if structure.continuous_locals:
         return _beside_continuous(posterior, site, kwargs, draws, fitted=drawn)
     with posterior.problem.scope(posterior.seed):
-        indices = posterior.some_draws(draws)
-        total = sum(posterior.joint.local_probabilities(site, posterior.draw(i), kwargs) for i in indices)
-    return total / len(indices)  # type: ignore[return-value]
+        indices = posterior.some_draws(fewer(draws, posterior, kwargs))
+        values = [posterior.draw(i) for i in indices]
+        pieces = posterior.joint.pieces(kwargs) if structure[site].local else [kwargs]
+        found = []
+        for piece in told(posterior, pieces, site):
+            total = sum(posterior.joint.local_probabilities(site, v, piece) for v in values)
+            found.append(total / len(indices))
+    return found[0] if len(found) == 1 else torch.cat(found)  # type: ignore[call-overload, return-value]
 
 
 def draws_of_globals(posterior: Posterior, most: int) -> list[int]:
