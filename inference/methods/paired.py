@@ -225,19 +225,25 @@ class PairTarget:
         return {own: leaves[n] for n, own in self.names.items()}
 
     @contextmanager
-    def judging(self) -> Iterator[float]:
-        """While it is open, arguments are those of the rows that a finished fit is judged on; gives the weight of a row."""
-        rows, scale = (None, self.batches.whole) if self.answers_rows else self.batches.judged_rows()
+    def judging(self) -> Iterator[None]:
+        """While it is open, the rows that a finished fit is judged on are taken once for all draws."""
+        rows = None if self.answers_rows else self.batches.judged_rows()[0]
         if rows is not None:
             self.judged = (rows, self.arguments(rows), self.arguments(rows, filled=True))
         try:
-            yield scale
+            yield
         finally:
             self.judged = None
 
-    def log_ratio(self, leaves: Leaves, scale: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def log_ratio(self, leaves: Leaves, rows: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """log p(data, u) - log q(u) at one draw u of the guide, and u; see `judging`."""
-        rows = None if self.judged is None else self.judged[0]
+        scale = self.batches.scale
+        if rows is None and self.judged is not None:
+            rows, scale = self.judged[0], self.batches.judged_rows()[1]
+        elif rows is None and self.answers_rows:
+            scale = self.batches.whole
+        elif rows is None:
+            rows, scale = self.batches.judged_rows()
         trace = self.guide_trace(leaves, rows)
         trace.compute_log_prob()
         values = {n: s["value"] for n, s in trace.nodes.items() if is_latent(s)}

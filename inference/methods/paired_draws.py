@@ -26,14 +26,12 @@ WIDE = 4e6
 
 def own_draws(target: PairTarget, leaves: Leaves, count: int, seconds: float) -> tuple[Tensor, dict[str, Tensor]]:
     """`PairTarget.draws` with the rows of this rank."""
-    with target.judging() as scale:
-        return weighed_draws(target, leaves, scale, count, seconds)
+    with target.judging():
+        return repeated_draws(target, leaves, count, seconds)
 
 
-def weighed_draws(
-    target: PairTarget, leaves: Leaves, scale: float, count: int, seconds: float
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The same, each row weighing `scale`."""
+def repeated_draws(target: PairTarget, leaves: Leaves, count: int, seconds: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """The same, once the rows are taken."""
     least = 100 if target.shared or target.batches.size is None else 5
     # Rows that are not all here answer when they are asked: their guide reads them.
     answered = [n for n in target.latents if n in target.shared] if target.look is not None else target.latents
@@ -41,7 +39,7 @@ def weighed_draws(
 
     def one(*free: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad(), pyro.validation_enabled(False):
-            ratio, values = target.log_ratio(dict(zip(leaves, free)), scale)
+            ratio, values = target.log_ratio(dict(zip(leaves, free)))
         return (ratio, *(values[n].clone() for n in answered))
 
     if not target.sites:
