@@ -82,7 +82,7 @@ def recogniser(posterior: Posterior) -> Recogniser | None:
         return None
     if structure.data_plate is None or not structure.row_arguments or not structure.continuous_locals:
         return None
-    watch, trace = watched(problem)
+    watch, trace = watched(problem.thumbnail)
     plate = structure.data_plate
     sites = [n for n, s in trace.nodes.items() if is_latent(s) and any(f.name == plate for f in s["cond_indep_stack"])]
     if not sites or any(p.local for p in watch.found.values()):

@@ -21,6 +21,7 @@ from .crosscheck import STRENGTH, all_seconded
 from .distributed import first_warns, start
 from .errors import DivergenceError
 from .fit import fit
+from .foresight import too_long
 from .heldout import split
 from .methods import METHODS, resolve
 from .methods.base import Method
@@ -141,7 +142,8 @@ def compare(
     seed
         Of the split and of every fit.
     budget
-        Seconds for each method.
+        Seconds for each method. None: as long as it takes, but for samplers by their names that would take more than ten
+        minutes by a timed gradient: these are not run, and the answer says what they would take.
     progress
         Progress bars; None shows them on a terminal.
     cross_check
@@ -168,7 +170,7 @@ def compare(
         problem = others.together(lambda: prepare(story, data, guide=guide, device=device, seed=seed))
     train, held, notes = split(problem, data, test, seed)
     show = (sys.stderr.isatty() if progress is None else progress) and others.leads
-    posteriors, refused = answers(problem, story, train, chosen, guide, seed, device, budget, show)
+    posteriors, refused = answers(problem, story, train, chosen, guide, seed, device, budget, show, others.several)
     if cross_check is not False:
         posteriors = all_seconded(posteriors, cross_check is True, show, others.several)
     reference = strongest(posteriors)
@@ -179,7 +181,7 @@ def compare(
             found = posterior.score(held)
             heldout[label] = found.rows
             notes += [f"{label}: {found.warning}"] if found.warning else []
-    table = others.first(table_of(posteriors, refused, heldout, agreements, reference).reindex(list(chosen)))
+    table = others.first(table_of(posteriors, refused, heldout, agreements, reference, notes).reindex(list(chosen)))
     if problem.structure.continuous_locals and not problem.structure.linear_gaussian:
         notes.append(
             "ELPD-LOO is that of rows given their drawn latents: it flatters, compare held-out densities instead"
@@ -212,6 +214,7 @@ def answers(
     device: str,
     budget: float | None,
     show: bool,
+    several: bool = False,
 ) -> tuple[dict[str, Posterior], dict[str, str]]:
     """Every method's answer, or the reason why there is none."""
     posteriors: dict[str, Posterior] = {}
@@ -219,6 +222,8 @@ def answers(
     for label, method in tqdm(chosen.items(), desc="compare", disable=not show, leave=False):
         try:
             check_request(problem.structure, method)
+            if budget is None and not several and (why := too_long(problem, method)):
+                raise ValueError(why)
             posteriors[label] = fit(
                 story, train, method, guide=guide, seed=seed, device=device, budget=budget, progress=show
             )
@@ -267,11 +272,13 @@ def table_of(
     heldout: dict[str, Tensor],
     agreements: dict[str, Agreement],
     reference: str,
+    notes: list[str],
 ) -> pd.DataFrame:
-    """One row a method, those without an answer too."""
+    """One row a method, those without an answer too; what is left out is noted."""
     rows: dict[str, dict[str, Any]] = {}
     for label, posterior in posteriors.items():
-        rows[label] = table_row(posterior, heldout.get(label), agreements.get(label), label == reference)
+        loo = left_out(label, posterior, notes)
+        rows[label] = table_row(posterior, heldout.get(label), agreements.get(label), label == reference, loo)
         if without_density(posterior):
             rows[label]["held-out log p"] = "n/a (no density)"
     implicit = posteriors[reference].structure.implicit
@@ -279,17 +286,29 @@ def table_of(
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
+def left_out(label: str, posterior: Posterior, notes: list[str]) -> tuple[float, float, float]:
+    """Leave-one-out, NaN where there is none; that it would take too long is noted."""
+    from .arviz_io import TooManyError, elpd_loo
+
+    try:
+        if posterior.kind in ("samples", "variational"):
+            return elpd_loo(posterior)
+    except TooManyError as error:
+        notes.append(f"{label}: {error}")
+    except (ValueError, TypeError):
+        pass
+    return math.nan, math.nan, math.nan
+
+
 def table_row(
-    posterior: Posterior, heldout: Tensor | None, agreement: Agreement | None, is_reference: bool
+    posterior: Posterior,
+    heldout: Tensor | None,
+    agreement: Agreement | None,
+    is_reference: bool,
+    loo: tuple[float, float, float],
 ) -> dict[str, Any]:
     """One method's row."""
-    from .arviz_io import elpd_loo
-
     d, t = posterior.diagnostics, posterior.timings
-    try:
-        loo = elpd_loo(posterior) if posterior.kind in ("samples", "variational") else (math.nan,) * 3
-    except (ValueError, TypeError):
-        loo = (math.nan,) * 3
     return {
         "kind": posterior.kind,
         "held-out log p": float(heldout.mean()) if heldout is not None else math.nan,

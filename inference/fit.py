@@ -212,17 +212,19 @@ def decide(problem: Problem, method: str | Method) -> Choice:
 
 def pilot(problem: Problem) -> tuple[float, str]:
     """Seconds that NUTS would need, from gradients of the eager log joint, or of the captured one where that is too slow."""
+    from .foresight import part
     from .joint import LogJoint
 
     times = []
+    some, share = part(problem)
     with problem.scope(problem.seed), told_by_the_story(problem):
-        joint = LogJoint(problem)
+        joint = LogJoint(some)
         for _ in range(3):
             flat = joint.flatten(joint.prior_draw()).requires_grad_()
             start = time.perf_counter()
             torch.autograd.grad(joint.unconstrained(flat), flat)
             times.append(time.perf_counter() - start)
-    each = min(times)
+    each = share * min(times)
     limit = problem.budget or PATIENCE
     if GRADIENTS * each > limit and problem.small and problem.device.type == "cpu":
         each = min(each, captured(problem))  # a story of many small sites spends its time in Python, which NUTS leaves

@@ -22,6 +22,7 @@ from .doubtful import RowWeights, warning
 from .handlers import Substitute
 from .joint import Block, LogJoint
 from .linear_gaussian import GaussianRows
+from .score import fewer, told
 from .transforms import unconstrain_to
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def local_posterior(posterior: Posterior, site: str, data: Any, draws: int) -> T
 
         return local(posterior, site, data, draws)
     kwargs = posterior.problem.kwargs if data is None else posterior.problem.with_data(data)
+    drawn = data is None and all(s.name in posterior.draws for s in structure.continuous_locals)
     if not structure[site].enumerable:
         if data is None and site in posterior.draws and posterior.kind != "point":
             axis = next((b.axis for b in posterior.joint.blocks if b.name == site), 0)  # counts are no block
@@ -66,11 +68,16 @@ def local_posterior(posterior: Posterior, site: str, data: Any, draws: int) -> T
             found = [row_integral(posterior, i, kwargs).resample(site, count) for i in chosen]
         return torch.cat(found)[:draws]
     if structure.continuous_locals:
-        return _beside_continuous(posterior, site, kwargs, draws, fitted=data is None)
+        return _beside_continuous(posterior, site, kwargs, draws, fitted=drawn)
     with posterior.problem.scope(posterior.seed):
-        indices = posterior.some_draws(draws)
-        total = sum(posterior.joint.local_probabilities(site, posterior.draw(i), kwargs) for i in indices)
-    return total / len(indices)  # type: ignore[return-value]
+        indices = posterior.some_draws(fewer(draws, posterior, kwargs))
+        values = [posterior.draw(i) for i in indices]
+        pieces = posterior.joint.pieces(kwargs) if structure[site].local else [kwargs]
+        found = []
+        for piece in told(posterior, pieces, site):
+            total = sum(posterior.joint.local_probabilities(site, v, piece) for v in values)
+            found.append(total / len(indices))
+    return found[0] if len(found) == 1 else torch.cat(found)  # type: ignore[call-overload, return-value]
 
 
 def draws_of_globals(posterior: Posterior, most: int) -> list[int]:

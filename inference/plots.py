@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
+from .data import take_rows
 from .summary import column, entries, label
 
 if TYPE_CHECKING:
@@ -16,6 +18,8 @@ INK, ACCENT, FAINT = "#1b1f23", "#1f6f8b", "#c9d3d8"
 PALETTE = ["#1f6f8b", "#d1793b", "#6b8e4e", "#8f5a99", "#b3a13c", "#b04a4a", "#4a5fb0", "#5b6770"]
 #: Panels in a figure of marginals.
 PANELS = 24
+#: Rows that a scatter shows at most.
+SCATTERED = 5_000
 
 
 def new_axes(ax: Any, size: tuple[float, float]) -> Any:
@@ -109,6 +113,8 @@ def plot_density(posterior: Posterior, names: list[str] | None = None) -> Any:
 def plot_data(posterior: Posterior, columns: tuple[int, int] = (0, 1), ax: Any = None) -> Any:
     """Rows in two columns (or a strip of one), coloured by the posterior of the finite local latent; returns the figure.
 
+    Of very many rows some from all over are shown.
+
     Raises
     ------
     ValueError
@@ -117,7 +123,12 @@ def plot_data(posterior: Posterior, columns: tuple[int, int] = (0, 1), ax: Any =
     site = next((s for s in posterior.structure.observed if s.local and s.argument in posterior.problem.kwargs), None)
     if site is None:
         raise ValueError("no observed site has rows that an argument holds: there is nothing to scatter")
-    x = posterior.problem.kwargs[site.argument].double().cpu().numpy()
+    kwargs, names = posterior.problem.kwargs, posterior.structure.row_arguments
+    total = len(kwargs[site.argument])
+    some = None
+    if total > SCATTERED and site.argument in names and not any(s.local for s in posterior.structure.learned):
+        some = take_rows(kwargs, names, torch.linspace(0, total - 1, SCATTERED, dtype=torch.float64).round().long())
+    x = (some or kwargs)[site.argument].double().cpu().numpy()
     x = x.reshape(len(x), -1)
     if x.shape[1] > 1 and max(columns) >= x.shape[1]:
         raise ValueError(f"columns={columns}: {site.argument} has columns 0 to {x.shape[1] - 1}")
@@ -125,7 +136,7 @@ def plot_data(posterior: Posterior, columns: tuple[int, int] = (0, 1), ax: Any =
     finite = next((s.name for s in posterior.structure.finite if s.local and len(s.plates) == 1), None)
     colours: Any = ACCENT
     if finite:
-        probabilities = posterior.local(finite).double().cpu().numpy()
+        probabilities = posterior.local(finite, some).double().cpu().numpy()
         base = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in PALETTE])
         colours = np.clip(probabilities @ base[np.arange(probabilities.shape[1]) % len(base)], 0, 1)
     if x.shape[1] == 1:
@@ -137,6 +148,8 @@ def plot_data(posterior: Posterior, columns: tuple[int, int] = (0, 1), ax: Any =
         ax.set(xlabel=f"{site.name}[{columns[0]}]", ylabel=f"{site.name}[{columns[1]}]")
     if finite:
         ax.set_title(f"colour: p({finite} | data)", fontsize=9, loc="left")
+    if some is not None:
+        ax.set_title(f"{len(x):,} of {total:,} rows", fontsize=8, loc="right")
     tidy(ax)
     return ax.figure
 

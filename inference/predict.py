@@ -20,6 +20,8 @@ from .score import without_density
 if TYPE_CHECKING:
     from .posterior import Posterior
 
+#: Numbers that a prediction for all rows of a table in memory may hold.
+HELD = 2_000_000_000
 #: Draws of the globals among which sampled rows are divided.
 SAMPLE_DRAWS = 50
 
@@ -117,20 +119,23 @@ def predict(posterior: Posterior, data: Any, draws: int, seed: int | None) -> di
 
 
 def check_room(posterior: Posterior, kwargs: dict[str, Any], draws: int) -> None:
-    """Refuse to draw for every row of a table that is read as it is needed what could not be made at once.
+    """Refuse to draw for every row of a large table what could not be held at once.
 
     Raises
     ------
     ValueError
         With the size, and what to do.
     """
-    tables = [v for v in kwargs.values() if isinstance(v, LazyRows)]
+    names = {s.argument for s in posterior.structure.observed}
+    tables = [
+        v for n, v in kwargs.items() if isinstance(v, LazyRows) or (n in names and isinstance(v, Tensor) and v.ndim)
+    ]
     size = draws * sum(v.numel() for v in tables)
-    if size > WHOLE:
+    if size > (WHOLE if any(isinstance(v, LazyRows) for v in tables) else HELD):
+        rows = len(tables[0])
         raise ValueError(
-            f"predict draws {tables[0].width:,} numbers for each of {len(tables[0]):,} rows under every draw of the unknowns "
-            f"({in_bytes(8 * size)}), and the data are kept elsewhere because they are many; give it some rows: "
-            f"predict(data[:1000])"
+            f"predict draws {size // draws // max(1, rows):,} numbers for each of {rows:,} rows under every draw "
+            f"({in_bytes(8 * size)}); give it some rows, predict(data[:1000]), or take fewer draws, predict(..., draws=10)"
         )
 
 

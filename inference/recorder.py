@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import torch
@@ -247,6 +247,7 @@ class _Recorder(TorchDispatchMode):
         if differentiable:
             SideBySide(self.graph, self._known(), self._name).rewrite()
             merge_repeats(self.graph)
+        sum_slices(self.graph)
 
         def kept(node: fx.Node) -> bool:
             """Numbers that are drawn and not used (a start that is known by then) move the stream for those after them."""
@@ -301,6 +302,18 @@ def merge_repeats(graph: fx.Graph) -> None:
         if first is not node:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
+
+
+def sum_slices(graph: fx.Graph) -> None:
+    """Let what is summed along a slice not be set among zeros first: the slope of one row of a table that repeats it."""
+    for node in graph.nodes:
+        padded: Any = node.args[0] if node.target is aten.sum.dim_IntList else None
+        if not isinstance(padded, fx.Node) or padded.target is not aten.slice_backward.default:
+            continue
+        dims: Any = node.args[1] or ()
+        part, sizes, dim, *_ = cast(Any, padded.args)
+        if dim % len(sizes) in {d % len(sizes) for d in dims}:
+            node.replace_input_with(padded, part)
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

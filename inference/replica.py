@@ -26,6 +26,8 @@ ROWS, WITH_LATENTS, DOCUMENTS = 200, 40, 100
 PATIENCE, LONGEST = 30.0, 120.0
 #: The captured program is at least so many times as fast as the story.
 CAPTURED = 8
+#: Seconds of Gibbs for one word of every document.
+WORD = 2e-4
 #: Draws of a row's latents, and words that are looked at in every document.
 ROW_DRAWS, WORDS = 400, 5
 
@@ -121,9 +123,10 @@ def cheap(posterior: Posterior, seconds: float) -> bool:
     """Whether a second opinion is to be had in about that time."""
     try:
         partner = chosen_second(posterior)
-        if partner.route == "rows" or partner.method.name not in ("nuts", "hmc"):
+        if partner.route == "rows" or partner.method.name not in ("nuts", "hmc", "gibbs"):
             return True
-        return cost(replica(posterior, partner)) <= seconds
+        small = replica(posterior, partner)
+        return (walk(small, partner.method) if partner.method.name == "gibbs" else cost(small)) <= seconds
     except NoSecondError:
         return True  # which says so at once
 
@@ -192,6 +195,16 @@ def cost(problem: Problem) -> float:
     from .fit import pilot
 
     return pilot(problem)[0] / 2 / CAPTURED
+
+
+def walk(problem: Problem, method: Any) -> float:
+    """Seconds that Gibbs would take: its passes go word by word through all documents at once, as often as the longest has."""
+    if problem.admixture is None:
+        return 0.0
+    documents = problem.admixture.documents(problem.kwargs)
+    counts = np.concatenate([[0.0], np.cumsum(documents.counts, dtype=float)])
+    longest = float(np.diff(counts[np.asarray(documents.starts)]).max(initial=0.0))
+    return WORD * longest * (method.warmup + method.draws)
 
 
 def answered(problem: Problem, method: Any, progress: bool, seconds: float | None = None) -> Posterior:

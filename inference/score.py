@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 if TYPE_CHECKING:
     from .posterior import Posterior
+
+#: Rows from which fewer draws are taken than asked for, draws x rows that are then looked at, and draws at least.
+FEW_DRAWS_FROM, DRAWS_BY_ROWS, LEAST = 500_000, 100_000_000, 20
 
 
 class ScoreNotice(UserWarning):
@@ -79,8 +84,26 @@ def score(posterior: Posterior, data: Any, draws: int) -> Score:
 
         return integrated_rows(posterior, kwargs, draws)
     with posterior.problem.scope(posterior.seed), torch.no_grad():
-        table = rows_by_draw(posterior, posterior.some_draws(draws), kwargs)
-    return average(table, posterior.kind)
+        indices = posterior.some_draws(fewer(draws, posterior, kwargs))
+        pieces = posterior.joint.pieces(kwargs)
+        # A piece of the rows under all draws: a table of all rows under all of them would be many times the data.
+        found = [average(rows_by_draw(posterior, indices, p), posterior.kind) for p in told(posterior, pieces, "log p")]
+    if len(found) == 1:
+        return found[0]
+    rows, error = (torch.cat([getattr(s, n) for s in found]) for n in ("rows", "monte_carlo_error"))
+    return replace(found[0], rows=rows, monte_carlo_error=error)
+
+
+def fewer(draws: int, posterior: Posterior, kwargs: dict[str, Any]) -> int:
+    """As many draws as asked, or fewer where rows are so many that each would wait for hours; never below `LEAST`."""
+    names = [n for n in posterior.structure.row_arguments if n in kwargs]
+    rows = max((len(kwargs[n]) for n in names), default=1)
+    return draws if rows <= FEW_DRAWS_FROM else min(draws, max(LEAST, DRAWS_BY_ROWS // rows))
+
+
+def told(posterior: Posterior, pieces: list[Any], what: str) -> Iterator[Any]:
+    """Pieces with a bar, where the fit had one and they take a while."""
+    return iter(tqdm(pieces, desc=what, delay=3, leave=False, disable=not posterior.problem.progress or len(pieces) == 1))
 
 
 def without_density(posterior: Posterior) -> str | None:

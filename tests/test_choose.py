@@ -91,6 +91,7 @@ def test_wrong_arguments_name_themselves(arguments, message, untouched):
         fit(beta_bernoulli, torch.ones(5), **arguments)
 
 
+@pytest.mark.processor
 def test_cuda_without_a_gpu_says_so():
     if torch.cuda.is_available():
         pytest.skip("a CUDA device is here")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ from ..problem import Problem
 from ..recorder import pure_graph
 from ..sharing import fewer_rows
 from .ascent import Leaves
-from .batches import Batches, is_latent, side_by_side
+from .batches import JUDGED, Batches, is_latent, side_by_side
 from .networks import Networks
 from .paired_draws import own_draws, row_ratios
 from .parameters import NETWORK_RATE, Parameter, column_means, guide_arguments, no_guess, reads_missing, watched
@@ -72,6 +73,7 @@ class PairTarget:
         self.means = column_means(problem) if lazy and not reads_missing(problem.guide) else {}
         self.held: dict[str, Tensor] = {}  # rows that are not on the device, while a step runs on them
         self.feeds = False
+        self.judged: tuple[Tensor, dict[str, Any], dict[str, Any]] | None = None  # rows, taken once for many draws
         initialise = getattr(problem.story, "initialise", None)
         if callable(initialise):  # weights that the data set, such as those of layers that normalise
             with torch.no_grad():
@@ -120,10 +122,14 @@ class PairTarget:
 
     @property
     def look(self) -> Tensor | None:
-        """Rows that the guide is looked at on: all, or a batch where rows have latents and are made when they are asked for."""
-        structure = self.problem.structure
-        few = has_lazy(self.problem.kwargs) and self.batches.size is not None and bool(structure.continuous_locals)
-        return self.batches.first() if few else None
+        """Rows that the guide is looked at on: all, or a batch where rows have latents and are many.
+
+        These are made when they are asked for, or more than a finished fit is judged on; the guide must read them.
+        """
+        if self.batches.size is None or not self.problem.structure.continuous_locals:
+            return None
+        many = self.batches.rows > JUDGED and not any(p.local for p in self.parameters.values())
+        return self.batches.first() if has_lazy(self.problem.kwargs) or many else None
 
     def by_row(self, name: str) -> bool:
         """Whether a parameter has a value a row."""
@@ -174,6 +180,9 @@ class PairTarget:
 
     def arguments(self, rows: Tensor | None, filled: bool = False) -> dict[str, Any]:
         """The story's arguments, of all rows or of some; `filled` without holes, as the guide takes them."""
+        if self.judged is not None and rows is self.judged[0]:
+            _, told, guided = self.judged
+            return guided if filled else told
         kwargs = self.filled if filled else self.problem.kwargs
         if self.held:
             kwargs = {**self.problem.kwargs, **self.held}
@@ -215,10 +224,23 @@ class PairTarget:
         """Weights of networks by their own names."""
         return {own: leaves[n] for n, own in self.names.items()}
 
+    @contextmanager
+    def judging(self) -> Iterator[None]:
+        """While it is open, the rows that a finished fit is judged on are taken once for all draws."""
+        rows = None if self.answers_rows else self.batches.judged_rows()[0]
+        if rows is not None:
+            self.judged = (rows, self.arguments(rows), self.arguments(rows, filled=True))
+        try:
+            yield
+        finally:
+            self.judged = None
+
     def log_ratio(self, leaves: Leaves, rows: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """log p(data, u) - log q(u) at one draw u of the guide, and u."""
+        """log p(data, u) - log q(u) at one draw u of the guide, and u; see `judging`."""
         scale = self.batches.scale
-        if rows is None and self.answers_rows:
+        if rows is None and self.judged is not None:
+            rows, scale = self.judged[0], self.batches.judged_rows()[1]
+        elif rows is None and self.answers_rows:
             scale = self.batches.whole
         elif rows is None:
             rows, scale = self.batches.judged_rows()

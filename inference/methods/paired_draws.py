@@ -26,6 +26,12 @@ WIDE = 4e6
 
 def own_draws(target: PairTarget, leaves: Leaves, count: int, seconds: float) -> tuple[Tensor, dict[str, Tensor]]:
     """`PairTarget.draws` with the rows of this rank."""
+    with target.judging():
+        return repeated_draws(target, leaves, count, seconds)
+
+
+def repeated_draws(target: PairTarget, leaves: Leaves, count: int, seconds: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """The same, once the rows are taken."""
     least = 100 if target.shared or target.batches.size is None else 5
     # Rows that are not all here answer when they are asked: their guide reads them.
     answered = [n for n in target.latents if n in target.shared] if target.look is not None else target.latents
@@ -42,6 +48,8 @@ def own_draws(target: PairTarget, leaves: Leaves, count: int, seconds: float) ->
     # Of all ranks' data: how many are drawn at once decides which random numbers each gets.
     own = problem.ranks.share == "own"
     size = structure.data_bytes * (problem.all_rows / max(1, structure.num_rows or 1) if own else 1.0)
+    if target.judged is not None:
+        size *= len(target.judged[0]) / max(1, structure.num_rows or 1)
     width = max(1, min(100, count, int(WIDE / max(1.0, size))))
     if width == 1 and least < 100:  # a recording would cost more runs over all rows than it saves
         return repeated(lambda: one(*inputs), count, seconds, least, answered)

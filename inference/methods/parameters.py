@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..data import has_nan
 from ..handlers import MissingCells
 from ..lazy_rows import has_lazy
 from ..problem import Problem
+from ..rehearsal import MANY_ROWS
 from .networks import Networks
 
 #: Step size of a network's weights relative to that of other parameters.
@@ -71,10 +73,13 @@ def watched(problem: Problem, networks: Networks | None = None) -> tuple[Watch, 
         shown = told if problem.structure.continuous_locals else problem
     rows = {p.structure.num_rows or 1 for p in (shown, told)}
     watch = Watch(problem.structure.data_plate, rows, {id(p): n for n, p in networks.weights.items()})
+    many = (problem.structure.num_rows or 0) > MANY_ROWS  # their form was looked at before, on a few
+    unchecked = pyro.validation_enabled(False) if many else nullcontext()
     pyro.clear_param_store()
-    with torch.no_grad(), poutine.block(), watch:
+    with torch.no_grad(), poutine.block(), watch, unchecked:
         trace = poutine.trace(guide).get_trace(**guide_arguments(problem, shown.kwargs))
-        poutine.replay(MissingCells()(problem.model), trace=trace)(**told.kwargs)
+        if problem.structure.learned or not many:  # a story that learns nothing has no parameter to start
+            poutine.replay(MissingCells()(problem.model), trace=trace)(**told.kwargs)
     return watch, trace
 
 

@@ -67,8 +67,8 @@ class SVI:
     steps, lr
         Most steps of Adam, and its first step size (a quarter of it for networks); it falls whenever the ELBO stops rising.
     batch_size
-        Rows a step; None takes all, and so does "auto", except for networks of 1,024 rows or more: 256; and for tables whose
-        rows are read as they are needed, and are too many for that: 1,024.
+        Rows a step; None takes all, and so does "auto", except for networks of 1,024 rows or more: 256; and for tables of
+        more than four million numbers, on disk or in memory: 1,024.
     particles
         Draws of the guide in one step; None: 8, or 1 for networks.
     starts
@@ -176,14 +176,15 @@ class SVI:
 
     def settled(self, problem: Problem) -> SVI:
         """The same with everything chosen that was left open."""
-        from ..lazy_rows import affordable, too_many
+        from ..lazy_rows import CELLS, affordable, too_many
 
         structure = problem.structure
         networks = structure.has_modules or isinstance(self.guide, Amortised)
         batch_size = self.batch_size
         if batch_size == "auto":
             batch_size = BATCH if networks and structure.row_arguments and (structure.num_rows or 0) >= MANY else None
-            if too_many(problem.kwargs) and structure.row_arguments and not structure.admixture:
+            numbers = sum(problem.kwargs[n].numel() for n in structure.row_arguments)
+            if (too_many(problem.kwargs) or numbers > CELLS) and structure.row_arguments and not structure.admixture:
                 batch_size = batch_size or affordable(problem.kwargs, BATCH_ELSEWHERE)
         few = networks and self.objective == "elbo"
         return replace(
@@ -413,7 +414,12 @@ class SVI:
         from ..score import ladder
         from .paired import PairTarget
 
-        cells = sum(math.prod(s.shape) for s in problem.structure.latents if s.continuous)
+        kept = [
+            s
+            for s in problem.structure.latents
+            if s.continuous and (getattr(target, "look", None) is None or not s.local)
+        ]
+        cells = sum(math.prod(s.shape) for s in kept)
         count = max(25, min(self.draws, int(DRAW_BYTES / 8 / max(1, cells))))
         if isinstance(target, PairTarget) and not target.shared:
             count = max(25, min(count, ROW_DRAWS // (problem.structure.num_rows or 1)))

@@ -51,7 +51,8 @@ class Wishart(dist.Wishart):
         # torch compares df with D as a number, which a traced program must not: the matrices set the shapes here.
         given = torch.as_tensor(df)
         size = next(m for m in (*args, *kwargs.values()) if isinstance(m, Tensor)).shape[-1]
-        super().__init__(torch.full_like(given, size + 2.0), *args, **kwargs)
+        plain = torch.full(given.shape, size + 2.0, dtype=given.dtype, device=given.device)  # it hangs on nothing
+        super().__init__(plain, *args, **kwargs)
         self.df = given.expand(self.batch_shape)
 
     def expand(self, batch_shape: Size | Sequence[int], _instance: Any = None) -> "Wishart":
