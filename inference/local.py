@@ -22,7 +22,7 @@ from .doubtful import RowWeights, warning
 from .handlers import Substitute
 from .joint import Block, LogJoint
 from .linear_gaussian import GaussianRows
-from .score import fewer, told
+from .score import ROW_DRAWS, fewer, told
 from .transforms import unconstrain_to
 
 if TYPE_CHECKING:
@@ -37,12 +37,12 @@ PROPOSALS, POINT_PROPOSALS = 100, 1000
 TOGETHER, DRAWN = 2_000_000, 20_000_000
 
 
-def local_posterior(posterior: Posterior, site: str, data: Any, draws: int) -> Tensor:
+def local_posterior(posterior: Posterior, site: str, data: Any, asked: int | None) -> Tensor:
     """See `Posterior.local`."""
-    structure = posterior.structure
+    structure, draws = posterior.structure, ROW_DRAWS if asked is None else asked
     chain = [s.name for s in structure.finite if re.fullmatch(rf"{re.escape(site)}_?\d+", s.name)]
     if site not in structure and chain:
-        return torch.stack([local_posterior(posterior, name, data, draws) for name in chain], dim=1)
+        return torch.stack([local_posterior(posterior, name, data, asked) for name in chain], dim=1)
     locals_ = [s.name for s in structure.latents if s.local or s.name in posterior.joint.finite]
     if site not in locals_:
         what = (
@@ -70,7 +70,7 @@ def local_posterior(posterior: Posterior, site: str, data: Any, draws: int) -> T
     if structure.continuous_locals:
         return _beside_continuous(posterior, site, kwargs, draws, fitted=drawn)
     with posterior.problem.scope(posterior.seed):
-        indices = posterior.some_draws(fewer(draws, posterior, kwargs))
+        indices = posterior.some_draws(fewer(asked, posterior, kwargs))
         values = [posterior.draw(i) for i in indices]
         pieces = posterior.joint.pieces(kwargs) if structure[site].local else [kwargs]
         found = []

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 from .joint import LogJoint
 from .methods.base import positive_int
 from .problem import Problem, brought_home
+from .score import ROW_DRAWS
 
 if TYPE_CHECKING:
     from .amortised import Recogniser
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
     from .refinement import Refinement
     from .score import Ladder, Score
     from .summary import Summary
-
-#: Draws that a question about rows is averaged over, evenly spaced among all.
-ROW_DRAWS = 200
 
 
 @dataclass(frozen=True, repr=False)
@@ -214,7 +212,7 @@ class Posterior:
         """Indices of at most `most` draws, evenly spaced."""
         return torch.linspace(0, self.num_draws - 1, min(most, self.num_draws)).round().long().tolist()
 
-    def local(self, site: str, data: Any = None, *, draws: int = ROW_DRAWS) -> Tensor:
+    def local(self, site: str, data: Any = None, *, draws: int | None = None) -> Tensor:
         """Posterior of a local latent.
 
         Parameters
@@ -224,7 +222,7 @@ class Posterior:
         data
             New rows, as for `fit`; None for the fitted ones.
         draws
-            Draws of the globals to average over.
+            Draws of the globals to average over; None takes 200, and above 500,000 rows fewer, 20 at least.
 
         Returns
         -------
@@ -240,10 +238,10 @@ class Posterior:
 
         return local_posterior(self, site, data, draws)
 
-    def log_prob(self, data: Any = None, *, draws: int = ROW_DRAWS) -> Tensor:
+    def log_prob(self, data: Any = None, *, draws: int | None = None) -> Tensor:
         """log p(x_n | fitted data) of every row, local latents summed or integrated out: (rows,).
 
-        Points: the plug-in density at the point. Draws: log of the mean density over at most `draws` of them.
+        Points: the plug-in density at the point. Draws: log of the mean density over `draws` of them (None: as for `local`).
         `score` gives the same with its estimator, standard error, bound side and the rows that are not to be trusted; this
         warns where these are too many for the sum over rows.
         """
@@ -256,7 +254,7 @@ class Posterior:
             warnings.warn(found.warning, ScoreNotice, stacklevel=2)
         return found.rows
 
-    def score(self, data: Any = None, *, draws: int = ROW_DRAWS) -> Score:
+    def score(self, data: Any = None, *, draws: int | None = None) -> Score:
         """Log density of rows, with the estimator's name, its Monte Carlo error and which side it errs to."""
         from .score import score
 

@@ -14,7 +14,9 @@ from tqdm import tqdm
 if TYPE_CHECKING:
     from .posterior import Posterior
 
-#: Rows from which fewer draws are taken than asked for, draws x rows that are then looked at, and draws at least.
+#: Draws that a question about rows is averaged over, evenly spaced among all.
+ROW_DRAWS = 200
+#: Rows from which fewer are taken where nobody asked for a number, draws x rows that are then looked at, and draws at least.
 FEW_DRAWS_FROM, DRAWS_BY_ROWS, LEAST = 500_000, 100_000_000, 20
 
 
@@ -70,8 +72,9 @@ class Score:
         )
 
 
-def score(posterior: Posterior, data: Any, draws: int) -> Score:
+def score(posterior: Posterior, data: Any, asked: int | None) -> Score:
     """See `Posterior.score`."""
+    draws = ROW_DRAWS if asked is None else asked
     if posterior.structure.admixture:
         from .topics.answers import score as score_documents
 
@@ -84,7 +87,7 @@ def score(posterior: Posterior, data: Any, draws: int) -> Score:
 
         return integrated_rows(posterior, kwargs, draws)
     with posterior.problem.scope(posterior.seed), torch.no_grad():
-        indices = posterior.some_draws(fewer(draws, posterior, kwargs))
+        indices = posterior.some_draws(fewer(asked, posterior, kwargs))
         pieces = posterior.joint.pieces(kwargs)
         # A piece of the rows under all draws: a table of all rows under all of them would be many times the data.
         found = [average(rows_by_draw(posterior, indices, p), posterior.kind) for p in told(posterior, pieces, "log p")]
@@ -94,16 +97,20 @@ def score(posterior: Posterior, data: Any, draws: int) -> Score:
     return replace(found[0], rows=rows, monte_carlo_error=error)
 
 
-def fewer(draws: int, posterior: Posterior, kwargs: dict[str, Any]) -> int:
-    """As many draws as asked, or fewer where rows are so many that each would wait for hours; never below `LEAST`."""
+def fewer(asked: int | None, posterior: Posterior, kwargs: dict[str, Any]) -> int:
+    """As many draws as asked; where nobody did, fewer of very many rows, each of which would wait for hours."""
+    if asked is not None:
+        return asked
     names = [n for n in posterior.structure.row_arguments if n in kwargs]
     rows = max((len(kwargs[n]) for n in names), default=1)
-    return draws if rows <= FEW_DRAWS_FROM else min(draws, max(LEAST, DRAWS_BY_ROWS // rows))
+    return ROW_DRAWS if rows <= FEW_DRAWS_FROM else min(ROW_DRAWS, max(LEAST, DRAWS_BY_ROWS // rows))
 
 
 def told(posterior: Posterior, pieces: list[Any], what: str) -> Iterator[Any]:
     """Pieces with a bar, where the fit had one and they take a while."""
-    return iter(tqdm(pieces, desc=what, delay=3, leave=False, disable=not posterior.problem.progress or len(pieces) == 1))
+    return iter(
+        tqdm(pieces, desc=what, delay=3, leave=False, disable=not posterior.problem.progress or len(pieces) == 1)
+    )
 
 
 def without_density(posterior: Posterior) -> str | None:

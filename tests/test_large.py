@@ -143,6 +143,7 @@ def test_pieces_of_rows_give_the_densities_and_states_of_the_whole(monkeypatch: 
     monkeypatch.setattr(score, "FEW_DRAWS_FROM", 100)
     monkeypatch.setattr(score, "DRAWS_BY_ROWS", 1)
     assert f"mean over {score.LEAST} draws" in posterior.score().estimator
+    assert "mean over 30 draws" in posterior.score(draws=30).estimator  # what is asked for is done
 
 
 def test_leave_one_out_takes_fewer_draws_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
