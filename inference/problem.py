@@ -245,14 +245,14 @@ def prepare(
     if guide is not None and not callable(guide) and derived is None:
         raise TypeError(f"guide must be a Pyro program (a callable) or Amortised(...), got {type(guide).__name__}")
     guide = guide or own_guide
-    where, here = choose_device(device), {}
+    where, kept = choose_device(device), {}
     if where.type != "cpu":
-        here = rehearse(story, model, guide, data)
+        kept = rehearse(story, model, guide, data)
         settle(story, guide, where)
     asked = {"seed": fresh_seed() if seed is None else seed, "budget": budget, "progress": progress}
     with at_home(where):
         problem = read(story, model, guide, derived, data, where, **asked, want=want, asked=str(device))
-    return replace(problem, twins=tuple(twins(problem.kwargs, here)))
+    return replace(problem, twins=tuple(twins(problem.kwargs, kept)))
 
 
 def rehearse(story: Any, model: Callable, guide: Any, data: Any) -> dict[str, Any]:
