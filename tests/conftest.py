@@ -1,5 +1,6 @@
 """Shared fixtures: quiet plots, and proof that a test leaves nothing behind."""
 
+import functools
 import gc
 import random
 import sys
@@ -73,6 +74,7 @@ def pretend_in_fits(patch):
     cell = dict(zip(fit.__code__.co_freevars, fit.__closure__, strict=True))["function"]  # tests have imported the rest
     function, inside = cell.cell_contents, []
 
+    @functools.wraps(function)
     def fitted(*args, **kwargs):
         if inside or torch.cuda.is_available():  # the test has a card of its own
             return function(*args, **kwargs)

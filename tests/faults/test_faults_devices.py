@@ -16,6 +16,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 pytestmark = pytest.mark.usefixtures("untouched")
 
 
+@pytest.mark.processor
 @row("CUDA is asked for and there is none", ALL, plain="cuda", numbered="cuda:0")
 def test_a_missing_device_is_told(method, case, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -23,6 +24,7 @@ def test_a_missing_device_is_told(method, case, monkeypatch):
     refused(ValueError, ["cuda", "no CUDA device was found", "device='cpu'"], story, data, method, device=case)
 
 
+@pytest.mark.processor
 @row("CUDA is asked for and there is none", ALL)
 def test_auto_says_what_it_took(method, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -68,6 +68,7 @@ def test_the_users_own_parameters_are_neither_read_nor_changed(method):
     assert float(pyro.param("w")[0]) == 99.0 and sorted(pyro.get_param_store().keys()) == ["loc", "w"]
 
 
+@pytest.mark.processor  # a pretended card is one thread's
 @row("four threads at once", ALL)
 def test_four_threads_are_right_or_refused(method, untouched):
     """Pyro's handler stack belongs to the process: fits that share it tear it."""
@@ -118,6 +119,7 @@ def test_a_story_that_cannot_cross_is_named(method, pool):
         pool.submit(fit, lambda x: None, X, method).result(60)
 
 
+@pytest.mark.processor  # the processes run there, too
 @row("four processes at once", ALL)
 def test_answers_cross_processes(method, pool):
     story, data, _ = real(method)
