@@ -95,6 +95,7 @@ class Autoencoder(nn.Module):
 
 X = clusters()
 PAIR = {"X": X[:, :2].contiguous(), "y": X[:, 2].contiguous()}
+HOLES = torch.rand(600, 3, generator=torch.Generator().manual_seed(4)) < 0.1
 WALK = torch.randn(20, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 QUICK = {"steps": 40, "starts": 1, "draws": 20}
 CASES = {
@@ -102,6 +103,7 @@ CASES = {
     "em of a bare story": (bare, X[:, :2].contiguous(), EM(restarts=2)),
     "incremental em": (GMM(3), X, EM(restarts=1, driver="incremental", batch_size=100)),
     "em of rows with gaps": (GMM(2), X.masked_fill(torch.rand(X.shape) < 0.1, torch.nan), EM(restarts=1, max_iter=5)),
+    "em of many rows with gaps": (GMM(1), clusters(600).masked_fill(HOLES, torch.nan), EM(estimate="mle")),
     "em of PPCA": (PPCA(1), X, EM()),
     "em of a chain": (GaussianHMM(2), WALK, EM(restarts=1, max_iter=5)),
     "em from planes": (lines, {"t": X[:, 0].contiguous(), "y": X[:, 1].contiguous()}, EM(restarts=2, max_iter=5)),
@@ -117,4 +119,12 @@ CASES = {
 }
 
 #: Cases without random numbers on the card.
-SAME = {"em", "em of a bare story", "incremental em", "em of PPCA", "em of a chain", "em from planes"}
+SAME = {
+    "em",
+    "em of a bare story",
+    "incremental em",
+    "em of many rows with gaps",
+    "em of PPCA",
+    "em of a chain",
+    "em from planes",
+}

@@ -96,7 +96,7 @@ def plan_rows(joint: LogJoint) -> dict[str, Any]:
         value = kwargs.get(site.argument or "")
         if site.missing and isinstance(value, Tensor):
             holes = value.flatten(1).isnan().any(1).nonzero().flatten()[:PLAN_MISSING] + ranks.offset
-            index = torch.cat([index, *ranks.gather(holes.cpu())])
+            index = torch.cat([index, *(found.to(index.device) for found in ranks.gather(holes.cpu()))])
     return ranks.rows(kwargs, names, index.unique())
 
 
