@@ -196,6 +196,8 @@ def test_one_component_is_factor_analysis():
             pyro.sample("x", dist.Normal(z @ W.T + mu, psi.sqrt()).to_event(1), obs=x)
 
     method = EM(restarts=1, tol=1e-11, max_iter=3000)
+    a, b = (fit(story, SCORES, method, seed=0, device="cpu") for story in (one, MixtureOfFactorAnalysers(1, 2)))
+    assert math.isclose(a.diagnostics["log_likelihood"], b.diagnostics["log_likelihood"], abs_tol=1e-4)
     for seed in range(3):  # whatever the start, the one maximum of the log joint
         a, b = (fit(story, SCORES, method, seed=seed) for story in (one, MixtureOfFactorAnalysers(1, 2)))
         assert a.converged and b.converged

@@ -12,7 +12,7 @@ import pytest
 import torch
 from fault_stories import QUICK, WORDS, X, answer, location, topics
 from fault_table import row
-from stories import beta_bernoulli, gaussian_mixture, ppca
+from stories import SCHOOLS, beta_bernoulli, gaussian_mixture, ppca
 
 from inference import EM, HMC, NUTS, SVI, DivergenceError, Gibbs, fit
 from inference.meter import Meter, resident_megabytes
@@ -46,6 +46,15 @@ ENDLESS = {
     "gibbs": (topics(), WORDS, Gibbs(chains=2, warmup=10, draws=10**5)),
     "gibbs_warmup": (topics(), WORDS, Gibbs(chains=2, warmup=10**6, draws=10)),
 }
+
+
+def centred(y, sigma):
+    """Eight schools as nobody should write them: a funnel."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("schools", len(y)):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("y", dist.Normal(theta, sigma), obs=y)
 
 
 def two_modes(x):
@@ -112,6 +121,17 @@ def test_divergences_come_before_the_numbers(method):
     long = {"warmup": 100, "target_accept": 0.4}
     options = {"nuts": NUTS(chains=2, draws=300, **long), "hmc": HMC(chains=16, draws=200, **long)}
     posterior = fit(funnel, torch.zeros(9), options[method], seed=0)
+    count = posterior.diagnostics["divergences"]
+    assert count > 0 and any("diverg" in w and str(count) in w for w in posterior.warnings)
+    text = str(posterior.summary())
+    assert text.startswith("warning") and text.index("diverg") < text.index("\nmu")
+
+
+@pytest.mark.processor  # how many diverge hangs on what is drawn
+@row("a funnel", ("nuts", "hmc"))
+def test_divergences_of_eight_schools_come_first(method):
+    options = {"nuts": NUTS(chains=2, warmup=200, draws=200), "hmc": HMC(chains=8, warmup=200, draws=100)}
+    posterior = fit(centred, SCHOOLS, options[method], seed=0)
     count = posterior.diagnostics["divergences"]
     assert count > 0 and any("diverg" in w and str(count) in w for w in posterior.warnings)
     text = str(posterior.summary())
