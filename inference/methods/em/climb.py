@@ -113,8 +113,8 @@ def note(climb: Climb, e: Expectation, limits: Limits) -> list[int]:
     objectives, likelihoods = e.objective.tolist(), e.log_likelihood.tolist()
     for i, number in enumerate(climb.active):
         run = climb.runs[number]
-        if not math.isfinite(objectives[i]) or (run.history and objectives[i] < run.history[0] - abs(run.history[0])):
-            continue  # stays where it was; judged by the caller
+        if not math.isfinite(objectives[i]) or (run.history and objectives[i] < run.history[0] - abs(run.history[0]) - 1.0):
+            continue  # far below its start: stays where it was; judged by the caller
         rise = objectives[i] - run.objective
         run.theta = {n: v[i] for n, v in climb.theta.items()}
         run.objective, run.log_likelihood = objectives[i], likelihoods[i]
